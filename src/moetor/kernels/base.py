@@ -1,0 +1,92 @@
+"""The contract of an experts kernel: what it is given, what it is asked, what it answers.
+
+Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product
+(2 I when gated).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moetor.config import ExpertsConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The tensors of the routed experts, in the storage form that their `ExpertsConfig`
+    describes."""
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    post_norm: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelQuery:
+    """The case for which a kernel is sought.
+
+    Attributes:
+        device: a device type (`cpu`, `cuda`).
+        dtype: of the hidden states and of unquantised weights.
+        experts: sizes and form.
+        top_k: K.
+        tokens: T where it is known, None for any.
+        weight_format: `unquantized`, or the name of a quantised format.
+        batch_invariant: whether a token's bits must not depend on its neighbours.
+    """
+
+    device: str
+    dtype: torch.dtype
+    experts: ExpertsConfig
+    top_k: int
+    tokens: int | None = None
+    weight_format: str = "unquantized"
+    batch_invariant: bool = False
+
+
+class ExpertsKernel(ABC):
+    """Routed experts, from hidden states and a routing to their weighted sum."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refusal(self, query: KernelQuery) -> str | None:
+        """Why this kernel cannot run `query`, as half a sentence, or None when it can."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        hidden_TH: Tensor,
+        topk_weights_TK: Tensor,
+        topk_ids_TK: Tensor,
+        weights: ExpertWeights,
+        config: ExpertsConfig,
+        *,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """The sum over a token's K slots of weight * expert(hidden), in the dtype of `hidden_TH`.
+
+        Args:
+            hidden_TH: contiguous; never written to.
+            topk_weights_TK: float32.
+            topk_ids_TK: int32 in [0, E]; E is a dropped slot and contributes nothing.
+            weights: as stored; `config` says how.
+
+        Returns:
+            A new tensor [T, H]. Products accumulate in float32, the K contributions are summed in
+            float32 in a
+            fixed order, and the sum is rounded once.
+        """
+
+    @abstractmethod
+    def workspace_bytes_per_token(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
+    ) -> int:
+        """Upper bound of the temporary memory of a call, divided by its number of tokens."""

@@ -1,0 +1,114 @@
+"""Routed experts in pure PyTorch: slots sorted by expert, one product per active expert. Runs on
+any device.
+
+Shape letters: T tokens, K top_k, H hidden, I intermediate, J rows of the first product, R = T * K
+slots in expert
+order, S slots of one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetor.config import ExpertsConfig
+from moetor.kernels.activations import activate
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+
+# Rows per product under batch_invariant: a library's GEMM may round a row differently with another
+# number of rows,
+# so every product then has this many.
+_INVARIANT_ROWS = 16
+
+
+def _product(x_SX: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
+    return F.linear(x_SX, weight.T if transposed else weight, bias)
+
+
+def _expert(
+    hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
+) -> Tensor:
+    gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias[expert]
+    down_bias = None if weights.down_bias is None else weights.down_bias[expert]
+    up_SJ = _product(hidden_SH, weights.gate_up[expert], gate_up_bias, transposed=config.transposed)
+    act_SI = activate(
+        up_SJ if hidden_SH.dtype == torch.float64 else up_SJ.float(),
+        config.activation,
+        gated=config.gated,
+        interleaved=config.interleaved,
+    ).to(hidden_SH.dtype)
+    out_SH = _product(act_SI, weights.down[expert], down_bias, transposed=config.transposed)
+    if config.post_norm_eps is not None:
+        assert weights.post_norm is not None, "a form with post_norm_eps comes with its weight"
+        wide = out_SH.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + config.post_norm_eps)
+        out_SH = (wide * scale * weights.post_norm.float()).to(out_SH.dtype)
+    return out_SH
+
+
+def _expert_in_fixed_blocks(
+    hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
+) -> Tensor:
+    rows = hidden_SH.shape[0]
+    padded = F.pad(hidden_SH, (0, 0, 0, -rows % _INVARIANT_ROWS))
+    blocks = [_expert(block, expert, weights, config) for block in padded.split(_INVARIANT_ROWS)]
+    return torch.cat(blocks)[:rows]
+
+
+class GroupedKernel(ExpertsKernel):
+    """One pair of products per active expert; the host reads the expert counts, so CUDA graphs
+    cannot hold it."""
+
+    name = "torch"
+
+    def refusal(self, query: KernelQuery) -> str | None:
+        """Only a quantised format is refused."""
+        if query.weight_format != "unquantized":
+            return f"reads unquantised weights, not {query.weight_format}"
+        return None
+
+    def __call__(
+        self,
+        hidden_TH: Tensor,
+        topk_weights_TK: Tensor,
+        topk_ids_TK: Tensor,
+        weights: ExpertWeights,
+        config: ExpertsConfig,
+        *,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See `ExpertsKernel`. The K contributions are added in slot order."""
+        tokens, top_k = topk_ids_TK.shape
+        run = _expert_in_fixed_blocks if batch_invariant else _expert
+        ids_R, order_R = topk_ids_TK.flatten().sort(stable=True)
+        counts = torch.bincount(ids_R, minlength=config.num_experts + 1).tolist()
+        wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+        out_RH = hidden_TH.new_empty((tokens * top_k, hidden_TH.shape[1]))
+        start = 0
+        for expert, count in enumerate(counts[: config.num_experts]):
+            if count == 0:
+                continue
+            slots = order_R[start : start + count]
+            x_SH = hidden_TH[slots // top_k]
+            if config.weight_on_input:
+                x_SH = (x_SH * topk_weights_TK.flatten()[slots, None]).to(hidden_TH.dtype)
+            out_RH[slots] = run(x_SH, expert, weights, config)
+            start += count
+        out_RH[order_R[start:]] = 0
+        out_TKH = out_RH.view(tokens, top_k, hidden_TH.shape[1])
+        sum_TH = torch.zeros(hidden_TH.shape, dtype=wide, device=hidden_TH.device)
+        for slot in range(top_k):
+            if config.weight_on_input:
+                sum_TH += out_TKH[:, slot]
+            else:
+                sum_TH += out_TKH[:, slot].to(wide) * topk_weights_TK[:, slot, None]
+        return sum_TH.to(hidden_TH.dtype)
+
+    def workspace_bytes_per_token(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
+    ) -> int:
+        """Outputs of all slots, one expert's rows (at worst every token), and the float32 sum."""
+        size = dtype.itemsize
+        one = (config.up_size + config.intermediate_size + config.hidden_size) * (size + 4)
+        return top_k * config.hidden_size * size + one + 8 * config.hidden_size

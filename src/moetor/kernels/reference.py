@@ -1,0 +1,83 @@
+"""The oracle: routed experts written to be read, in float32 or float64. Slow, and right on any
+device.
+
+Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product,
+S slots of one
+expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moetor.config import ExpertsConfig
+from moetor.kernels.activations import activate
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+
+
+def one_expert(
+    hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
+) -> Tensor:
+    """Expert number `expert` on rows [S, H], in the dtype of the rows; neither weighted nor
+    summed."""
+    dtype = hidden_SH.dtype
+    gate_up, down = weights.gate_up[expert].to(dtype), weights.down[expert].to(dtype)
+    up_SJ = hidden_SH @ (gate_up if config.transposed else gate_up.T)
+    if weights.gate_up_bias is not None:
+        up_SJ = up_SJ + weights.gate_up_bias[expert].to(dtype)
+    act_SI = activate(up_SJ, config.activation, gated=config.gated, interleaved=config.interleaved)
+    out_SH = act_SI @ (down if config.transposed else down.T)
+    if weights.down_bias is not None:
+        out_SH = out_SH + weights.down_bias[expert].to(dtype)
+    if config.post_norm_eps is not None:
+        assert weights.post_norm is not None, "a form with post_norm_eps comes with its weight"
+        variance = out_SH.square().mean(dim=-1, keepdim=True)
+        out_SH = out_SH * torch.rsqrt(variance + config.post_norm_eps) * weights.post_norm.to(dtype)
+    return out_SH
+
+
+class ReferenceKernel(ExpertsKernel):
+    """Loops over experts and slots; every number in float32 (float64 for float64 input) until the
+    last cast."""
+
+    name = "reference"
+
+    def refusal(self, query: KernelQuery) -> str | None:
+        """Only a quantised format is refused."""
+        if query.weight_format != "unquantized":
+            return f"reads unquantised weights, not {query.weight_format}"
+        return None
+
+    def __call__(
+        self,
+        hidden_TH: Tensor,
+        topk_weights_TK: Tensor,
+        topk_ids_TK: Tensor,
+        weights: ExpertWeights,
+        config: ExpertsConfig,
+        *,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        """See `ExpertsKernel`. With `batch_invariant` every row is multiplied by itself."""
+        wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+        out_TH = torch.zeros(hidden_TH.shape, dtype=wide, device=hidden_TH.device)
+        for slot in range(topk_ids_TK.shape[1]):
+            for expert in range(config.num_experts):
+                rows = (topk_ids_TK[:, slot] == expert).nonzero().flatten()
+                for chunk in rows.split(1 if batch_invariant else max(1, rows.numel())):
+                    if chunk.numel() == 0:
+                        continue
+                    weight = topk_weights_TK[chunk, slot, None].to(wide)
+                    x_SH = hidden_TH[chunk].to(wide)
+                    if config.weight_on_input:
+                        out_TH[chunk] += one_expert(x_SH * weight, expert, weights, config)
+                    else:
+                        out_TH[chunk] += one_expert(x_SH, expert, weights, config) * weight
+        return out_TH.to(hidden_TH.dtype)
+
+    def workspace_bytes_per_token(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
+    ) -> int:
+        """One expert's rows in float32, at worst all tokens, and the float32 sum."""
+        return 4 * (config.up_size + config.intermediate_size + 3 * config.hidden_size)

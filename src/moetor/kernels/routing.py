@@ -1,0 +1,104 @@
+"""From router logits to weights and ids, in torch operations that compile.
+
+Shape letters: T tokens, K top_k, E logits (experts and identity experts), G groups.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetor.config import RouterConfig
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+        topk_weights: float32 [T, K].
+        topk_ids: int32 [T, K]: logical expert ids; the id `num_experts` is a dropped slot and its
+            weight is 0.
+        identity_weights: float32 [T], the weight of the token itself, where identity experts were
+            chosen.
+    """
+
+    topk_weights: Tensor
+    topk_ids: Tensor
+    identity_weights: Tensor | None = None
+
+
+def _score(logits: Tensor, config: RouterConfig) -> Tensor:
+    match config.scoring:
+        case "softmax":
+            return torch.softmax(logits, dim=-1)
+        case "sigmoid":
+            return torch.sigmoid(logits)
+        case "sqrt_softplus":
+            return torch.sqrt(F.softplus(logits))
+
+
+def _limit_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
+    """Masks the experts outside the best `top_k_groups` groups (arXiv:2405.04434, section 2.2)."""
+    choice_TGX: Tensor = choice_TE.unflatten(-1, (config.num_groups, -1))
+    if config.group_score == "max":
+        group_TG = choice_TGX.amax(dim=-1)
+    else:
+        group_TG = choice_TGX.topk(2, dim=-1).values.sum(dim=-1)
+    kept = group_TG.topk(config.top_k_groups, dim=-1, sorted=False).indices
+    allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(-1, kept, True)
+    masked = 0.0 if config.group_mask == "zero" else float("-inf")
+    return choice_TGX.masked_fill(~allowed_TG.unsqueeze(-1), masked).flatten(-2)
+
+
+def _split_identity(
+    weights_TK: Tensor, ids_TK: Tensor, config: RouterConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Turns the slots of identity experts into dropped ones and sums their weights per token."""
+    if config.num_zero_experts == 0:
+        return weights_TK, ids_TK, None
+    identity_TK = ids_TK >= config.num_experts
+    identity_T = torch.where(identity_TK, weights_TK, 0.0).sum(dim=-1)
+    weights_TK = torch.where(identity_TK, 0.0, weights_TK)
+    return weights_TK, ids_TK.clamp(max=config.num_experts), identity_T
+
+
+def route(
+    logits_TE: Tensor, config: RouterConfig, selection_bias: Tensor | None, dtype: torch.dtype
+) -> Routing:
+    """Routes each token; the formula is that of `moetor.config.RouterConfig`.
+
+    Args:
+        logits_TE: [T, E], any floating dtype. Scores are computed in float32 (float64 for float64
+            logits).
+        selection_bias: [E], added to the scores for the choice alone (`before_topk`), or to the
+            logits
+            (`after_topk`).
+        dtype: of the hidden states, to which `weights_precision="model"` rounds.
+    """
+    wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
+    logits = logits_TE.to(wide)
+    if config.logit_multiplier != 1.0:
+        logits = logits * config.logit_multiplier
+    if config.logit_softcap is not None:
+        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+    scores = logits if config.score_order == "after_topk" else _score(logits, config)
+    choice = scores if selection_bias is None else scores + selection_bias.to(wide)
+    if config.num_groups > 1:
+        choice = _limit_groups(choice, config)
+    ids = choice.topk(config.top_k, dim=-1).indices
+    kept = scores.gather(-1, ids)
+    weights = _score(kept, config) if config.score_order == "after_topk" else kept
+    if config.renormalize:
+        total = weights.sum(dim=-1, keepdim=True)
+        if config.renormalize_min:
+            total = total.clamp(min=config.renormalize_min)
+        weights = weights / (total + config.renormalize_eps if config.renormalize_eps else total)
+    if config.scaling_factor != 1.0:
+        weights = weights * config.scaling_factor
+    if config.weights_precision == "model":
+        weights = weights.to(dtype)
+    weights, ids, identity = _split_identity(weights.to(torch.float32), ids.to(torch.int32), config)
+    return Routing(weights, ids, identity)

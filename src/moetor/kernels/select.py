@@ -1,0 +1,69 @@
+"""Which kernel runs, or why each one does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moetor.errors import KernelRefusedError
+from moetor.kernels.base import ExpertsKernel, KernelQuery
+from moetor.kernels.grouped import GroupedKernel
+from moetor.kernels.native.kernel import NativeKernel
+from moetor.kernels.reference import ReferenceKernel
+
+# In the order in which `auto` prefers them. The reference is never chosen by itself.
+KERNELS: tuple[ExpertsKernel, ...] = (NativeKernel(), GroupedKernel(), ReferenceKernel())
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A kernel that does not run the case, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """The answer: the kernel, and the preferred ones that refused."""
+
+    kernel: ExpertsKernel
+    refusals: tuple[Refusal, ...]
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Every name that `kernel=` takes."""
+    return ("auto", *(kernel.name for kernel in KERNELS))
+
+
+def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
+    """The kernel for `query`.
+
+    Args:
+        requested: a kernel's name, used or refused; `auto` takes the first that does not refuse.
+
+    Raises:
+        KernelRefusedError: unknown name, or the named kernel refuses, or (for `auto`) all do.
+    """
+    if requested not in kernel_names():
+        raise KernelRefusedError(
+            f"unknown kernel {requested!r}; the kernels are {', '.join(kernel_names())}"
+        )
+    answers = [(kernel, kernel.refusal(query)) for kernel in KERNELS]
+    refusals = tuple(Refusal(kernel.name, why) for kernel, why in answers if why is not None)
+    able = [kernel for kernel, why in answers if why is None]
+    if requested != "auto":
+        for kernel, why in answers:
+            if kernel.name == requested and why is None:
+                return KernelChoice(kernel, ())
+            if kernel.name == requested:
+                others = ", ".join(kernel.name for kernel in able) or "none"
+                raise KernelRefusedError(
+                    f"kernel {requested!r} was asked for and {why}; kernels that can: {others}"
+                )
+    able = [kernel for kernel in able if kernel.name != ReferenceKernel.name]
+    if not able:
+        reasons = "; ".join(f"{refusal.kernel} {refusal.reason}" for refusal in refusals)
+        raise KernelRefusedError(f"no kernel runs this case: {reasons}")
+    chosen = able[0]
+    before = {kernel.name for kernel in KERNELS[: KERNELS.index(chosen)]}
+    return KernelChoice(chosen, tuple(refusal for refusal in refusals if refusal.kernel in before))
