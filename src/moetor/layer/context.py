@@ -1,0 +1,72 @@
+"""Finding a layer by its name from inside a custom op, which can be given only tensors and
+strings."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moetor.errors import InputError
+
+if TYPE_CHECKING:
+    from moetor.layer.moe import MoELayer
+
+_names_lock = threading.Lock()
+_layers: weakref.WeakValueDictionary[str, MoELayer] = weakref.WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a forward pass knows besides its tensors: the layers it may find by name."""
+
+    layers: Mapping[str, MoELayer] = field(default_factory=lambda: _layers)
+
+
+_DEFAULT = ForwardContext()
+_current: ContextVar[ForwardContext] = ContextVar("moetor_forward_context", default=_DEFAULT)
+
+
+def register_layer(layer: MoELayer, wanted: str) -> str:
+    """Files a layer under `wanted`, or under `wanted#2`, `#3`, ... while another living layer has
+    that name."""
+    with _names_lock:
+        for number in itertools.count(1):
+            name = wanted if number == 1 else f"{wanted}#{number}"
+            if _layers.get(name) in (None, layer):
+                _layers[name] = layer
+                return name
+    raise AssertionError("itertools.count does not end")
+
+
+def get_forward_context() -> ForwardContext:
+    """The context of the forward pass in progress; outside of any, one that knows every living
+    layer."""
+    return _current.get()
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
+    """Makes `context` current inside the `with` block."""
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)
+
+
+def find_layer(name: str) -> MoELayer:
+    """The layer called `name` in the current context.
+
+    Raises:
+        InputError: there is none.
+    """
+    layer = get_forward_context().layers.get(name)
+    if layer is None:
+        raise InputError(f"no MoE layer called {name!r} is alive in this forward context")
+    return layer

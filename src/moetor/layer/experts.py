@@ -1,0 +1,175 @@
+"""The routed experts as a module: their parameters, their form, and the method that computes with
+them.
+
+Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moetor.config import ExpertsConfig, RouterConfig
+from moetor.errors import ConfigError
+from moetor.kernels.base import ExpertWeights
+from moetor.kernels.routing import Routing
+from moetor.quantization.method import ModularMethod, MonolithicMethod
+
+
+class Experts(nn.Module):
+    """Packed expert weights under the names that Transformers gives them.
+
+    Parameters: `gate_up_proj` (`up_proj` when ungated), `down_proj`, and where the form has them
+    `<name>_bias` and `post_norm`; shapes as in `moetor.config.ExpertsConfig`.
+
+    Args:
+        config: sizes and form.
+        method: what computes; it chooses the kernel.
+        top_k: K, for the choice of kernel.
+        weights: existing tensors to hold without a copy; otherwise new parameters are made and
+            drawn from a normal
+            distribution with variance 1 / fan_in, biases zero, norm weights one.
+    """
+
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
+    post_norm: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: ExpertsConfig,
+        method: ModularMethod | MonolithicMethod,
+        top_k: int,
+        *,
+        weights: ExpertWeights | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.method = method
+        self.top_k = top_k
+        made = weights if weights is not None else self._new_weights(config, device, dtype)
+        self._check_shapes(config, made)
+        up = self.up_name
+        self.register_parameter(up, _as_parameter(made.gate_up))
+        self.register_parameter("down_proj", _as_parameter(made.down))
+        self.register_parameter(f"{up}_bias", _as_parameter(made.gate_up_bias))
+        self.register_parameter("down_proj_bias", _as_parameter(made.down_bias))
+        self.register_parameter("post_norm", _as_parameter(made.post_norm))
+
+    @property
+    def up_name(self) -> str:
+        """Name of the first product's parameter."""
+        return "gate_up_proj" if self.config.gated else "up_proj"
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters, as a kernel takes them."""
+        return ExpertWeights(
+            gate_up=getattr(self, self.up_name).detach(),
+            down=self.down_proj.detach(),
+            gate_up_bias=_detached(getattr(self, f"{self.up_name}_bias")),
+            down_bias=_detached(self.down_proj_bias),
+            post_norm=_detached(self.post_norm),
+        )
+
+    @property
+    def kernel_name(self) -> str:
+        """Name of the kernel that these experts run with, on their present device and dtype."""
+        up: Tensor = getattr(self, self.up_name)
+        return self.method.choice(self.config, self.top_k, up.device, up.dtype).kernel.name
+
+    def forward(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum of the routed experts, [T, H].
+
+        Raises:
+            ConfigError: the method is monolithic: it takes router logits (`forward_logits`).
+        """
+        if not isinstance(self.method, ModularMethod):
+            raise ConfigError(
+                f"quant method {self.method.name!r} is monolithic: it routes inside its kernel "
+                f"and cannot take a "
+                f"routing made elsewhere; use a modular method"
+            )
+        return self.method.apply(hidden_TH, routing, self.weights, self.config)
+
+    def forward_logits(
+        self,
+        hidden_TH: Tensor,
+        logits_TE: Tensor,
+        router: RouterConfig,
+        selection_bias: Tensor | None,
+    ) -> Tensor:
+        """The same from router logits, for a monolithic method."""
+        assert isinstance(self.method, MonolithicMethod), "asked by a runner that looked"
+        return self.method.apply(
+            hidden_TH, logits_TE, router, selection_bias, self.weights, self.config
+        )
+
+    def workspace_bytes_per_token(self) -> int:
+        """Temporary memory of a call per token, on the present device and dtype."""
+        up: Tensor = getattr(self, self.up_name)
+        choice = self.method.choice(self.config, self.top_k, up.device, up.dtype)
+        return choice.kernel.workspace_bytes_per_token(self.config, self.top_k, up.dtype)
+
+    @staticmethod
+    def _new_weights(
+        config: ExpertsConfig, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> ExpertWeights:
+        def normal(shape: tuple[int, ...], fan_in: int) -> Tensor:
+            drawn: Tensor = torch.randn(shape, device=device, dtype=dtype).mul_(fan_in**-0.5)
+            return drawn
+
+        def constant(shape: tuple[int, ...], value: float) -> Tensor:
+            return torch.full(shape, value, device=device, dtype=dtype)
+
+        experts = config.num_experts
+        return ExpertWeights(
+            gate_up=normal(config.gate_up_shape, config.hidden_size),
+            down=normal(config.down_shape, config.intermediate_size),
+            gate_up_bias=constant((experts, config.up_size), 0.0) if config.has_bias else None,
+            down_bias=constant((experts, config.hidden_size), 0.0) if config.has_bias else None,
+            post_norm=constant((config.hidden_size,), 1.0) if config.post_norm_eps else None,
+        )
+
+    @staticmethod
+    def _check_shapes(config: ExpertsConfig, weights: ExpertWeights) -> None:
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
+            "gate_up": (weights.gate_up, config.gate_up_shape),
+            "down": (weights.down, config.down_shape),
+            "gate_up_bias": (
+                weights.gate_up_bias,
+                (config.num_experts, config.up_size) if config.has_bias else None,
+            ),
+            "down_bias": (
+                weights.down_bias,
+                (config.num_experts, config.hidden_size) if config.has_bias else None,
+            ),
+            "post_norm": (
+                weights.post_norm,
+                (config.hidden_size,) if config.post_norm_eps else None,
+            ),
+        }
+        for name, (tensor, shape) in expected.items():
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape:
+                raise ConfigError(f"experts: {name} has shape {found}, the form needs {shape}")
+
+    def extra_repr(self) -> str:
+        """Sizes and activation, for `print(model)`."""
+        config = self.config
+        return (
+            f"{config.num_experts} experts, hidden_size={config.hidden_size}, "
+            f"intermediate_size={config.intermediate_size}, {config.activation.label}"
+        )
+
+
+def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    if tensor is None or isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

@@ -1,0 +1,308 @@
+"""`MoELayer`: a whole MoE block behind one call.
+
+Shape letters: T tokens, E router logits, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetor.config import MoEConfig, RouterConfig
+from moetor.errors import ConfigError, InputError, UnsupportedError
+from moetor.kernels.base import ExpertWeights
+from moetor.kernels.routing import Routing
+from moetor.layer.context import register_layer
+from moetor.layer.experts import Experts
+from moetor.layer.routing.router import CustomRouter, Router, RouterFunction
+from moetor.layer.runner import make_runner
+from moetor.layer.shared_experts import GatedMLP, SharedExperts
+from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
+from moetor.quantization.method import MonolithicMethod, make_method
+
+
+class Gate(nn.Module):
+    """The gate product [T, H] -> [T, E], with the selection bias that belongs to it.
+
+    Parameters: `weight` [E, H], `bias` [E] or None; buffer `selection_bias` [E] float32 or None.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        router: RouterConfig,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        experts = router.num_logits
+        self.precision = router.gate_precision
+        self.weight = nn.Parameter(
+            torch.randn(experts, hidden_size, device=device, dtype=dtype) * hidden_size**-0.5,
+            requires_grad=False,
+        )
+        self.bias = (
+            nn.Parameter(torch.zeros(experts, device=device, dtype=dtype), requires_grad=False)
+            if bias
+            else None
+        )
+        made = torch.zeros(experts, device=device) if router.selection_bias else None
+        self.register_buffer("selection_bias", made)
+        self.selection_bias: Tensor | None
+
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        """Router logits [T, E], in float32 or the dtype of the hidden states as the router asks."""
+        return gate_product(hidden_TH, self.weight, self.bias, self.precision)
+
+
+def gate_product(
+    hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, precision: str
+) -> Tensor:
+    """`hidden @ weight.T + bias`, in float32 when `precision` says so, else in the hidden states'
+    dtype."""
+    if precision == "float32":
+        hidden_TH, weight_EH = hidden_TH.float(), weight_EH.float()
+        bias_E = None if bias_E is None else bias_E.float()
+    return F.linear(hidden_TH, weight_EH, bias_E)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChildNames:
+    """Names under which a layer registers its parts, so that a checkpoint's parameter names
+    survive fusing."""
+
+    gate: str = "gate"
+    experts: str = "experts"
+    shared: str = "shared_experts"
+    shared_gate: str = "shared_expert_gate"
+    input_transform: str = "routed_input_transform"
+    output_transform: str = "routed_output_transform"
+
+
+@dataclass(kw_only=True)
+class LayerParts:
+    """Existing modules to build a layer from; whatever is None is made from the configuration."""
+
+    gate: nn.Module | None = None
+    experts: ExpertWeights | None = None
+    shared: nn.Module | None = None
+    shared_gate: nn.Module | None = None
+    input_transform: nn.Module | None = None
+    output_transform: nn.Module | None = None
+
+
+class MoELayer(nn.Module):
+    """Gate, routing, routed experts, shared experts and reductions as one module for inference.
+
+    Args:
+        config: what the layer is.
+        router: a callable `(hidden [T, H], logits [T, E] or None) -> (weights [T, K], ids [T, K])`
+            to route with
+            instead of `config.router`'s formula.
+        parts: modules and tensors to hold without a copy.
+        name: under which the custom ops find the layer; made unique among living layers.
+        names: of the registered children.
+        process_group: over which `config.runner.reduce_results` sums.
+        dispatcher: how tokens reach their experts.
+        device, dtype: of parameters that are made here.
+
+    Raises:
+        ConfigError: parts that contradict the configuration.
+        KernelRefusedError: the kernel that was named refuses.
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        router: RouterFunction | None = None,
+        parts: LayerParts | None = None,
+        name: str = "moe",
+        names: ChildNames | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        dispatcher: Dispatcher | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        parts = parts or LayerParts()
+        self.config = config
+        self.names = names or ChildNames()
+        self.process_group = process_group
+        self.dispatcher = dispatcher or LocalDispatcher()
+        self.inner_size = config.experts.hidden_size
+        self.runner = make_runner(config.runner)
+        self.router: Router | CustomRouter = (
+            Router(config.router)
+            if router is None
+            else CustomRouter(router, config.router.num_experts)
+        )
+        made = {"device": device, "dtype": dtype}
+        self._add_gate(parts.gate, made)
+        self._add_experts(parts.experts, made)
+        self._add_transforms(parts, made)
+        self.shared = self._add_shared(parts, made)
+        if config.runner.reduce_results and process_group is None:
+            raise ConfigError("reduce_results=True needs a process_group to sum over")
+        self.name = register_layer(self, name)
+
+    def forward(self, hidden_states: Tensor, router_logits: Tensor | None = None) -> Tensor:
+        """The block's output for `hidden_states` [..., H], in the same shape and dtype.
+
+        Args:
+            router_logits: [..., E], for a layer built with `internal_gate=False`.
+
+        Raises:
+            InputError: wrong width, logits missing or superfluous.
+            UnsupportedError: in training mode with gradients enabled.
+        """
+        if hidden_states.shape[-1] != self.config.hidden_size:
+            raise InputError(
+                f"layer {self.name!r} takes hidden states [..., {self.config.hidden_size}], "
+                f"not {tuple(hidden_states.shape)}"
+            )
+        if self.training and torch.is_grad_enabled():
+            raise UnsupportedError(
+                f"layer {self.name!r} is for inference and gives no gradients; call model.eval(), "
+                f"use "
+                f"torch.no_grad(), or moetor.unfuse(model) to train"
+            )
+        return self.runner.forward(self, hidden_states, router_logits)
+
+    @property
+    def gate_module(self) -> nn.Module | None:
+        """The gate product, or None where logits come from outside."""
+        return self._modules.get(self.names.gate)
+
+    @property
+    def routed_experts(self) -> Experts:
+        """The routed experts."""
+        found = self._modules[self.names.experts]
+        assert isinstance(found, Experts), "set in __init__"
+        return found
+
+    @property
+    def input_transform(self) -> nn.Module | None:
+        """Projection to the latent width, before the routed experts alone."""
+        return self._modules.get(self.names.input_transform)
+
+    @property
+    def output_transform(self) -> nn.Module | None:
+        """Projection back from the latent width."""
+        return self._modules.get(self.names.output_transform)
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """The router's selection bias [E], wherever it lives."""
+        owner = self if self.gate_module is None else self.gate_module
+        bias: Tensor | None = getattr(
+            owner, "_selection_bias" if owner is self else "selection_bias", None
+        )
+        return bias
+
+    def route(self, logits_TE: Tensor, dtype: torch.dtype) -> Routing:
+        """The routing that the configured formula makes of `logits_TE`."""
+        assert isinstance(self.router, Router), "custom routers route outside the op"
+        return self.router.route(logits_TE, self.selection_bias, dtype)
+
+    def _add_gate(self, gate: nn.Module | None, made: dict[str, Any]) -> None:
+        config = self.config
+        if not config.internal_gate:
+            if gate is not None:
+                raise ConfigError("a gate was given to a layer with internal_gate=False")
+            if config.router.selection_bias:
+                zeros = torch.zeros(config.router.num_logits, device=made["device"])
+                self.register_buffer("_selection_bias", zeros)
+            return
+        self.add_module(
+            self.names.gate,
+            gate or Gate(config.hidden_size, config.router, bias=config.gate_bias, **made),
+        )
+
+    def _add_experts(self, weights: ExpertWeights | None, made: dict[str, Any]) -> None:
+        config, runner = self.config, self.config.runner
+        method = make_method(
+            config.quantization, runner.kernel, batch_invariant=runner.batch_invariant
+        )
+        if isinstance(method, MonolithicMethod):
+            if isinstance(self.router, CustomRouter) or config.router.num_zero_experts:
+                raise ConfigError(
+                    f"quant method {method.name!r} routes inside its kernel; it cannot serve a "
+                    f"callable router or "
+                    f"identity experts. Use a modular method"
+                )
+            if self.dispatcher.communicates:
+                raise ConfigError(f"quant method {method.name!r} cannot be dispatched over ranks")
+        multiple = runner.hidden_multiple
+        padded = -(-config.experts.hidden_size // multiple) * multiple
+        form = replace(config.experts, hidden_size=padded)
+        if padded != config.experts.hidden_size:
+            if config.experts.post_norm_eps is not None:
+                raise ConfigError("a post-expert norm cannot run on a padded hidden size")
+            weights = weights or Experts._new_weights(config.experts, **made)
+            weights = pad_hidden(weights, config.experts.transposed, padded)
+        experts = Experts(form, method, config.router.top_k, weights=weights, **made)
+        self.add_module(self.names.experts, experts)
+        if runner.kernel != "auto":
+            _ = experts.kernel_name  # refuses now, not at the first token
+
+    def _add_transforms(self, parts: LayerParts, made: dict[str, Any]) -> None:
+        latent, hidden = self.config.latent_size, self.config.hidden_size
+        before, after = parts.input_transform, parts.output_transform
+        if latent is None:
+            if before is not None or after is not None:
+                raise ConfigError("latent projections were given to a layer without latent_size")
+            return
+        self.add_module(
+            self.names.input_transform, before or nn.Linear(hidden, latent, bias=False, **made)
+        )
+        self.add_module(
+            self.names.output_transform, after or nn.Linear(latent, hidden, bias=False, **made)
+        )
+
+    def _add_shared(self, parts: LayerParts, made: dict[str, Any]) -> SharedExperts | None:
+        config = self.config.shared
+        if config is None:
+            if parts.shared is not None or parts.shared_gate is not None:
+                raise ConfigError("shared experts were given to a layer configured without them")
+            return None
+        hidden = self.config.hidden_size
+        mlp = parts.shared or GatedMLP(hidden, config, **made)
+        self.add_module(self.names.shared, mlp)
+        gate = parts.shared_gate
+        if config.sigmoid_gate:
+            gate = gate or nn.Linear(hidden, 1, bias=False, **made)
+            self.add_module(self.names.shared_gate, gate)
+        elif gate is not None:
+            raise ConfigError("a shared gate was given, but shared.sigmoid_gate is False")
+        shared = SharedExperts(mlp, gate, config)
+        shared.check_order(next(self.parameters()).device, self.dispatcher)
+        return shared
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy or an unpickled layer is another layer: the ops must find it, not its model.
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.name = register_layer(self, self.name)
+
+
+def pad_hidden(weights: ExpertWeights, transposed: bool, hidden_size: int) -> ExpertWeights:
+    """Copies of the weights with zeros up to `hidden_size`: padded columns in, padded rows out."""
+
+    def pad(tensor: Tensor, axis: int) -> Tensor:
+        missing = hidden_size - tensor.shape[axis]
+        widths = (0, missing) if axis == tensor.dim() - 1 else (0, 0, 0, missing)
+        return F.pad(tensor, widths)
+
+    return replace(
+        weights,
+        gate_up=pad(weights.gate_up, 1 if transposed else 2),
+        down=pad(weights.down, 2 if transposed else 1),
+        down_bias=None if weights.down_bias is None else pad(weights.down_bias, 1),
+    )

@@ -1,0 +1,59 @@
+"""The three custom ops: what `torch.compile` and CUDA graphs see of a MoE layer.
+
+Each is one opaque node in a graph, with a fake implementation, and mutates nothing. Weights are
+not arguments: the
+layer is found by its name. Shape letters: T tokens, K top_k, E router logits, H hidden (of the
+experts), S hidden (of
+the shared experts).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moetor.kernels.routing import Routing
+from moetor.layer.context import find_layer
+
+
+@torch.library.custom_op("moetor::moe_forward", mutates_args=())
+def moe_forward(hidden_TH: Tensor, logits_TE: Tensor, layer_name: str) -> Tensor:
+    """Routes by the logits and runs the routed experts: [T, H]."""
+    layer = find_layer(layer_name)
+    return layer.runner.run_routed(layer, hidden_TH, logits_TE)
+
+
+@moe_forward.register_fake
+def _(hidden_TH: Tensor, logits_TE: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(hidden_TH)
+
+
+@torch.library.custom_op("moetor::moe_forward_shared", mutates_args=())
+def moe_forward_shared(
+    hidden_TH: Tensor, shared_TS: Tensor, logits_TE: Tensor, layer_name: str
+) -> tuple[Tensor, Tensor]:
+    """The same with the shared experts on `shared_TS`: (shared [T, S], routed [T, H])."""
+    layer = find_layer(layer_name)
+    return layer.runner.run_both(layer, hidden_TH, shared_TS, logits_TE)
+
+
+@moe_forward_shared.register_fake
+def _(
+    hidden_TH: Tensor, shared_TS: Tensor, logits_TE: Tensor, layer_name: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(shared_TS), torch.empty_like(hidden_TH)
+
+
+@torch.library.custom_op("moetor::transformers_moe_forward", mutates_args=())
+def transformers_moe_forward(
+    hidden_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, layer_name: str
+) -> Tensor:
+    """The routed experts for a routing made outside, by Transformers or a callable: [T, H]."""
+    layer = find_layer(layer_name)
+    routing = Routing(topk_weights_TK.float(), topk_ids_TK.to(torch.int32))
+    return layer.runner.run_experts(layer, hidden_TH, routing)
+
+
+@transformers_moe_forward.register_fake
+def _(hidden_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, layer_name: str) -> Tensor:
+    return torch.empty_like(hidden_TH)

@@ -1,0 +1,63 @@
+"""Tokens in chunks whose length follows from a byte budget.
+
+Shape letters: T tokens, E router logits, X hidden of the experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moetor.errors import ConfigError
+from moetor.kernels.routing import Routing
+from moetor.layer.runner.base import ExpertsOwner
+from moetor.layer.runner.default import DefaultRunner
+
+if TYPE_CHECKING:
+    from moetor.layer.moe import MoELayer
+
+
+class ChunkedRunner(DefaultRunner):
+    """Bounds the routed experts' temporary memory: routing covers all tokens, the experts take
+    them chunk by chunk.
+
+    Args:
+        workspace_bytes: upper bound of a chunk's temporary memory. A single token is always run.
+    """
+
+    def __init__(self, workspace_bytes: int) -> None:
+        if workspace_bytes < 1:
+            raise ConfigError(f"workspace_bytes={workspace_bytes} must be at least 1")
+        self.workspace_bytes = workspace_bytes
+
+    def chunk_tokens(self, owner: ExpertsOwner) -> int:
+        """Tokens per chunk under the budget."""
+        return max(1, self.workspace_bytes // owner.routed_experts.workspace_bytes_per_token())
+
+    def run_experts(self, owner: ExpertsOwner, hidden_TX: Tensor, routing: Routing) -> Tensor:
+        """See `MoERunner.run_experts`."""
+        out_TX = torch.empty_like(hidden_TX)
+        for start, stop in self._chunks(owner, hidden_TX.shape[0]):
+            identity = routing.identity_weights
+            part = Routing(
+                routing.topk_weights[start:stop],
+                routing.topk_ids[start:stop],
+                None if identity is None else identity[start:stop],
+            )
+            out_TX[start:stop] = super().run_experts(owner, hidden_TX[start:stop], part)
+        return out_TX
+
+    def run_monolithic(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
+        """See `MoERunner.run_monolithic`."""
+        out_TX = torch.empty_like(hidden_TX)
+        for start, stop in self._chunks(layer, hidden_TX.shape[0]):
+            out_TX[start:stop] = super().run_monolithic(
+                layer, hidden_TX[start:stop], logits_TE[start:stop]
+            )
+        return out_TX
+
+    def _chunks(self, owner: ExpertsOwner, tokens: int) -> list[tuple[int, int]]:
+        length = self.chunk_tokens(owner)
+        return [(start, min(start + length, tokens)) for start in range(0, tokens, length)]

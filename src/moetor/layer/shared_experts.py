@@ -1,0 +1,121 @@
+"""Shared experts: a dense MLP that sees every token, and when it runs.
+
+Shape letters: T tokens, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetor.config import SharedExpertsConfig
+from moetor.errors import UnsupportedError
+from moetor.kernels.activations import activate
+from moetor.parallel.dispatch import Dispatcher
+
+# Above this many tokens the routed experts fill the device and a second stream only competes with
+# them.
+OVERLAP_MAX_TOKENS = 256
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x), up(x)))` with bias-free products: gate_proj, up_proj [I, H],
+    down_proj [H, I]."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        config: SharedExpertsConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        self.activation = config.activation
+        self.gate_proj = nn.Linear(hidden_size, size, bias=False, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(hidden_size, size, bias=False, device=device, dtype=dtype)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False, device=device, dtype=dtype)
+
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        gate_up = torch.cat((self.gate_proj(hidden_TH), self.up_proj(hidden_TH)), dim=-1)
+        out: Tensor = self.down_proj(activate(gate_up, self.activation))
+        return out
+
+
+class SharedExperts:
+    """The shared experts of a layer and their explicit order.
+
+    Args:
+        mlp: `[T, H] -> [T, H]`.
+        gate: `[T, H] -> [T, 1]`, whose sigmoid multiplies the MLP's output (Qwen2-MoE), or None.
+        config: how the result is combined with the routed one, and the order.
+    """
+
+    def __init__(
+        self,
+        mlp: Callable[[Tensor], Tensor],
+        gate: Callable[[Tensor], Tensor] | None,
+        config: SharedExpertsConfig,
+    ) -> None:
+        self.mlp = mlp
+        self.gate = gate
+        self.config = config
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, hidden_TH: Tensor) -> Tensor:
+        """[T, H] to [T, H]."""
+        out = self.mlp(hidden_TH)
+        if self.gate is not None:
+            out = F.sigmoid(self.gate(hidden_TH)) * out
+        return out
+
+    def combine(self, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
+        """Routed and shared results as one."""
+        if self.config.add_in_float32:
+            total = (routed_TH.float() + shared_TH.float()).to(routed_TH.dtype)
+        else:
+            total = routed_TH + shared_TH
+        return total / 2 if self.config.combine == "mean" else total
+
+    def check_order(self, device: torch.device, dispatcher: Dispatcher) -> None:
+        """Refuses an order that this device or dispatcher cannot keep.
+
+        Raises:
+            UnsupportedError: says which orders can be kept.
+        """
+        order = self.config.order
+        if order == "multi_stream_overlapped" and device.type != "cuda":
+            raise UnsupportedError(
+                "shared experts in the order 'multi_stream_overlapped' need a CUDA device, not "
+                f"{device.type}; "
+                f"use 'no_overlap'"
+            )
+        if order == "internal_overlapped" and not dispatcher.communicates:
+            raise UnsupportedError(
+                "shared experts in the order 'internal_overlapped' run under a dispatcher's "
+                "communication, and this "
+                "layer has none; use 'no_overlap'"
+            )
+
+    def start_on_second_stream(self, hidden_TH: Tensor) -> Callable[[], Tensor]:
+        """Starts the MLP on a second stream; calling the result joins the streams and gives its
+        output."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(hidden_TH.device)
+        stream, current = self._stream, torch.cuda.current_stream(hidden_TH.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            out = self(hidden_TH)
+        hidden_TH.record_stream(stream)
+
+        def join() -> Tensor:
+            current.wait_stream(stream)
+            out.record_stream(current)
+            return out
+
+        return join

@@ -1,0 +1,1 @@
+"""Weight formats of the routed experts, and the methods that compute with them."""
