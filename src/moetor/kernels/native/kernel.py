@@ -1,23 +1,207 @@
-"""The native CPU kernel of the routed experts."""
+"""The native CPU kernel: routed experts in C++, reading Transformers' packed weights in place.
+
+Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product (2 I when gated).
+"""
 
 from __future__ import annotations
+
+import threading
 
 import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
-from moetor.errors import KernelRefusedError
+from moetor.errors import InputError, KernelRefusedError
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.native import library
+from moetor.kernels.native.build import BuildError
+
+# Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than small products.
+_KEPT_BYTES = 64 * 2**20
+_kept = threading.local()
+
+
+def _unsupported_form(config: ExpertsConfig) -> str | None:
+    if config.post_norm_eps is not None:
+        return "does not have the norm of each expert's output"
+    if config.activation.function is not None:
+        return f"cannot call a Python activation ({config.activation.label})"
+    return None
+
+
+def _workspace(size: int) -> Tensor:
+    kept: Tensor | None = getattr(_kept, "buffer", None)
+    if kept is not None and kept.numel() >= size:
+        return kept
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if size <= _KEPT_BYTES:
+        _kept.buffer = buffer
+    return buffer
+
+
+def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.device.type != "cpu":
+        raise InputError(f"{name} is on {tensor.device}; the native kernel reads CPU tensors")
+    if tensor.dtype != dtype:
+        raise InputError(f"{name} is {tensor.dtype}, it must be {dtype}")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {list(tensor.shape)}, it must be {list(shape)}")
+
+
+def _check_inputs(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+) -> None:
+    if hidden_TH.dtype not in library.DTYPE_CODES:
+        raise InputError(f"hidden states are {hidden_TH.dtype}, not float32, bfloat16 or float16")
+    if hidden_TH.dim() != 2 or topk_ids_TK.dim() != 2:
+        raise InputError(
+            f"hidden states {list(hidden_TH.shape)} and topk_ids {list(topk_ids_TK.shape)} "
+            "must be [T, H] and [T, K]"
+        )
+    tokens, top_k, dtype = hidden_TH.shape[0], topk_ids_TK.shape[1], hidden_TH.dtype
+    _check(hidden_TH, "hidden states", (tokens, config.hidden_size), dtype)
+    if not hidden_TH.is_contiguous():
+        raise InputError("hidden states must be contiguous")
+    _check(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32)
+    _check(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32)
+    _check(weights.gate_up, "gate_up", config.gate_up_shape, dtype)
+    _check(weights.down, "down", config.down_shape, dtype)
+    for bias, name, size in (
+        (weights.gate_up_bias, "gate_up_bias", config.up_size),
+        (weights.down_bias, "down_bias", config.hidden_size),
+    ):
+        if bias is not None:
+            _check(bias, name, (config.num_experts, size), dtype)
+        elif config.has_bias:
+            raise InputError(f"has_bias=True, and {name} is missing")
+
+
+def _matrix(weight_EXY: Tensor, *, transposed: bool) -> tuple[Tensor, int, bool]:
+    """The tensor to read, the stride between its rows, and whether its output axis is the contiguous one.
+
+    A view whose middle axis is contiguous is read in place as the other form; one with no contiguous axis is copied.
+    """
+    _, rows, columns = weight_EXY.shape
+    if weight_EXY.stride(2) == 1 or columns == 1:
+        return weight_EXY, weight_EXY.stride(1), transposed
+    if weight_EXY.stride(1) == 1 or rows == 1:
+        return weight_EXY, weight_EXY.stride(2), not transposed
+    copy = weight_EXY.contiguous()
+    return copy, copy.stride(1), transposed
+
+
+def native_experts(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The routed experts' weighted sum [T, H]. See `ExpertsKernel`; gradients are not recorded.
+
+    Args:
+        hidden_TH: float32, bfloat16 or float16, contiguous.
+        topk_weights_TK: float32.
+        topk_ids_TK: int32 in [0, E].
+        weights: in the dtype of `hidden_TH`.
+        isa: `avx2` or `avx512`; None for the best that this processor has. The result's last bits depend on it.
+        threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on it.
+
+    Raises:
+        InputError: a tensor of the wrong shape, dtype or device, or an expert id outside [0, E].
+        KernelRefusedError: a form, an instruction set or a platform that the kernel does not have.
+    """
+    refused = _unsupported_form(config)
+    if refused is not None:
+        raise KernelRefusedError(f"kernel 'native' {refused}; use kernel 'torch'")
+    try:
+        native = library.load()
+    except BuildError as error:
+        raise KernelRefusedError(f"kernel 'native' {error}; use kernel 'torch'") from error
+    if isa is not None and isa not in native.isas:
+        raise KernelRefusedError(f"isa={isa!r} is not had here; there are {', '.join(native.isas)}")
+    _check_inputs(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
+    out_TH = torch.empty_like(hidden_TH)
+    # These names keep every tensor alive until the call is over.
+    topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
+    gate_up, gate_up_stride, gate_up_columns = _matrix(weights.gate_up, transposed=config.transposed)
+    down, down_stride, down_columns = _matrix(weights.down, transposed=config.transposed)
+    up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.contiguous()
+    down_bias = None if weights.down_bias is None else weights.down_bias.contiguous()
+    activation = config.activation
+    arguments = library.Arguments(
+        hidden=hidden_TH.data_ptr(),
+        topk_weights=topk_weights_TK.data_ptr(),
+        topk_ids=topk_ids_TK.data_ptr(),
+        gate_up=gate_up.data_ptr(),
+        down=down.data_ptr(),
+        gate_up_bias=None if up_bias is None else up_bias.data_ptr(),
+        down_bias=None if down_bias is None else down_bias.data_ptr(),
+        out=out_TH.data_ptr(),
+        tokens=hidden_TH.shape[0],
+        top_k=topk_ids_TK.shape[1],
+        num_experts=config.num_experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        gate_up_expert_stride=gate_up.stride(0),
+        gate_up_stride=gate_up_stride,
+        down_expert_stride=down.stride(0),
+        down_stride=down_stride,
+        gate_up_bias_stride=config.up_size,
+        down_bias_stride=config.hidden_size,
+        dtype=library.DTYPE_CODES[hidden_TH.dtype],
+        isa=native.isa_code(isa),
+        threads=torch.get_num_threads() if threads is None else threads,
+        gated=config.gated,
+        interleaved=config.interleaved,
+        gate_up_columns=gate_up_columns,
+        down_columns=down_columns,
+        weight_on_input=config.weight_on_input,
+        activation=library.ACTIVATION_CODES[activation.name],
+        limit_place=0 if activation.limit is None else library.LIMIT_CODES[activation.limit_place],
+        alpha=activation.alpha,
+        limit=activation.limit or 0.0,
+        up_shift=activation.up_shift,
+        softcap=activation.softcap or 0.0,
+    )
+    workspace = _workspace(native.workspace_bytes(arguments))
+    arguments.workspace, arguments.workspace_bytes = workspace.data_ptr(), workspace.numel()
+    status = native.run(arguments)
+    if status == library.BAD_EXPERT_ID:
+        raise InputError(f"topk_ids hold an id outside [0, {config.num_experts}]")
+    if status != 0:
+        raise RuntimeError(f"the native kernel answered {status}: its Python side and its C++ side disagree")
+    return out_TH
 
 
 class NativeKernel(ExpertsKernel):
-    """Placeholder until the native library lands: refuses everything."""
+    """Vector instructions chosen at run time; a token's bits never depend on the batch or on the threads."""
 
     name = "native"
 
     def refusal(self, query: KernelQuery) -> str | None:
-        """Everything, for now."""
-        return "is not built yet"
+        """Other devices, dtypes, formats and forms; or why the library cannot be built (which is tried here)."""
+        if query.device != "cpu":
+            return f"runs on the CPU, not on {query.device}"
+        if query.weight_format != "unquantized":
+            return f"reads unquantised weights, not {query.weight_format}"
+        if query.dtype not in library.DTYPE_CODES:
+            return f"computes float32, bfloat16 and float16, not {query.dtype}"
+        form = _unsupported_form(query.experts)
+        if form is not None:
+            return form
+        try:
+            library.load()
+        except BuildError as error:
+            return str(error)
+        return None
 
     def __call__(
         self,
@@ -29,11 +213,17 @@ class NativeKernel(ExpertsKernel):
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
-        """Not available yet."""
-        raise KernelRefusedError("kernel 'native' is not built yet")
+        """See `ExpertsKernel` and `native_experts`. It is batch invariant with or without `batch_invariant`."""
+        return native_experts(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Nothing yet."""
-        return 0
+        """Inputs, activations and sums in float32, the sorted slots, and the column sums of each thread."""
+        pad = 48  # rows are padded to whole vectors and to an odd number of cache lines
+        inputs = (top_k if config.weight_on_input else 1) * (config.hidden_size + pad)
+        activations = top_k * (config.intermediate_size + pad)
+        sums = config.hidden_size + pad
+        strips = 1040 * torch.get_num_threads()
+        slots = 4 * top_k + 12 * (config.num_experts + 2) + 512
+        return 4 * (inputs + activations + sums + strips) + slots

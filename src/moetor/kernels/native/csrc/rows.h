@@ -1,0 +1,64 @@
+// Rows of numbers between their storage type and the float32 workspace.
+#pragma once
+
+#include <string.h>
+
+#include "plan.h"
+
+namespace {
+
+template <class V, class D>
+inline typename V::Reg load_some(const D* from, int64_t count) {
+  if (count >= V::kWidth) return V::load(from);
+  D buffer[V::kWidth] = {};
+  memcpy(buffer, from, sizeof(D) * count);
+  return V::load(buffer);
+}
+
+template <class V, class D>
+inline void store_some(D* to, typename V::Reg v, int64_t count) {
+  if (count >= V::kWidth) return V::store(to, v);
+  D buffer[V::kWidth];
+  V::store(buffer, v);
+  memcpy(to, buffer, sizeof(D) * count);
+}
+
+// to[0..round_up(count, 32)) = from[0..count) * factor, then zeros. `split`: each step of two vectors holds its even
+// elements first, then its odd ones, as the bf16 dot product wants them.
+template <class V, class D>
+inline void widen_row(float* to, const D* from, int64_t count, float factor, bool split) {
+  constexpr int W = V::kWidth;
+  for (int64_t i = 0; i < round_up(count, kGroup); i += 2 * W) {
+    auto a = i < count ? load_some<V>(from + i, count - i) : V::zero();
+    auto b = i + W < count ? load_some<V>(from + i + W, count - i - W) : V::zero();
+    if (factor != 1.0f) {
+      a = V::mul(a, V::set(factor));
+      b = V::mul(b, V::set(factor));
+    }
+    if (split) V::deinterleave(a, b);
+    V::store(to + i, a);
+    V::store(to + i + W, b);
+  }
+}
+
+// to[0..count) = from[0..count), rounded to nearest even.
+template <class V, class D>
+inline void narrow_row(D* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += V::kWidth) store_some<V>(to + i, V::load(from + i), count - i);
+}
+
+// row[0..count) += bias[0..count); the row extends to a multiple of 32.
+template <class V, class D>
+inline void add_bias(float* row, const D* bias, int64_t count) {
+  for (int64_t i = 0; i < count; i += V::kWidth)
+    V::store(row + i, V::add(V::load(row + i), load_some<V>(bias + i, count - i)));
+}
+
+// to[0..count) += weight * from[0..count); both extend to a multiple of 32.
+template <class V>
+inline void add_weighted(float* to, const float* from, int64_t count, float weight) {
+  const auto w = V::set(weight);
+  for (int64_t i = 0; i < count; i += V::kWidth) V::store(to + i, V::fma(w, V::load(from + i), V::load(to + i)));
+}
+
+}  // namespace
