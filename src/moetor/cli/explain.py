@@ -1,0 +1,94 @@
+"""`moetor explain`: what would be fused and how, without loading any weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moetor.cli.console import print_json, print_table, quiet_transformers
+from moetor.cli.options import FusedModelOptions
+
+if TYPE_CHECKING:
+    from moetor.huggingface.report import BlockReport
+
+COLUMNS = ("block", "class", "level", "kernel", "routing", "reason")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainOptions(FusedModelOptions):
+    """Show what would be fused and how.
+
+    One line for each kind of MoE block: at which level it would be fused, by which kernel, and why
+    not deeper; then why each preferred kernel was refused. Reads the configuration, loads no
+    weights.
+    """
+
+
+def run(options: ExplainOptions) -> int:
+    """Print the plan and return the exit status."""
+    from moetor.huggingface import explain
+
+    quiet_transformers()
+    report = explain(
+        options.model,
+        kernel=options.kernel,
+        level=options.level,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.json:
+        print_json({"model": options.model, **report.to_dict()})
+        return 0
+    groups = group_blocks(report.blocks)
+    rows = [
+        (name, one.family_block, one.level, one.kernel or "", one.router, one.reason)
+        for name, one in groups
+    ]
+    print_table(f"{options.model}: {len(report.blocks)} MoE blocks", COLUMNS, rows)
+    for name, one in groups:
+        for refusal in one.refusals:
+            print(f"kernel {refusal.kernel} not used in {name}: it {refusal.reason}")
+    return 0
+
+
+def group_blocks(blocks: Sequence[BlockReport]) -> list[tuple[str, BlockReport]]:
+    """Blocks that differ in the layer number alone, as one: `model.layers.0-47.mlp`."""
+    groups: dict[tuple[object, ...], tuple[BlockReport, list[int]]] = {}
+    for block in blocks:
+        found = re.search(r"(?<=\.)\d+(?=\.|$)", block.name)
+        template = block.name if found is None else _with_layer(block.name, found, "{}")
+        same = (
+            template,
+            block.family_block,
+            block.level,
+            block.kernel,
+            block.router,
+            block.reason,
+            block.refusals,
+        )
+        layers = groups.setdefault(same, (block, []))[1]
+        if found is not None:
+            layers.append(int(found.group()))
+    return [
+        (str(key[0]).replace("{}", ranges(layers)), block)
+        for key, (block, layers) in groups.items()
+    ]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers, runs shortened: 0-3,5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def _with_layer(name: str, found: re.Match[str], layer: str) -> str:
+    return name[: found.start()] + layer + name[found.end() :]

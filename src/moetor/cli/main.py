@@ -1,0 +1,195 @@
+"""Entry point of `moetor`: finds the command, turns errors into one line and an exit status.
+
+A command's module is imported only when that command runs, and its heavy imports happen inside its
+functions, so that `moetor --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moetor import __version__
+from moetor.cli.console import fail
+from moetor.cli.flags import Parser, UsageError, add_flags, parse_options
+from moetor.errors import MoetorError
+
+OK, FAILURE, BAD_USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """A command: its words, the module that runs it, and what the help says.
+
+    The module has the dataclass named `options` and `run(options) -> int`.
+    """
+
+    words: tuple[str, ...]
+    module: str
+    options: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+COMMANDS = (
+    Command(
+        words=("generate",),
+        module="moetor.cli.generate",
+        options="GenerateOptions",
+        summary="continue a prompt with a fused model, as the text is produced",
+        examples=(
+            'moetor generate --prompt "ROMEO:"',
+            'moetor generate ./Qwen3-30B-A3B --chat --prompt "Why is the sky blue?"',
+            'moetor generate --prompt "ROMEO:" --temperature 0.8 --top-p 0.9 --seed 1 --json',
+            "moetor generate --prompt - < prompt.txt",
+        ),
+    ),
+    Command(
+        words=("explain",),
+        module="moetor.cli.explain",
+        options="ExplainOptions",
+        summary="show what would be fused and how, from the configuration alone",
+        examples=(
+            "moetor explain",
+            "moetor explain ./Mixtral-8x7B-v0.1 --dtype bfloat16",
+            "moetor explain ./Mixtral-8x7B-v0.1 --kernel native --json",
+        ),
+    ),
+    Command(
+        words=("verify",),
+        module="moetor.cli.verify",
+        options="VerifyOptions",
+        summary="compare the fused model with the original, block by block and in its logits",
+        examples=("moetor verify", "moetor verify ./OLMoE-1B-7B-0924 --dtype bfloat16"),
+    ),
+    Command(
+        words=("bench", "layer"),
+        module="moetor.cli.bench",
+        options="LayerBenchOptions",
+        summary="time one MoE layer against Transformers and the machine's measured limits",
+        examples=(
+            "moetor bench layer --shape olmoe --tokens 1,8,64,512",
+            "moetor bench layer --shape 64,8,2048,1024 --dtype bfloat16",
+        ),
+    ),
+)
+
+GROUPS: dict[tuple[str, ...], str] = {
+    (): "Mixture-of-Experts models of Hugging Face Transformers, fused and fast.",
+    ("bench",): "Measurements.",
+}
+
+DEBUG_HELP = "print the traceback of an error instead of one line (default: off)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (the process's own by default) and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Taken out first, so that it works in any place and also for errors in the rest of the line.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        try:
+            status = _dispatch(arguments)
+        except SystemExit:  # argparse, after --help or --version
+            status = OK
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _discard_stdout()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            fail(_one_line(error))
+        return BAD_USAGE if isinstance(error, UsageError) else FAILURE
+
+
+def command_parser(command: Command) -> tuple[Parser, type[Any], Any]:
+    """The parser of `command`, its options dataclass and its module, imported now."""
+    module = importlib.import_module(command.module)
+    options: type[Any] = getattr(module, command.options)
+    parser = Parser(
+        prog=f"moetor {' '.join(command.words)}",
+        description=inspect.getdoc(options) or command.summary,
+        epilog="\n".join(("examples:", *(f"  {example}" for example in command.examples))),
+    )
+    add_flags(parser, options)
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    return parser, options, module
+
+
+def _dispatch(arguments: list[str]) -> int:
+    """Follow the words of the command line to a command and run it."""
+    words: tuple[str, ...] = ()
+    reached: tuple[Command, ...] = COMMANDS
+    while reached[0].words != words:
+        rest = arguments[len(words) :]
+        names = list(dict.fromkeys(command.words[len(words)] for command in reached))
+        if not rest or rest[0] not in names:
+            return _stop_short(words, reached, names, rest)
+        words = (*words, rest[0])
+        reached = tuple(command for command in reached if command.words[: len(words)] == words)
+    parser, options, module = command_parser(reached[0])
+    chosen = parse_options(parser, options, arguments[len(words) :])
+    return int(module.run(chosen))
+
+
+def _stop_short(
+    words: tuple[str, ...], reached: Sequence[Command], names: list[str], rest: list[str]
+) -> int:
+    """Answer a line that names no command: help, version, or an error."""
+    parser = _overview(words, reached)
+    if rest and not rest[0].startswith("-"):
+        parser.error(f"there is no command {rest[0]!r}; the commands are {', '.join(names)}")
+    parser.parse_args(rest)
+    parser.error(f"name a command: {', '.join(names)}")
+
+
+def _overview(words: tuple[str, ...], reached: Sequence[Command]) -> Parser:
+    """The parser of `moetor` itself or of a group of commands: help and version."""
+    prog = " ".join(("moetor", *words))
+    width = max(len(" ".join(command.words)) for command in reached)
+    lines = ["commands:"]
+    lines += [f"  {' '.join(command.words):{width}}  {command.summary}" for command in reached]
+    if not words:
+        lines += [
+            "",
+            "MODEL is a folder or a hub id; without one, the demo in the package is used.",
+        ]
+    lines += [f"`{prog} COMMAND --help` explains a command and its flags."]
+    lines += ["", "example:", f"  {reached[0].examples[0]}"]
+    parser = Parser(prog=prog, description=GROUPS[words], epilog="\n".join(lines))
+    parser.usage = f"{prog} COMMAND ..."
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    if not words:
+        version = f"moetor {__version__}"
+        parser.add_argument(
+            "--version", action="version", version=version, help="print the version and exit"
+        )
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MoetorError):
+        return text
+    return f"unexpected {type(error).__name__}: {text} (run again with --debug to see where)"
+
+
+def _discard_stdout() -> None:
+    # The reader is gone; without this the interpreter complains when it flushes at exit.
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        return  # standard output is not a file here, so nothing is flushed to it at exit

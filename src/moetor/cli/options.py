@@ -1,0 +1,78 @@
+"""Flags that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# `moetor.kernels.select` has the kernels themselves; it imports torch, which `--help` must not.
+KernelName = Literal["auto", "native", "grouped", "reference"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+MODEL, OUTPUT = "model", "output"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Which model, and how it is loaded and run."""
+
+    model: str = field(
+        default="demo",
+        metadata={
+            "positional": True,
+            "help": "folder or hub id of a Transformers model; demo ships in the package",
+        },
+    )
+    kernel: KernelName = field(
+        default="auto",
+        metadata={
+            "group": MODEL,
+            "help": "kernel of the routed experts: the one named, or an error saying why not; "
+            "auto takes the fastest that can",
+        },
+    )
+    dtype: DtypeName = field(
+        default="auto",
+        metadata={"group": MODEL, "help": "of the weights; auto takes the checkpoint's own"},
+    )
+    device: str = field(
+        default="auto",
+        metadata={
+            "group": MODEL,
+            "metavar": "DEVICE",
+            "help": "cpu, cuda or cuda:N; auto takes the first GPU, else the CPU",
+        },
+    )
+    revision: str | None = field(
+        default=None,
+        metadata={
+            "group": MODEL,
+            "metavar": "REV",
+            "help": "branch, tag or commit of a hub model",
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"group": MODEL, "help": "run the Python code that a checkpoint brings along"},
+    )
+    json: bool = field(
+        default=False,
+        metadata={
+            "group": OUTPUT,
+            "help": "print one JSON object on standard output and nothing else there",
+        },
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedModelOptions(ModelOptions):
+    """A model that is fused."""
+
+    level: Literal["auto", "block", "experts"] = field(
+        default="auto",
+        metadata={
+            "group": MODEL,
+            "help": "fuse whole MoE blocks or their experts alone; "
+            "auto takes the deepest that each block allows",
+        },
+    )

@@ -1,0 +1,88 @@
+"""`moetor verify`: the fused model against the original."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moetor.cli.console import print_json, print_table, progress, quiet_transformers
+from moetor.cli.options import FusedModelOptions
+
+if TYPE_CHECKING:
+    from moetor.huggingface.verify import VerifyReport
+
+COLUMNS = ("block", "level", "kernel", "error", "tolerance", "result", "note")
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions(FusedModelOptions):
+    """Compare the fused model with the original.
+
+    Every MoE block and the whole model's logits, within a tolerance that follows from the dtype;
+    for the demo model also the perplexity of its held-out text. The exit status is 1 when anything
+    differs or when a weight is not finite.
+    """
+
+
+def run(options: VerifyOptions) -> int:
+    """Compare, print, and return the exit status."""
+    from moetor.huggingface import verify
+
+    quiet_transformers()
+    with progress(f"comparing {options.model}", "blocks") as compared:
+        report = verify(
+            options.model,
+            level=options.level,
+            kernel=options.kernel,
+            dtype=options.dtype,
+            device=options.device,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            progress=compared,
+        )
+    if options.json:
+        print_json({"model": options.model, **report.to_dict()})
+    else:
+        _print(options.model, report)
+    return 0 if report.ok else 1
+
+
+def _print(model: str, report: VerifyReport) -> None:
+    rows = [
+        (
+            block.name,
+            block.level,
+            block.kernel or "",
+            _number(block.max_error),
+            _number(block.tolerance),
+            "ok" if block.ok else "DIFFERS",
+            block.note,
+        )
+        for block in report.blocks
+    ]
+    print_table(f"{model}: fused against original, {len(rows)} MoE blocks", COLUMNS, rows)
+    print(
+        f"logits: error {_number(report.logits_error)}, "
+        f"tolerance {_number(report.logits_tolerance)}"
+    )
+    if report.perplexity is not None:
+        original, fused = report.perplexity
+        print(f"perplexity: {original:.4f} original, {fused:.4f} fused")
+    if report.non_finite:
+        shown = ", ".join(report.non_finite[:_NAMES_SHOWN])
+        more = len(report.non_finite) - _NAMES_SHOWN
+        rest = f" and {more} more" if more > 0 else ""
+        print(f"weights that are not finite (NaN or infinity): {shown}{rest}")
+    differing = sum(not block.ok for block in report.blocks)
+    if report.ok:
+        print("ok: the fused model reproduces the original")
+    else:
+        print(f"FAILED: {differing} of {len(rows)} blocks differ")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1e}" if math.isfinite(value) else str(value)
