@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING
 from moetor.errors import InputError
 
 if TYPE_CHECKING:
-    from moetor.layer.moe import MoELayer
+    from moetor.layer.runner.base import ExpertsOwner
 
 _names_lock = threading.Lock()
-_layers: weakref.WeakValueDictionary[str, MoELayer] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[str, ExpertsOwner] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
     """What a forward pass knows besides its tensors: the layers it may find by name."""
 
-    layers: Mapping[str, MoELayer] = field(default_factory=lambda: _layers)
+    layers: Mapping[str, ExpertsOwner] = field(default_factory=lambda: _layers)
 
 
 _DEFAULT = ForwardContext()
 _current: ContextVar[ForwardContext] = ContextVar("moetor_forward_context", default=_DEFAULT)
 
 
-def register_layer(layer: MoELayer, wanted: str) -> str:
+def register_layer(layer: ExpertsOwner, wanted: str) -> str:
     """Files a layer under `wanted`, or under `wanted#2`, `#3`, ... while another living layer has
     that name."""
     with _names_lock:
@@ -60,7 +60,7 @@ def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
         _current.reset(token)
 
 
-def find_layer(name: str) -> MoELayer:
+def find_layer(name: str) -> ExpertsOwner:
     """The layer called `name` in the current context.
 
     Raises:

@@ -80,11 +80,11 @@ class Experts(nn.Module):
         up: Tensor = getattr(self, self.up_name)
         return self.method.choice(self.config, self.top_k, up.device, up.dtype).kernel.name
 
-    def forward(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
+    def run(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the routed experts, [T, H].
 
         Raises:
-            ConfigError: the method is monolithic: it takes router logits (`forward_logits`).
+            ConfigError: the method is monolithic: it takes router logits (`run_logits`).
         """
         if not isinstance(self.method, ModularMethod):
             raise ConfigError(
@@ -94,7 +94,7 @@ class Experts(nn.Module):
             )
         return self.method.apply(hidden_TH, routing, self.weights, self.config)
 
-    def forward_logits(
+    def run_logits(
         self,
         hidden_TH: Tensor,
         logits_TE: Tensor,
@@ -106,6 +106,10 @@ class Experts(nn.Module):
         return self.method.apply(
             hidden_TH, logits_TE, router, selection_bias, self.weights, self.config
         )
+
+    def forward(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
+        """See `run`."""
+        return self.run(hidden_TH, routing)
 
     def workspace_bytes_per_token(self) -> int:
         """Temporary memory of a call per token, on the present device and dtype."""

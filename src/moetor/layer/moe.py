@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moetor.config import MoEConfig, RouterConfig
 from moetor.errors import ConfigError, InputError, UnsupportedError
 from moetor.kernels.base import ExpertWeights
+from moetor.kernels.gate import gate_product
 from moetor.kernels.routing import Routing
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
@@ -60,17 +61,6 @@ class Gate(nn.Module):
     def forward(self, hidden_TH: Tensor) -> Tensor:
         """Router logits [T, E], in float32 or the dtype of the hidden states as the router asks."""
         return gate_product(hidden_TH, self.weight, self.bias, self.precision)
-
-
-def gate_product(
-    hidden_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, precision: str
-) -> Tensor:
-    """`hidden @ weight.T + bias`, in float32 when `precision` says so, else in the hidden states'
-    dtype."""
-    if precision == "float32":
-        hidden_TH, weight_EH = hidden_TH.float(), weight_EH.float()
-        bias_E = None if bias_E is None else bias_E.float()
-    return F.linear(hidden_TH, weight_EH, bias_E)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +164,23 @@ class MoELayer(nn.Module):
                 f"use "
                 f"torch.no_grad(), or moetor.unfuse(model) to train"
             )
-        return self.runner.forward(self, hidden_states, router_logits)
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = self.logits(hidden_TH, router_logits)
+        return self.runner.forward(self, hidden_TH, logits_TE).reshape(hidden_states.shape)
+
+    def logits(self, hidden_TH: Tensor, router_logits: Tensor | None = None) -> Tensor | None:
+        """Router logits [T, E]: the gate's, or the given ones; None where there are neither."""
+        if self.gate_module is None:
+            if router_logits is None:
+                return None
+            return router_logits.reshape(-1, router_logits.shape[-1])
+        if router_logits is not None:
+            raise InputError(
+                f"layer {self.name!r} has a gate of its own; router_logits would be ignored. "
+                f"Build it with internal_gate=False to pass them"
+            )
+        logits: Tensor = self.gate_module(hidden_TH)
+        return logits
 
     @property
     def gate_module(self) -> nn.Module | None:

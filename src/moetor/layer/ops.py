@@ -9,17 +9,22 @@ the shared experts).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor
 
 from moetor.kernels.routing import Routing
 from moetor.layer.context import find_layer
 
+if TYPE_CHECKING:
+    from moetor.layer.moe import MoELayer
+
 
 @torch.library.custom_op("moetor::moe_forward", mutates_args=())
 def moe_forward(hidden_TH: Tensor, logits_TE: Tensor, layer_name: str) -> Tensor:
     """Routes by the logits and runs the routed experts: [T, H]."""
-    layer = find_layer(layer_name)
+    layer = cast("MoELayer", find_layer(layer_name))
     return layer.runner.run_routed(layer, hidden_TH, logits_TE)
 
 
@@ -33,7 +38,7 @@ def moe_forward_shared(
     hidden_TH: Tensor, shared_TS: Tensor, logits_TE: Tensor, layer_name: str
 ) -> tuple[Tensor, Tensor]:
     """The same with the shared experts on `shared_TS`: (shared [T, S], routed [T, H])."""
-    layer = find_layer(layer_name)
+    layer = cast("MoELayer", find_layer(layer_name))
     return layer.runner.run_both(layer, hidden_TH, shared_TS, logits_TE)
 
 

@@ -1,6 +1,6 @@
 """The one place that knows the order of a MoE layer.
 
-transform -> pad -> gate -> custom op (route, dispatch, experts, combine; shared experts beside
+transform -> pad -> custom op (route, dispatch, experts, combine; shared experts beside
 them) -> reduce ->
 truncate -> transform. Shape letters: T tokens, E router logits, H hidden of the layer, X hidden of
 the experts
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 class ExpertsOwner(Protocol):
-    """What a runner needs of whoever holds routed experts."""
+    """What a runner and the ops need of whoever holds routed experts."""
+
+    runner: MoERunner
 
     @property
     def routed_experts(self) -> Experts:
@@ -44,29 +46,33 @@ class ExpertsOwner(Protocol):
 class MoERunner(ABC):
     """The shared flow. A concrete runner says how the routed experts are run."""
 
-    def forward(self, layer: MoELayer, hidden: Tensor, router_logits: Tensor | None) -> Tensor:
-        """The layer's output, in the shape of `hidden`.
+    def forward(self, layer: MoELayer, hidden_TH: Tensor, logits_TE: Tensor | None) -> Tensor:
+        """The layer's output [T, H].
 
         Args:
-            hidden: [..., H]; never written to.
-            router_logits: [T, E] where the layer has no gate of its own, else None.
+            hidden_TH: never written to.
+            logits_TE: None only where a callable routes by the hidden states alone.
         """
-        hidden_TH = hidden.reshape(-1, hidden.shape[-1])
-        routed_TX = self._prepare(layer, hidden_TH)
+        hidden_TX = self._prepare(layer, hidden_TH)
+        shared_TH: Tensor | None = None
         if isinstance(layer.router, CustomRouter):
-            shared_TH, routed_TX = self._run_custom(
-                layer, layer.router, hidden_TH, routed_TX, router_logits
+            # A callable is Python that the op must not hide from a compiler: it routes outside.
+            routing = layer.router.route(hidden_TH, logits_TE)
+            shared_TH = None if layer.shared is None else layer.shared(hidden_TH)
+            routed_TX = ops.transformers_moe_forward(
+                hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
             )
+        elif logits_TE is None:
+            raise InputError(
+                f"layer {layer.name!r} has no gate (internal_gate=False); pass router_logits"
+            )
+        elif layer.shared is None:
+            routed_TX = ops.moe_forward(hidden_TX, logits_TE, layer.name)
         else:
-            logits_TE = self._logits(layer, hidden_TH, router_logits)
-            if layer.shared is None:
-                shared_TH = None
-                routed_TX = ops.moe_forward(routed_TX, logits_TE, layer.name)
-            else:
-                shared_TH, routed_TX = ops.moe_forward_shared(
-                    routed_TX, hidden_TH, logits_TE, layer.name
-                )
-        return self._finish(layer, routed_TX, shared_TH).reshape(hidden.shape)
+            shared_TH, routed_TX = ops.moe_forward_shared(
+                hidden_TX, hidden_TH, logits_TE, layer.name
+            )
+        return self._finish(layer, routed_TX, shared_TH)
 
     def run_routed(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """Body of `moetor::moe_forward`."""
@@ -97,47 +103,12 @@ class MoERunner(ABC):
         """The same where the kernel routes inside."""
 
     @staticmethod
-    def _logits(layer: MoELayer, hidden_TH: Tensor, router_logits: Tensor | None) -> Tensor:
-        if router_logits is None:
-            if layer.gate_module is None:
-                raise InputError(
-                    f"layer {layer.name!r} has no gate (internal_gate=False); pass router_logits"
-                )
-            logits: Tensor = layer.gate_module(hidden_TH)
-            return logits
-        if layer.gate_module is not None:
-            raise InputError(
-                f"layer {layer.name!r} has a gate of its own; router_logits would be ignored. "
-                f"Build it with "
-                f"internal_gate=False to pass them"
-            )
-        return router_logits.reshape(-1, router_logits.shape[-1])
-
-    @staticmethod
     def _prepare(layer: MoELayer, hidden_TH: Tensor) -> Tensor:
         """Latent projection and padding of the experts' input."""
         transform = layer.input_transform
         hidden_TX: Tensor = hidden_TH if transform is None else transform(hidden_TH)
         missing = layer.routed_experts.config.hidden_size - hidden_TX.shape[-1]
         return F.pad(hidden_TX, (0, missing)) if missing else hidden_TX.contiguous()
-
-    def _run_custom(
-        self,
-        layer: MoELayer,
-        router: CustomRouter,
-        hidden_TH: Tensor,
-        hidden_TX: Tensor,
-        router_logits: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor]:
-        """A callable routes on the layer's input, outside the op."""
-        needs_gate = layer.gate_module is not None or router_logits is not None
-        logits = self._logits(layer, hidden_TH, router_logits) if needs_gate else None
-        routing = router.route(hidden_TH, logits)
-        shared = None if layer.shared is None else layer.shared(hidden_TH)
-        routed = ops.transformers_moe_forward(
-            hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
-        )
-        return shared, routed
 
     @staticmethod
     def _finish(layer: MoELayer, routed_TX: Tensor, shared_TH: Tensor | None) -> Tensor:

@@ -19,12 +19,12 @@ class DefaultRunner(MoERunner):
     def run_experts(self, owner: ExpertsOwner, hidden_TX: Tensor, routing: Routing) -> Tensor:
         """See `MoERunner.run_experts`."""
         sent, sent_routing = owner.dispatcher.dispatch(hidden_TX, routing)
-        out_TX = owner.dispatcher.combine(owner.routed_experts(sent, sent_routing))
+        out_TX = owner.dispatcher.combine(owner.routed_experts.run(sent, sent_routing))
         return add_identity(out_TX, hidden_TX, routing)
 
     def run_monolithic(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """See `MoERunner.run_monolithic`."""
-        return layer.routed_experts.forward_logits(
+        return layer.routed_experts.run_logits(
             hidden_TX, logits_TE, layer.config.router, layer.selection_bias
         )
 
