@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-Progress = Callable[[int, int], None]
+
+class Progress(Protocol):
+    """What a long piece of work calls after each of its steps."""
+
+    def __call__(self, done: int, total: int, item: str = "") -> None:
+        """`done` of `total` steps are over, the last of them on `item`."""
 
 
 def fail(message: str) -> None:
@@ -62,11 +67,11 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Progress]:
-    """A callback `(done, total)`: a bar on a terminal, otherwise one line when all is done."""
+    """A callback `(done, total, item)`: a bar on a terminal, otherwise one line when all is done."""
     if not sys.stderr.isatty():
         last = 0
 
-        def count(done: int, total: int) -> None:
+        def count(done: int, total: int, item: str = "") -> None:
             nonlocal last
             last = total
 
@@ -75,14 +80,19 @@ def progress(label: str, unit: str) -> Iterator[Progress]:
             note(f"{label}: {last} {unit}")
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
 
     parts = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    bar = Bar(*parts, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    now = (TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Bar(*parts, *now, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def draw(done: int, total: int, item: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=escape(item))
+
+        yield draw
 
 
 def quiet_transformers() -> None:

@@ -43,6 +43,9 @@ def run(options: ExplainOptions) -> int:
     if options.json:
         print_json({"model": options.model, **report.to_dict()})
         return 0
+    if not report.blocks:
+        print(f"{options.model}: no MoE blocks, nothing to fuse")
+        return 0
     groups = group_blocks(report.blocks)
     rows = [
         (name, one.family_block, one.level, one.kernel or "", one.router, one.reason)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moetor.cli.console import note, print_json, progress, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.options import MODEL, ModelOptions
-from moetor.cli.streaming import Figures, TextStream
+from moetor.cli.streaming import TextStream
 from moetor.errors import ConfigError
 
 
@@ -99,6 +99,8 @@ def run(options: GenerateOptions) -> int:
     if options.level != "none":
         with progress(f"fusing {options.model}", "blocks") as fused:
             report = fuse(model, level=options.level, kernel=options.kernel, progress=fused)
+        if not report.blocks:
+            note(f"{options.model} has no MoE blocks; nothing was fused")
     kernels = () if report is None else report.kernels
 
     stream = TextStream(tokenizer, _discard if options.json else _write)

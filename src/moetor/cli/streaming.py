@@ -20,7 +20,7 @@ class Figures:
     Attributes:
         seconds_to_first_token: from the call of `generate`; the prompt's rate is over this time.
         generated_tokens_per_second: of the tokens after the first, None where there are none.
-        kernels: that run the experts; empty for plain Transformers.
+        kernels: that run the experts; empty where Transformers runs them.
     """
 
     prompt_tokens: int
@@ -33,11 +33,11 @@ class Figures:
     def __str__(self) -> str:
         rate = self.generated_tokens_per_second
         parts = (
-            f"prompt {self.prompt_tokens} tokens at {self.prompt_tokens_per_second:.0f} tok/s",
-            f"generated {self.generated_tokens} tokens"
+            f"prompt {_tokens(self.prompt_tokens)} at {self.prompt_tokens_per_second:.0f} tok/s",
+            f"generated {_tokens(self.generated_tokens)}"
             + ("" if rate is None else f" at {rate:.1f} tok/s"),
             f"first token after {self.seconds_to_first_token * 1e3:.0f} ms",
-            f"kernels {', '.join(self.kernels) or 'none (plain Transformers)'}",
+            f"kernels {', '.join(self.kernels) or 'none of ours'}",
         )
         return " | ".join(parts)
 
@@ -118,3 +118,7 @@ class TextStream:
                 ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" if count == 1 else f"{count} tokens"

@@ -1,0 +1,92 @@
+"""The command line as a whole: it changes only when this list is changed with it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from typing import get_args
+
+import pytest
+
+from moetor.cli.main import COMMANDS, Command, command_parser
+from moetor.cli.options import KernelName
+
+MODEL_FLAGS = {
+    "model": "demo",
+    "--kernel": "auto",
+    "--dtype": "auto",
+    "--device": "auto",
+    "--revision": None,
+    "--trust-remote-code": False,
+    "--json": False,
+    "--debug": False,
+}
+SURFACE: dict[str, dict[str, object]] = {
+    "generate": {
+        **MODEL_FLAGS,
+        "--prompt": None,
+        "--chat": False,
+        "--max-tokens": 64,
+        "--temperature": 0.0,
+        "--top-p": 1.0,
+        "--seed": None,
+        "--level": "auto",
+    },
+    "explain": {**MODEL_FLAGS, "--level": "auto"},
+    "verify": {**MODEL_FLAGS, "--level": "auto"},
+}
+
+
+def named(name: str) -> Command:
+    return next(command for command in COMMANDS if " ".join(command.words) == name)
+
+
+def surface(parser: argparse.ArgumentParser) -> dict[str, object]:
+    return {
+        (action.option_strings or [action.dest])[0]: action.default
+        for action in parser._actions
+        if not isinstance(action, argparse._HelpAction)
+    }
+
+
+def test_the_commands() -> None:
+    assert {" ".join(command.words) for command in COMMANDS} == set(SURFACE)
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_the_flags_and_their_defaults(name: str) -> None:
+    assert surface(command_parser(named(name))[0]) == SURFACE[name]
+
+
+@pytest.mark.parametrize("name", SURFACE)
+def test_the_help_explains_every_flag_and_gives_an_example(name: str) -> None:
+    parser, options, _ = command_parser(named(name))
+    text = parser.format_help()
+    assert "examples:\n  moetor " + name in text
+    assert text.isascii()
+    for action in parser._actions:
+        assert action.help, action
+        assert (
+            isinstance(action, argparse._HelpAction)
+            or "(default: " in action.help
+            or ("(required)" in action.help)
+        )
+    assert options.__doc__.splitlines()[0] in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.words))
+def test_the_examples_parse(command: Command) -> None:
+    import shlex
+
+    from moetor.cli.flags import parse_options
+
+    parser, options, _ = command_parser(command)
+    for example in command.examples:
+        words = shlex.split(example.split(" < ")[0])
+        assert words[: 1 + len(command.words)] == ["moetor", *command.words]
+        parse_options(parser, options, words[1 + len(command.words) :])
+
+
+def test_the_kernel_flag_offers_the_kernels_there_are() -> None:
+    names = importlib.import_module("moetor.kernels.select").kernel_names()
+    assert get_args(KernelName) == names
