@@ -67,7 +67,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
 
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Progress]:
-    """A callback `(done, total, item)`: a bar on a terminal, otherwise one line when all is done."""
+    """A callback `(done, total, item)`: a bar on a terminal, otherwise one line at the end."""
     if not sys.stderr.isatty():
         last = 0
 
