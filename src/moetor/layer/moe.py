@@ -63,7 +63,7 @@ class Gate(nn.Module):
         return gate_product(hidden_TH, self.weight, self.bias, self.precision)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ChildNames:
     """Names under which a layer registers its parts, so that a checkpoint's parameter names
     survive fusing."""
@@ -129,7 +129,7 @@ class MoELayer(nn.Module):
         self.dispatcher = dispatcher or LocalDispatcher()
         self.inner_size = config.experts.hidden_size
         self.runner = make_runner(config.runner)
-        self.router: Router | CustomRouter = (
+        self.token_router: Router | CustomRouter = (
             Router(config.router)
             if router is None
             else CustomRouter(router, config.router.num_experts)
@@ -215,8 +215,8 @@ class MoELayer(nn.Module):
 
     def route(self, logits_TE: Tensor, dtype: torch.dtype) -> Routing:
         """The routing that the configured formula makes of `logits_TE`."""
-        assert isinstance(self.router, Router), "custom routers route outside the op"
-        return self.router.route(logits_TE, self.selection_bias, dtype)
+        assert isinstance(self.token_router, Router), "custom routers route outside the op"
+        return self.token_router.route(logits_TE, self.selection_bias, dtype)
 
     def _add_gate(self, gate: nn.Module | None, made: dict[str, Any]) -> None:
         config = self.config
@@ -238,7 +238,7 @@ class MoELayer(nn.Module):
             config.quantization, runner.kernel, batch_invariant=runner.batch_invariant
         )
         if isinstance(method, MonolithicMethod):
-            if isinstance(self.router, CustomRouter) or config.router.num_zero_experts:
+            if isinstance(self.token_router, CustomRouter) or config.router.num_zero_experts:
                 raise ConfigError(
                     f"quant method {method.name!r} routes inside its kernel; it cannot serve a "
                     f"callable router or "

@@ -55,9 +55,9 @@ class MoERunner(ABC):
         """
         hidden_TX = self._prepare(layer, hidden_TH)
         shared_TH: Tensor | None = None
-        if isinstance(layer.router, CustomRouter):
+        if isinstance(layer.token_router, CustomRouter):
             # A callable is Python that the op must not hide from a compiler: it routes outside.
-            routing = layer.router.route(hidden_TH, logits_TE)
+            routing = layer.token_router.route(hidden_TH, logits_TE)
             shared_TH = None if layer.shared is None else layer.shared(hidden_TH)
             routed_TX = ops.transformers_moe_forward(
                 hidden_TX, routing.topk_weights, routing.topk_ids, layer.name

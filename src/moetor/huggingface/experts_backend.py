@@ -1,0 +1,110 @@
+"""`experts_implementation="moetor"`: the experts of every decorated family on our kernels, routing
+in Transformers.
+
+Shape letters: T tokens, K top_k, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetor.config import RunnerConfig
+from moetor.errors import UnsupportedError
+from moetor.huggingface.experts_form import Unrecognised, experts_weights, recognise_experts
+from moetor.huggingface.versions import check_versions
+from moetor.layer import ops
+from moetor.layer.context import register_layer
+from moetor.layer.experts import Experts
+from moetor.layer.runner import MoERunner, make_runner
+from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
+from moetor.quantization.method import make_method
+
+NAME = "moetor"
+_ATTRIBUTE = "_moetor_borrowed"
+
+
+class BorrowedExperts:
+    """What the ops find by name for a Transformers experts module: its own parameters, computed by
+    us."""
+
+    def __init__(self, module: nn.Module, top_k: int) -> None:
+        config = recognise_experts(module)
+        if isinstance(config, Unrecognised):
+            raise UnsupportedError(
+                f"experts_implementation={NAME!r} cannot run {type(module).__name__}: "
+                f"{config.reason}. "
+                f"Use experts_implementation='eager' for this model"
+            )
+        method = make_method(None, "auto", batch_invariant=False)
+        self.routed_experts = Experts(config, method, top_k, weights=experts_weights(module))
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.runner: MoERunner = make_runner(RunnerConfig())
+        self.name = register_layer(self, type(module).__name__)
+
+    def follows(self, module: nn.Module) -> bool:
+        """Whether the module still holds the very parameters that were borrowed."""
+        own = self.routed_experts._parameters
+        return all(own.get(name) is value for name, value in module._parameters.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None  # a copied module borrows anew
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(None), ())
+
+
+@torch.compiler.assume_constant_result
+def borrowed_name(module: nn.Module, top_k: int) -> str:
+    """The name under which the ops find this module's experts; found out once, and again when
+    parameters change."""
+    borrowed: BorrowedExperts | None = module.__dict__.get(_ATTRIBUTE)
+    if borrowed is None or not borrowed.follows(module):
+        borrowed = BorrowedExperts(module, top_k)
+        module.__dict__[_ATTRIBUTE] = borrowed
+    return borrowed.name
+
+
+def moetor_experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The experts function that Transformers calls: hidden [T, H], ids [T, K], weights [T, K] to
+    [T, H].
+
+    Ids equal to the local number of experts are dropped, as expert parallelism in Transformers
+    marks them.
+
+    Raises:
+        UnsupportedError: the experts have a form that no description covers.
+    """
+    name = borrowed_name(module, top_k_index.shape[-1])
+    return ops.transformers_moe_forward(hidden_states, top_k_weights, top_k_index, name)
+
+
+def moetor_fp8_experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """Refuses: the FP8 experts of Transformers hold scales that no kernel here reads.
+
+    Raises:
+        UnsupportedError: always, saying what to use.
+    """
+    raise UnsupportedError(
+        f"experts_implementation={NAME!r} does not run FP8 experts ({type(module).__name__}) yet; "
+        f"use 'grouped_mm' or 'batched_mm', or load the model dequantised"
+    )
+
+
+def register(_module: Any = None) -> None:
+    """Makes the name known to Transformers' registry of experts functions."""
+    check_versions()
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, moetor_experts_forward)
+
+
+def register_fp8(_module: Any = None) -> None:
+    """The same for the registry of FP8 experts, with a function that refuses."""
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, moetor_fp8_experts_forward)

@@ -1,0 +1,4 @@
+"""What `fuse` would do, from a model's configuration alone."""
+
+
+def explain(): ...

@@ -1,0 +1,323 @@
+"""`fuse`: MoE blocks of a live Transformers model become `MoELayer`s, proved against the
+originals; and `unfuse`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from moetor.config import RouterConfig, RunnerConfig
+from moetor.errors import (
+    ConfigError,
+    FusionError,
+    FusionMismatchError,
+    KernelRefusedError,
+    UnsupportedError,
+)
+from moetor.huggingface.block_form import compositions, find_blocks, recognise_block
+from moetor.huggingface.experts_form import Unrecognised, recognise_experts
+from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, install_gate
+from moetor.huggingface.report import BlockReport, FusionReport
+from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
+from moetor.huggingface.trial import try_block, try_experts
+from moetor.kernels.select import KernelChoice, kernel_names
+from moetor.layer.experts import Experts
+from moetor.layer.routing.router import Router
+from moetor.quantization.method import METHODS
+
+FuseLevel = Literal["auto", "block", "experts"]
+Progress = Callable[[int, int, str], None]
+"""`progress(done, total, name of the block)`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FuseOptions:
+    """What `fuse` was asked for."""
+
+    level: FuseLevel
+    quantization: str | None
+    runner: RunnerConfig
+    compare: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A built and proved module that waits for its place."""
+
+    path: str
+    module: FusedMoEBlock | FusedExperts
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    level: FuseLevel = "auto",
+    kernel: str = "auto",
+    quantization: str | None = None,
+    verify: bool = True,
+    runner: RunnerConfig | None = None,
+    progress: Progress | None = None,
+) -> FusionReport:
+    """Replaces the model's MoE blocks in place.
+
+    Every replacement is built and compared first; only when all are ready is the model changed, so
+    it is never left
+    half fused. Weights are shared with the originals, not copied. A model without MoE is left
+    alone: the report is
+    empty.
+
+    Args:
+        model: a Transformers model in eval mode (or one whose parameters need no gradients).
+        level: `block` replaces whole blocks and refuses a block that is not recognised; `experts`
+            replaces the
+            experts alone, routing stays in Transformers; `auto` takes the block where it can, else
+            the experts.
+        kernel: a kernel's name, honoured or refused; `auto` chooses.
+        quantization: name of a quant method, or None.
+        verify: compare every replacement with its original on random input.
+        runner: how the layers are driven; its `kernel` must be left at `auto`, or agree with
+            `kernel`.
+        progress: called after every block.
+
+    Raises:
+        FusionError: already fused, in training mode, or (level `block`) a block is not recognised.
+        FusionMismatchError: a replacement differs from its original by more than the dtype's
+            tolerance.
+        KernelRefusedError: the kernel is unknown or refuses.
+        ConfigError: unknown level or quantisation.
+    """
+    options = _check_options(model, level, kernel, quantization, verify, runner)
+    replacements: list[Replacement] = []
+    reports: list[BlockReport] = []
+    found = list(find_blocks(model))
+    hint: RouterConfig | None = None
+    for number, (path, block, experts_name) in enumerate(found, 1):
+        replacement, report = _prepare(path, block, experts_name, options, hint)
+        reports.append(report)
+        if replacement is not None:
+            replacements.append(replacement)
+            if isinstance(replacement.module, FusedMoEBlock):
+                hint = replacement.module.recognised.config
+        if progress is not None:
+            progress(number, len(found), path)
+    for replacement in replacements:
+        _put(model, replacement.path, replacement.module)
+        if isinstance(replacement.module, FusedMoEBlock):
+            router = replacement.module.gate_module
+            assert router is not None, "a fused block has a router"
+            install_gate(router, replacement.module.recognised)
+    return FusionReport(tuple(reports))
+
+
+def unfuse(model: nn.Module) -> int:
+    """Puts the original modules back, with the tensors that the fused ones hold now.
+
+    Returns:
+        The number of modules restored; 0 for a model that is not fused.
+    """
+    fused = _fused_modules(model)
+    for path, module in fused:
+        _put(model, path, module.restore())
+    return len(fused)
+
+
+def _fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExperts]]:
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, FusedMoEBlock | FusedExperts)
+    ]
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    if not path:
+        raise FusionError(
+            "the model itself is the MoE block; pass the model that holds it, or use "
+            "moetor.MoELayer"
+        )
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent).add_module(name, module)
+
+
+def _check_options(
+    model: nn.Module,
+    level: str,
+    kernel: str,
+    quantization: str | None,
+    verify: bool,
+    runner: RunnerConfig | None,
+) -> FuseOptions:
+    if level not in ("auto", "block", "experts"):
+        raise ConfigError(f"level={level!r} is not one of auto, block, experts")
+    if kernel not in kernel_names():
+        raise KernelRefusedError(
+            f"unknown kernel {kernel!r}; the kernels are {', '.join(kernel_names())}"
+        )
+    if quantization is not None and quantization not in METHODS:
+        raise ConfigError(
+            f"quantization={quantization!r} is not known; possible: None, {', '.join(METHODS)}"
+        )
+    runner = runner or RunnerConfig()
+    if runner.kernel not in ("auto", kernel):
+        raise ConfigError(
+            f"kernel={kernel!r} and runner.kernel={runner.kernel!r} disagree; name one of them"
+        )
+    if runner.hidden_multiple != 1:
+        raise ConfigError("fuse shares the model's weights and cannot pad them: hidden_multiple=1")
+    if _fused_modules(model):
+        raise FusionError("the model is fused already; call moetor.unfuse(model) first")
+    if model.training and any(parameter.requires_grad for parameter in model.parameters()):
+        raise FusionError(
+            "the model is in training mode and its parameters want gradients; fused layers are for "
+            "inference. Call model.eval() first"
+        )
+    return FuseOptions(
+        level=level,  # type: ignore[arg-type]  # checked above
+        quantization=quantization,
+        runner=RunnerConfig(
+            name=runner.name,
+            workspace_bytes=runner.workspace_bytes,
+            kernel=kernel,
+            batch_invariant=runner.batch_invariant,
+            reduce_results=runner.reduce_results,
+        ),
+        compare=verify,
+    )
+
+
+def _prepare(
+    path: str,
+    block: nn.Module,
+    experts_name: str,
+    options: FuseOptions,
+    hint: RouterConfig | None,
+) -> tuple[Replacement | None, BlockReport]:
+    """One block's replacement, built and compared, and its line of the report."""
+    why = "asked for level 'experts'"
+    if options.level != "experts":
+        plan = recognise_block(
+            path,
+            block,
+            experts_name,
+            quantization=options.quantization,
+            runner=options.runner,
+            hint=hint,
+        )
+        made = plan if isinstance(plan, Unrecognised) else _try_plan(plan, options)
+        if not isinstance(made, Unrecognised):
+            fused, error = made
+            return Replacement(path, fused), block_report(path, block, fused, error)
+        why = made.reason
+        if options.level == "block":
+            raise FusionError(
+                f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': {why}. "
+                f"Use level='auto' to fuse its experts alone; nothing was changed"
+            )
+    return _prepare_experts(path, block, experts_name, options, why)
+
+
+def _try_plan(
+    plan: BlockPlan, options: FuseOptions
+) -> tuple[FusedMoEBlock, float | None] | Unrecognised:
+    try:
+        return try_block(compositions(plan), compare=options.compare)
+    except FusionMismatchError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, KernelRefusedError | ConfigError | UnsupportedError):
+            raise
+        return Unrecognised(f"its block could not be tried alone: {error}")
+
+
+def _prepare_experts(
+    path: str, block: nn.Module, experts_name: str, options: FuseOptions, why: str
+) -> tuple[Replacement | None, BlockReport]:
+    """The experts alone, or a line that says why not even they."""
+    original = block.get_submodule(experts_name)
+    experts_path = f"{path}.{experts_name}" if path else experts_name
+    config = recognise_experts(original)
+    if not isinstance(config, Unrecognised) and "forward" in original.__dict__:
+        config = Unrecognised("their forward is wrapped by a hook")
+    if not isinstance(config, Unrecognised) and options.quantization is not None:
+        raise ConfigError(
+            f"block {path!r} can only be fused at level 'experts', which takes no quantization: "
+            f"{why}"
+        )
+    if isinstance(config, Unrecognised):
+        reason = f"{why}; {config.reason}" if config.reason != why else why
+        return None, BlockReport(
+            name=path, family_block=type(block).__name__, level="none", reason=reason
+        )
+    top_k = top_k_of(block, config.num_experts)
+    fused = FusedExperts(original, config, top_k, options.runner, experts_path)
+    error: float | None = None
+    try:
+        if options.compare:
+            error = try_experts(original, fused, experts_path)
+    except FusionMismatchError as mismatch:
+        if options.level != "auto":
+            raise
+        return None, BlockReport(
+            name=path,
+            family_block=type(block).__name__,
+            level="none",
+            reason=f"{why}; {mismatch}",
+        )
+    except (RuntimeError, TypeError, ValueError, IndexError) as failure:
+        if isinstance(failure, KernelRefusedError):
+            raise
+        return None, BlockReport(
+            name=path,
+            family_block=type(block).__name__,
+            level="none",
+            reason=f"{why}; its experts are not called as (hidden, ids, weights): {failure}",
+        )
+    choice = kernel_choice(fused.routed_experts)
+    return Replacement(experts_path, fused), BlockReport(
+        name=path,
+        family_block=type(block).__name__,
+        level="experts",
+        router="Transformers",
+        kernel=choice.kernel.name,
+        reason=why,
+        max_error=error,
+        refusals=choice.refusals,
+    )
+
+
+def top_k_of(block: nn.Module, num_experts: int) -> int:
+    """K as the block or a child of it states it; 1 where none does (it only informs the choice of
+    kernel)."""
+    for module in block.modules():
+        for name in TOP_K_ATTRIBUTES:
+            value = getattr(module, name, None)
+            if isinstance(value, int) and 1 <= value <= num_experts:
+                return value
+    return 1
+
+
+def kernel_choice(experts: Experts) -> KernelChoice:
+    """The kernel of these experts on their present device and dtype, with the refusals before
+    it."""
+    up = experts.weights.gate_up
+    return experts.method.choice(experts.config, experts.top_k, up.device, up.dtype)
+
+
+def block_report(
+    path: str, block: nn.Module, fused: FusedMoEBlock, error: float | None
+) -> BlockReport:
+    """The line of a block fused whole."""
+    choice = kernel_choice(fused.routed_experts)
+    assert isinstance(fused.token_router, Router), "a recognised routing is a formula"
+    return BlockReport(
+        name=path,
+        family_block=type(block).__name__,
+        level="block",
+        router=fused.token_router.label,
+        kernel=choice.kernel.name,
+        max_error=error,
+        refusals=choice.refusals,
+    )

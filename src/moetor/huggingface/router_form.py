@@ -1,0 +1,317 @@
+"""Recognising a Transformers router: a table of descriptions, each tried against what the router
+really does.
+
+A description is taken when the formula it stands for gives the router's own ids and weights on
+random input. To add
+a family, add a line to `ROUTER_FORMS` or an attribute name to one of the tuples. Shape letters: T
+tokens, K top_k,
+E router logits, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moetor.config import GroupMask, GroupScore, Precision, RouterConfig, ScoreOrder, Scoring
+from moetor.errors import ConfigError
+from moetor.huggingface.experts_form import Unrecognised
+from moetor.kernels.gate import gate_product
+from moetor.kernels.routing import route
+
+TOP_K_ATTRIBUTES = ("top_k", "topk", "num_experts_per_tok", "moe_topk")
+GROUPS_ATTRIBUTES = ("num_group", "n_group", "num_groups")
+GROUP_TOP_K_ATTRIBUTES = ("topk_group", "top_k_group")
+SCALE_ATTRIBUTES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
+NORM_MIN_ATTRIBUTES = ("norm_min", "moe_norm_min")
+
+# The number of random tokens on which a description must agree.
+_PROBE_TOKENS = 64
+# Spread of random biases: of the order of the scores, so that a bias that is ignored shows.
+_BIAS_STD = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterForm:
+    """One kind of router, as far as it does not follow from the module's attributes.
+
+    Attributes:
+        renormalize: `never`, `always`, or `flag` (the module's `norm_topk_prob`).
+        eps: added to the sum when renormalising.
+        groups: how groups are scored and masked; None: this kind has no groups.
+    """
+
+    scoring: Scoring
+    order: ScoreOrder = "before_topk"
+    renormalize: Literal["never", "always", "flag"] = "flag"
+    eps: float = 0.0
+    groups: tuple[GroupScore, GroupMask] | None = None
+
+
+ROUTER_FORMS: tuple[RouterForm, ...] = (
+    # Qwen-MoE, OLMoE, Jamba (no renormalisation), Mixtral and MiniMax (always)
+    RouterForm(scoring="softmax"),
+    RouterForm(scoring="softmax", renormalize="always"),
+    RouterForm(scoring="softmax", renormalize="never"),
+    # gpt-oss, Granite, Aria
+    RouterForm(scoring="softmax", order="after_topk", renormalize="never"),
+    # DeepSeek-V2; Mistral 4
+    RouterForm(scoring="softmax", renormalize="never", groups=("max", "zero")),
+    RouterForm(scoring="softmax", eps=1e-20, groups=("top2_sum", "zero")),
+    # DeepSeek-V3 and its descendants
+    RouterForm(scoring="sigmoid", eps=1e-20, groups=("top2_sum", "-inf")),
+    RouterForm(scoring="sigmoid", eps=1e-20, groups=("top2_sum", "zero")),
+    # Sigmoid routers without groups: MiniMax-M2, HunYuan v3, LFM2, Muse Spark, Flint
+    RouterForm(scoring="sigmoid"),
+    RouterForm(scoring="sigmoid", renormalize="always"),
+    RouterForm(scoring="sigmoid", renormalize="always", eps=1e-20),
+    RouterForm(scoring="sigmoid", renormalize="always", eps=1e-15),
+    RouterForm(scoring="sigmoid", renormalize="always", eps=1e-6),
+    # Cohere 2 MoE (sigmoid of the kept), Kolibri
+    RouterForm(scoring="sigmoid", order="after_topk"),
+    RouterForm(scoring="sigmoid", order="after_topk", renormalize="never"),
+    # DeepSeek-V4
+    RouterForm(scoring="sqrt_softplus", renormalize="always", eps=1e-20),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecognisedRouter:
+    """A router whose formula is known.
+
+    Attributes:
+        config: the formula.
+        weight, bias: names of the gate's parameters below the router module.
+        selection_bias: name of the bias tensor below its owner, or None.
+        logits_precision: of the logits that the module returns (Granite casts them to float32).
+        selection_bias_on_block: whether that owner is the block, which passes the bias to the
+            router.
+    """
+
+    config: RouterConfig
+    weight: str
+    bias: str | None
+    selection_bias: str | None = None
+    selection_bias_on_block: bool = False
+    logits_precision: Precision = "model"
+
+
+def recognise_router(
+    router: nn.Module, block: nn.Module, hint: RouterConfig | None = None
+) -> RecognisedRouter | Unrecognised:
+    """The formula of `router`, or why none was found.
+
+    The trial runs on a copy of the router with random values, so that it says the same for
+    trained, for freshly
+    initialised (often all zero) and for meta parameters.
+
+    Args:
+        hint: tried first; the answer for the block before usually fits.
+    """
+    if "forward" in router.__dict__:
+        return Unrecognised("its router's forward is wrapped by a hook")
+    gate = _gate_parameters(router)
+    if isinstance(gate, Unrecognised):
+        return gate
+    weight_name, bias_name = gate
+    selection, on_block = _selection_bias(router, block)
+    twin = _random_twin(router)
+    weight = lookup(twin, weight_name)
+    bias_E = None
+    if selection is not None:
+        bias_E = lookup(block if on_block else twin, selection).flatten()
+        if on_block:
+            bias_E = _random(bias_E, _BIAS_STD).to(weight.device)
+    answer = _try_router(twin, weight, bias_E if on_block else None)
+    if isinstance(answer, Unrecognised):
+        return answer
+    hidden_TH, weights_TK, ids_TK, logits_dtype = answer
+    gate_bias = None if bias_name is None else lookup(twin, bias_name)
+    configs = _candidates(router, block, weight.shape[0], selection is not None)
+    for config in dict.fromkeys(configs if hint is None else (hint, *configs)):
+        if config.num_logits != weight.shape[0] or config.selection_bias != (bias_E is not None):
+            continue
+        logits = gate_product(hidden_TH, weight, gate_bias, config.gate_precision)
+        if _reproduces(config, logits, bias_E, hidden_TH.dtype, weights_TK, ids_TK):
+            return RecognisedRouter(
+                config=config,
+                weight=weight_name,
+                bias=bias_name,
+                selection_bias=selection,
+                selection_bias_on_block=on_block,
+                logits_precision="float32" if logits_dtype == torch.float32 else "model",
+            )
+    return Unrecognised(f"no description reproduces its router {type(router).__name__}")
+
+
+def _random(tensor: Tensor, std: float) -> Tensor:
+    """Normal values of this spread in the tensor's shape, dtype and (except meta) device."""
+    device = "cpu" if tensor.device.type == "meta" else tensor.device
+    generator = torch.Generator().manual_seed(tensor.numel())
+    return (torch.randn(tensor.shape, generator=generator) * std).to(device, tensor.dtype)
+
+
+def _random_twin(router: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(router)
+    for owner in twin.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                std = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else _BIAS_STD
+                owner._parameters[name] = nn.Parameter(_random(parameter, std), requires_grad=False)
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                owner._buffers[name] = _random(buffer, _BIAS_STD)
+    return twin.eval()
+
+
+def lookup(owner: nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path below a module, without its gradient."""
+    value: Any = owner
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor), path
+    return value.detach()
+
+
+def _gate_parameters(router: nn.Module) -> tuple[str, str | None] | Unrecognised:
+    """Names of the gate's weight [E, H] and of its bias [E]."""
+    named = dict(router.named_parameters())
+    matrices = [name for name, parameter in named.items() if parameter.dim() == 2]
+    matrices = [name for name in matrices if not name.endswith(BIAS_NAMES)]
+    if len(matrices) != 1:
+        return Unrecognised(
+            f"its router {type(router).__name__} holds {len(matrices)} weight matrices where a "
+            f"gate has one"
+        )
+    bias = matrices[0].removesuffix("weight") + "bias"
+    rest = [
+        name for name in named if name not in (matrices[0], bias) and not name.endswith(BIAS_NAMES)
+    ]
+    if rest:
+        return Unrecognised(
+            f"its router {type(router).__name__} holds parameters that no gate has: "
+            f"{', '.join(rest)}"
+        )
+    return matrices[0], bias if bias in named else None
+
+
+def _selection_bias(router: nn.Module, block: nn.Module) -> tuple[str | None, bool]:
+    """Name of the selection bias, and whether the block owns it."""
+    for owner, on_block in ((router, False), (block, True)):
+        for name in BIAS_NAMES:
+            try:
+                lookup(owner, name)
+            except (AttributeError, AssertionError):
+                continue
+            return name, on_block
+    return None, False
+
+
+def _try_router(
+    router: nn.Module, weight: Tensor, block_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype] | Unrecognised:
+    """What the router answers to random tokens: (hidden, weights, ids, dtype of its logits)."""
+    me = f"its router {type(router).__name__}"
+    hidden_TH = _random(weight.new_empty((_PROBE_TOKENS, weight.shape[1])), 1.0)
+    extra = [
+        name
+        for name, parameter in list(inspect.signature(router.forward).parameters.items())[1:]
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+    ]
+    if len(extra) > 1 or (extra and block_bias is None):
+        return Unrecognised(f"{me} also takes {', '.join(extra)}, which no description covers")
+    more = (block_bias,) if extra else ()
+    for hidden in (hidden_TH, hidden_TH.unsqueeze(0)):  # some unpack [batch, sequence, H]
+        try:
+            with torch.no_grad():
+                answer = router.forward(hidden, *more)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            failure = Unrecognised(f"{me} could not be tried alone ({type(error).__name__})")
+            continue
+        if not (isinstance(answer, tuple) and len(answer) == 3):
+            return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
+        weights, ids = (item.reshape(_PROBE_TOKENS, -1) for item in answer[1:])
+        if ids.is_floating_point() or weights.shape != ids.shape:
+            return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
+        return hidden_TH, weights, ids, answer[0].dtype
+    return failure
+
+
+def _attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:
+    for owner in owners:
+        for name in names:
+            value = getattr(owner, name, None)
+            if value is not None:
+                return value
+    return None
+
+
+def _candidates(
+    router: nn.Module, block: nn.Module, num_experts: int, selection_bias: bool
+) -> Iterator[RouterConfig]:
+    owners = (router, block)
+    top_k = _attribute(owners, TOP_K_ATTRIBUTES)
+    if not isinstance(top_k, int):
+        return
+    groups = _attribute((router,), GROUPS_ATTRIBUTES) or 1
+    top_k_groups = _attribute((router,), GROUP_TOP_K_ATTRIBUTES) or 1
+    scale = _attribute((router,), SCALE_ATTRIBUTES)
+    flag = bool(_attribute((router,), ("norm_topk_prob",)))
+    norm_min = _attribute((router,), NORM_MIN_ATTRIBUTES) or 0.0
+    scales = dict.fromkeys((float(1.0 if scale is None else scale), 1.0))
+    precisions: tuple[tuple[Any, Any], ...] = tuple(
+        product(("model", "float32"), ("float32", "model"))
+    )
+    for form, factor, (gate, weights) in product(ROUTER_FORMS, scales, precisions):
+        grouped = form.groups is not None and groups > 1
+        try:
+            yield RouterConfig(
+                num_experts=num_experts,
+                top_k=top_k,
+                scoring=form.scoring,
+                score_order=form.order,
+                renormalize=form.renormalize == "always" or (form.renormalize == "flag" and flag),
+                renormalize_eps=form.eps,
+                renormalize_min=float(norm_min),
+                scaling_factor=factor,
+                num_groups=groups if grouped else 1,
+                top_k_groups=top_k_groups if grouped else 1,
+                group_score=form.groups[0] if grouped and form.groups else "max",
+                group_mask=form.groups[1] if grouped and form.groups else "zero",
+                selection_bias=selection_bias,
+                gate_precision=gate,
+                weights_precision=weights,
+            )
+        except ConfigError:
+            continue
+
+
+def _reproduces(
+    config: RouterConfig,
+    logits_TE: Tensor,
+    selection_bias: Tensor | None,
+    dtype: torch.dtype,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+) -> bool:
+    """Whether the formula gives the router's own answer, slot order aside."""
+    ours = route(logits_TE, config, selection_bias, dtype)
+    shape = (ids_TK.shape[0], config.num_logits)
+    dense_a = torch.zeros(shape, device=ids_TK.device)
+    dense_b = torch.zeros(shape, device=ids_TK.device)
+    dense_a.scatter_(1, ids_TK.long(), weights_TK.float())
+    dense_b.scatter_(1, ours.topk_ids.long(), ours.topk_weights)
+    same_ids = torch.equal(ids_TK.sort(dim=-1).values.int(), ours.topk_ids.sort(dim=-1).values)
+    # Ids decide in every dtype; weights may differ by the rounding of a softmax in the model's
+    # dtype.
+    tolerance = 2e-6 if weights_TK.dtype == torch.float32 else 2 * torch.finfo(weights_TK.dtype).eps
+    return same_ids and torch.allclose(dense_a, dense_b, rtol=tolerance, atol=tolerance * 1e-2)

@@ -1,0 +1,141 @@
+"""Running a replacement against what it replaces, on random input, before anything is changed.
+
+Shape letters: T tokens, K top_k, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetor.errors import FusionMismatchError
+from moetor.huggingface.experts_form import Unrecognised
+from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Returns, gate_forward
+
+# Tokens of a trial: enough that most experts of a usual model are met, few enough to be quick.
+TRIAL_TOKENS = 32
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest accepted deviation, relative to the largest output.
+
+    float32: both sides sum thousands of products in another order, some 1e-7 each. Half precision:
+        the original
+    rounds the two products, the activation, the weighting and every one of its K additions to the
+    dtype, so that
+    a handful of half ulps of the largest term add up.
+    """
+    if dtype == torch.float64:
+        return 1e-12
+    if dtype == torch.float32:
+        return 1e-5
+    return 6 * torch.finfo(dtype).eps
+
+
+def relative_error(ours: Tensor, original: Tensor) -> float:
+    """Largest absolute deviation over the largest absolute original value; NaN on one side alone
+    is infinite."""
+    if ours.shape != original.shape:
+        return float("inf")
+    a, b = ours.double(), original.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    scale = b[finite].abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((a - b)[finite].abs().max() / scale).item())
+
+
+def random_hidden(tokens: int, hidden_size: int, like: Tensor) -> Tensor:
+    """Normal hidden states [1, T, H] in the dtype and on the device of `like`."""
+    generator = torch.Generator().manual_seed(tokens * hidden_size)
+    drawn = torch.randn((1, tokens, hidden_size), generator=generator)
+    return drawn.to(device=like.device, dtype=like.dtype)
+
+
+def try_block(
+    plans: Iterable[BlockPlan], *, compare: bool
+) -> tuple[FusedMoEBlock, float | None] | Unrecognised:
+    """The fused block of the first plan that reproduces the original, and its error.
+
+    Args:
+        plans: compositions of one block.
+        compare: False takes the first plan and runs the original only to see what it returns.
+
+    Raises:
+        FusionMismatchError: no plan reproduces the original.
+    """
+    best: tuple[float, float] | None = None
+    path = ""
+    for plan in plans:
+        path = plan.path
+        experts = next(plan.block.get_submodule(plan.names.experts).parameters())
+        tokens = TRIAL_TOKENS if compare else 1
+        hidden = random_hidden(tokens, plan.config.hidden_size, experts)
+        with torch.no_grad():
+            answer = plan.block(hidden.clone())
+        returns = _returns(answer, hidden, plan)
+        if isinstance(returns, Unrecognised):
+            return returns
+        fused = FusedMoEBlock(replace(plan, returns=returns))
+        if not compare:
+            return fused, None
+        expected = answer[0] if isinstance(answer, tuple) else answer
+        with torch.no_grad(), gate_forward(plan.router_module, fused.recognised):
+            ours = fused(hidden)
+        error = relative_error(ours[0] if isinstance(ours, tuple) else ours, expected)
+        limit = tolerance(hidden.dtype)
+        if error <= limit:
+            return fused, error
+        best = min(best or (error, limit), (error, limit))
+    assert best is not None, "there is at least one composition"
+    raise FusionMismatchError(
+        f"block {path!r}: the fused block differs from the original by {best[0]:.2e} of its "
+        f"largest "
+        f"output, {best[1]:.1e} is allowed; nothing was changed. Use level='experts' for this model"
+    )
+
+
+def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> Returns | Unrecognised:
+    """What the block returns, read off its answer."""
+    if isinstance(answer, Tensor) and answer.shape == hidden.shape:
+        return "hidden"
+    tokens, router = hidden.shape[1], plan.config.router
+    if isinstance(answer, tuple) and len(answer) == 2 and answer[0].shape == hidden.shape:
+        second = answer[1]
+        if isinstance(second, Tensor) and second.shape == (tokens, router.top_k):
+            return "hidden_and_weights"
+        if isinstance(second, Tensor) and second.shape == (tokens, router.num_logits):
+            return "hidden_and_logits"
+    return Unrecognised("its block returns something that no description covers")
+
+
+def try_experts(original: nn.Module, fused: FusedExperts, path: str) -> float:
+    """The error of fused experts against the original, under random routing.
+
+    Raises:
+        FusionMismatchError: it exceeds the tolerance.
+    """
+    config = fused.routed_experts.config
+    like = next(original.parameters())
+    hidden_TH = random_hidden(TRIAL_TOKENS, config.hidden_size, like)[0]
+    generator = torch.Generator().manual_seed(config.num_experts)
+    scores = torch.rand((TRIAL_TOKENS, config.num_experts), generator=generator)
+    weights_TK, ids_TK = scores.topk(fused.routed_experts.top_k, dim=-1)
+    weights_TK = weights_TK.to(device=like.device, dtype=like.dtype)
+    ids_TK = ids_TK.to(like.device)
+    with torch.no_grad():
+        expected = original(hidden_TH.clone(), ids_TK, weights_TK)
+        ours = fused(hidden_TH, ids_TK, weights_TK)
+    error, limit = relative_error(ours, expected), tolerance(like.dtype)
+    if error > limit:
+        raise FusionMismatchError(
+            f"experts {path!r}: the fused experts differ from the original by {error:.2e} of their "
+            f"largest output, {limit:.1e} is allowed; nothing was changed"
+        )
+    return error
