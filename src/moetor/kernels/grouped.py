@@ -41,9 +41,9 @@ def _expert(
     out_SH = _product(act_SI, weights.down[expert], down_bias, transposed=config.transposed)
     if config.post_norm_eps is not None:
         assert weights.post_norm is not None, "a form with post_norm_eps comes with its weight"
-        wide = out_SH.float()
+        wide = out_SH if out_SH.dtype == torch.float64 else out_SH.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + config.post_norm_eps)
-        out_SH = (wide * scale * weights.post_norm.float()).to(out_SH.dtype)
+        out_SH = (wide * scale * weights.post_norm.to(wide.dtype)).to(out_SH.dtype)
     return out_SH
 
 
