@@ -108,7 +108,9 @@ class GroupedKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Outputs of all slots, one expert's rows (at worst every token), and the float32 sum."""
-        size = dtype.itemsize
-        one = (config.up_size + config.intermediate_size + config.hidden_size) * (size + 4)
-        return top_k * config.hidden_size * size + one + 8 * config.hidden_size
+        """Outputs and places of all slots; one expert's rows, at worst every token, in both
+        precisions, with the activation's temporaries."""
+        size, wide = dtype.itemsize, max(4, dtype.itemsize)
+        slots = top_k * (config.hidden_size * size + 32)
+        rows = (config.up_size + 3 * config.hidden_size) * (size + wide)
+        return slots + rows + 7 * config.intermediate_size * wide

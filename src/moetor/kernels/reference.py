@@ -79,5 +79,6 @@ class ReferenceKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """One expert's rows in float32, at worst all tokens, and the float32 sum."""
-        return 4 * (config.up_size + config.intermediate_size + 3 * config.hidden_size)
+        """One expert's rows, at worst every token, and the sum, all in float32 or float64."""
+        rows = 2 * config.up_size + 6 * config.intermediate_size + 8 * config.hidden_size
+        return max(4, dtype.itemsize) * rows + 32
