@@ -16,7 +16,10 @@ def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-@pytest.mark.parametrize("arguments", ["--help", "generate --help", "explain --help", "verify -h"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "generate --help", "explain --help", "verify -h", "bench -h", "bench layer -h"],
+)
 def test_help_imports_neither_torch_nor_transformers(arguments: str) -> None:
     done = run(
         code="import sys; from moetor.cli.main import main; "

@@ -34,6 +34,20 @@ SURFACE: dict[str, dict[str, object]] = {
     },
     "explain": {**MODEL_FLAGS, "--level": "auto"},
     "verify": {**MODEL_FLAGS, "--level": "auto"},
+    "bench layer": {
+        "--shape": ("qwen3-30b-a3b",),
+        "--tokens": (1, 8, 64, 512),
+        "--dtype": "bfloat16",
+        "--kernel": "auto",
+        "--peers": ("eager", "grouped_mm", "batched_mm"),
+        "--device": "cpu",
+        "--threads": None,
+        "--routing": "uniform",
+        "--seed": 0,
+        "--json": None,
+        "--plot": None,
+        "--debug": False,
+    },
 }
 
 

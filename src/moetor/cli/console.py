@@ -32,8 +32,13 @@ def note(line: str) -> None:
 
 
 def print_json(value: Any) -> None:
+    """`value` as JSON on standard output."""
+    print(json_text(value))
+
+
+def json_text(value: Any) -> str:
     """`value` as JSON; numbers that JSON lacks (NaN, infinity) become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
