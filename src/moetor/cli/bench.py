@@ -1,0 +1,195 @@
+"""`moetor bench layer`: one MoE layer against Transformers and the machine's measured limits."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moetor.bench.shapes import check_tokens, parse_shapes
+from moetor.cli.console import note, print_table, progress, quiet_transformers
+from moetor.cli.flags import UsageError
+from moetor.errors import InputError
+
+if TYPE_CHECKING:
+    from moetor.bench.layer import LayerBenchRequest, LayerReport
+
+WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerBenchOptions:
+    """Time the routed experts of one layer: random weights, read from memory at every call.
+
+    Moetor's kernel and Transformers' own implementations run in turns on the same weights, each
+    with the next routing of a rotation, and medians are reported, in microseconds, beside the
+    floor: the larger of reading the active experts once at the measured read bandwidth and doing
+    their arithmetic at the measured rate of torch's own matrix product. The kernel's output is
+    checked against float32 arithmetic first; a wrong kernel is not reported.
+
+    Shape letters: E experts, K experts per token (top_k), H hidden, I intermediate, T tokens.
+    """
+
+    shape: tuple[str, ...] = field(
+        default=("qwen3-30b-a3b",),
+        metadata={
+            "group": WHAT,
+            "metavar": "SHAPE,...",
+            "help": "qwen3-30b-a3b, mixtral-8x7b, olmoe, gpt-oss-20b, deepseek-v3-ep8 (one of 8 "
+            "expert-parallel ranks), all, or four numbers E,K,H,I; several with commas",
+        },
+    )
+    tokens: tuple[int, ...] = field(
+        default=(1, 8, 64, 512),
+        metadata={"group": WHAT, "metavar": "T,...", "help": "tokens in a call"},
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"group": WHAT, "help": "of weights and hidden states"}
+    )
+    kernel: str = field(
+        default="auto",
+        metadata={
+            "group": WHAT,
+            "metavar": "NAME",
+            "help": "kernel of ours: the one named, or an error saying why not; auto takes the "
+            "fastest that can",
+        },
+    )
+    peers: tuple[Literal["eager", "grouped_mm", "batched_mm", "none"], ...] = field(
+        default=("eager", "grouped_mm", "batched_mm"),
+        metadata={
+            "group": WHAT,
+            "metavar": "NAME,...",
+            "help": "Transformers' implementations to compare with: eager, grouped_mm, "
+            "batched_mm, or none; one that would take gigabytes or far too long is left out, and "
+            "the output says why",
+        },
+    )
+    device: Literal["cpu", "cuda"] = field(
+        default="cpu", metadata={"group": HOW, "help": "where it runs"}
+    )
+    threads: int | None = field(
+        default=None,
+        metadata={"group": HOW, "metavar": "N", "help": "CPU threads; none: as torch is set"},
+    )
+    routing: Literal["uniform", "zipf", "fixed"] = field(
+        default="uniform",
+        metadata={
+            "group": HOW,
+            "help": "how tokens choose experts: all equally often, a few much more often (weight "
+            "1/rank), or all tokens of a call the same K",
+        },
+    )
+    seed: int = field(
+        default=0, metadata={"group": HOW, "help": "of weights, hidden states and routings"}
+    )
+    json: Path | None = field(
+        default=None,
+        metadata={
+            "group": OUTPUT,
+            "metavar": "FILE",
+            "help": "write everything there: versions, hardware, ceilings, all times",
+        },
+    )
+    plot: Path | None = field(
+        default=None,
+        metadata={
+            "group": OUTPUT,
+            "metavar": "FILE.png",
+            "help": "draw the share of the floor against T there, a panel per shape; needs "
+            "matplotlib (moetor[plot])",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        parse_shapes(self.shape)
+        check_tokens(self.tokens)
+        if self.threads is not None and not 1 <= self.threads <= (os.cpu_count() or 1):
+            raise InputError(
+                f"--threads {self.threads}: this machine has 1 to {os.cpu_count() or 1}"
+            )
+        if "none" in self.peers and len(self.peers) > 1:
+            raise InputError("--peers none stands alone; it compares with nothing")
+        if self.plot is not None and self.plot.suffix.lower() != ".png":
+            raise InputError(f"--plot {self.plot}: the picture is a PNG; name it FILE.png")
+        for flag, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise InputError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+            if path is not None and path.is_dir():
+                raise InputError(f"{flag} {path}: that is a folder; name a file")
+
+
+def run(options: LayerBenchOptions) -> int:
+    """Measure, print, write the files, and return the exit status."""
+    request = _request(options)
+    if options.plot is not None:
+        from moetor.bench.plot import check_plotting
+
+        check_plotting()
+    from moetor.bench.layer import bench_layers
+
+    quiet_transformers()
+    with progress("measuring", "steps") as measured:
+        report = bench_layers(request, measured)
+    _print(report)
+    if options.json is not None:
+        _write_json(report, options.json)
+    if options.plot is not None:
+        from moetor.bench.plot import plot_report
+
+        plot_report(report, options.plot)
+        note(f"wrote {options.plot}")
+    return 0
+
+
+def _request(options: LayerBenchOptions) -> LayerBenchRequest:
+    import torch
+
+    from moetor.bench.layer import LayerBenchRequest
+    from moetor.kernels.select import kernel_names
+
+    if options.kernel not in kernel_names():
+        raise UsageError(f"--kernel {options.kernel!r} is not one of {', '.join(kernel_names())}")
+    return LayerBenchRequest(
+        shapes=parse_shapes(options.shape),
+        tokens=tuple(dict.fromkeys(options.tokens)),
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        threads=options.threads,
+        kernel=options.kernel,
+        peers=tuple(dict.fromkeys(peer for peer in options.peers if peer != "none")),
+        routing=options.routing,
+        seed=options.seed,
+    )
+
+
+def _print(report: LayerReport) -> None:
+    from moetor.bench.report import notes, table
+
+    columns, rows = table(report)
+    print_table("one MoE layer; vs: how many times as long the peer takes", columns, rows)
+    for line in notes(report):
+        print(line)
+
+
+def _write_json(report: LayerReport, path: Path) -> None:
+    import json
+
+    from moetor.bench.hardware import describe_hardware, describe_versions, git_state
+    from moetor.bench.report import to_dict
+
+    threads = report.threads
+    record: dict[str, Any] = {
+        "command": shlex.join(("moetor", *sys.argv[1:])),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": describe_versions(),
+        "hardware": describe_hardware(report.request.device, threads),
+    }
+    record |= to_dict(report)
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    note(f"wrote {path}")
