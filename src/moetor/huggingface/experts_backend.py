@@ -56,7 +56,7 @@ class BorrowedExperts:
         return (type(None), ())
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def borrowed_name(module: nn.Module, top_k: int) -> str:
     """The name under which the ops find this module's experts; found out once, and again when
     parameters change."""
@@ -80,7 +80,8 @@ def moetor_experts_forward(
         UnsupportedError: the experts have a form that no description covers.
     """
     name = borrowed_name(module, top_k_index.shape[-1])
-    return ops.transformers_moe_forward(hidden_states, top_k_weights, top_k_index, name)
+    out: Tensor = ops.transformers_moe_forward(hidden_states, top_k_weights, top_k_index, name)
+    return out
 
 
 def moetor_fp8_experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

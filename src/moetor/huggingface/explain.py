@@ -1,4 +1,149 @@
-"""What `fuse` would do, from a model's configuration alone."""
+"""What `fuse` would do, from a model's configuration alone: no weight is read, none is made but a
+router's."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moetor.config import ExpertsConfig, RouterConfig, RunnerConfig
+from moetor.errors import CheckpointError, FusionError
+from moetor.huggingface.block_form import find_blocks, recognise_block
+from moetor.huggingface.experts_form import Unrecognised, recognise_experts
+from moetor.huggingface.fuse import FuseLevel, check_request, top_k_of
+from moetor.huggingface.loading import find_device, find_dtype, load_config, model_class
+from moetor.huggingface.report import BlockReport, FusionReport
+from moetor.kernels.base import KernelQuery
+from moetor.kernels.select import KernelChoice, select_kernel
+from moetor.layer.routing.router import Router
 
 
-def explain(): ...
+def explain(
+    model: str,
+    *,
+    level: FuseLevel = "auto",
+    kernel: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> FusionReport:
+    """The report that `fuse` would give, without the comparison with the originals.
+
+    The model is built on the meta device. Routers are recognised as `fuse` does it, on a copy with
+    random values.
+
+    Args:
+        model: a folder, a hub id, or `demo`.
+        dtype, device: for which a kernel is chosen; `auto`: the checkpoint's, and CUDA where there
+            is one.
+
+    Raises:
+        CheckpointError: the configuration cannot be read, or no model can be built from it.
+        FusionError: level `block` and a block is not recognised.
+        KernelRefusedError: the kernel is unknown or refuses.
+    """
+    check_request(level, kernel, None)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(model, config, trust_remote_code=trust_remote_code)
+    wanted = find_dtype(dtype) or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    skeleton.to(wanted)
+    explainer = _Explainer(level, kernel, find_device(device), wanted)
+    return FusionReport(tuple(explainer.line(*found) for found in find_blocks(skeleton)))
+
+
+def build_skeleton(model: str, config: object, *, trust_remote_code: bool) -> nn.Module:
+    """The model that the configuration describes, on the meta device.
+
+    Raises:
+        CheckpointError: the configuration describes no model.
+    """
+    maker = model_class(config)
+    try:
+        with torch.device("meta"):
+            if hasattr(maker, "from_config"):
+                made = maker.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                made = maker(config)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
+        text = str(error).strip().splitlines()
+        reason = text[0] if text else type(error).__name__
+        raise CheckpointError(
+            f"no model can be built from the config of {model!r}: {reason}"
+        ) from error
+    skeleton: nn.Module = made.eval()
+    return skeleton
+
+
+class _Explainer:
+    """Lines of one report; remembers the last router, which usually fits the next block."""
+
+    def __init__(
+        self, level: FuseLevel, kernel: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.level = level
+        self.kernel = kernel
+        self.device = device
+        self.dtype = dtype
+        self.hint: RouterConfig | None = None
+
+    def line(self, path: str, block: nn.Module, experts_name: str) -> BlockReport:
+        """One block's line."""
+        why = "asked for level 'experts'"
+        if self.level != "experts":
+            plan = recognise_block(
+                path,
+                block,
+                experts_name,
+                quantization=None,
+                runner=RunnerConfig(kernel=self.kernel),
+                hint=self.hint,
+            )
+            if not isinstance(plan, Unrecognised):
+                self.hint = plan.config.router
+                choice = self._choice(plan.config.experts, plan.config.router.top_k)
+                return BlockReport(
+                    name=path,
+                    family_block=type(block).__name__,
+                    level="block",
+                    router=Router(plan.config.router).label,
+                    kernel=choice.kernel.name,
+                    refusals=choice.refusals,
+                )
+            why = plan.reason
+            if self.level == "block":
+                raise FusionError(
+                    f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': "
+                    f"{why}. "
+                    f"Use level='auto' to fuse its experts alone"
+                )
+        return self._experts_line(path, block, experts_name, why)
+
+    def _experts_line(
+        self, path: str, block: nn.Module, experts_name: str, why: str
+    ) -> BlockReport:
+        config = recognise_experts(block.get_submodule(experts_name))
+        if isinstance(config, Unrecognised):
+            reason = why if config.reason == why else f"{why}; {config.reason}"
+            return BlockReport(
+                name=path, family_block=type(block).__name__, level="none", reason=reason
+            )
+        choice = self._choice(config, top_k_of(block, config.num_experts))
+        return BlockReport(
+            name=path,
+            family_block=type(block).__name__,
+            level="experts",
+            router="Transformers",
+            kernel=choice.kernel.name,
+            reason=why,
+            refusals=choice.refusals,
+        )
+
+    def _choice(self, config: ExpertsConfig, top_k: int) -> KernelChoice:
+        query = KernelQuery(
+            device=self.device.type,
+            dtype=self.dtype,
+            experts=config,
+            top_k=top_k,
+        )
+        return select_kernel(query, self.kernel)

@@ -150,16 +150,7 @@ def _check_options(
     verify: bool,
     runner: RunnerConfig | None,
 ) -> FuseOptions:
-    if level not in ("auto", "block", "experts"):
-        raise ConfigError(f"level={level!r} is not one of auto, block, experts")
-    if kernel not in kernel_names():
-        raise KernelRefusedError(
-            f"unknown kernel {kernel!r}; the kernels are {', '.join(kernel_names())}"
-        )
-    if quantization is not None and quantization not in METHODS:
-        raise ConfigError(
-            f"quantization={quantization!r} is not known; possible: None, {', '.join(METHODS)}"
-        )
+    check_request(level, kernel, quantization)
     runner = runner or RunnerConfig()
     if runner.kernel not in ("auto", kernel):
         raise ConfigError(
@@ -186,6 +177,25 @@ def _check_options(
         ),
         compare=verify,
     )
+
+
+def check_request(level: str, kernel: str, quantization: str | None) -> None:
+    """Refuses names that mean nothing, before anything is read or built.
+
+    Raises:
+        ConfigError: unknown level or quantisation.
+        KernelRefusedError: unknown kernel.
+    """
+    if level not in ("auto", "block", "experts"):
+        raise ConfigError(f"level={level!r} is not one of auto, block, experts")
+    if kernel not in kernel_names():
+        raise KernelRefusedError(
+            f"unknown kernel {kernel!r}; the kernels are {', '.join(kernel_names())}"
+        )
+    if quantization is not None and quantization not in METHODS:
+        raise ConfigError(
+            f"quantization={quantization!r} is not known; possible: None, {', '.join(METHODS)}"
+        )
 
 
 def _prepare(

@@ -138,7 +138,8 @@ class FusedMoEBlock(MoELayer):
         assert owner is not None, "a fused block has a router"
         return lookup(owner, name).flatten()
 
-    def forward(self, hidden_states: Tensor) -> Any:
+    # A family's block takes no router logits, and may return more than its hidden states.
+    def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
         """As the original block."""
         out = super().forward(hidden_states)
         if self.returns == "hidden":
@@ -206,7 +207,7 @@ class FusedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the original experts module."""
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        out = ops.transformers_moe_forward(hidden_TH, top_k_weights, top_k_index, self.name)
+        out: Tensor = ops.transformers_moe_forward(hidden_TH, top_k_weights, top_k_index, self.name)
         return out.reshape(hidden_states.shape)
 
     def restore(self) -> nn.Module:

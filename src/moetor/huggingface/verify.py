@@ -1,7 +1,194 @@
-class BlockCheck: ...
+"""`verify`: a model before and after fusing, block by block, in its logits, and for the demo in
+its perplexity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moetor.demo import heldout_text
+from moetor.errors import FusionMismatchError
+from moetor.huggingface.fuse import FuseLevel, Progress, fuse, unfuse
+from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
+from moetor.huggingface.trial import relative_error, tolerance
+
+# Tokens of the comparison of logits, and of the demo's perplexity.
+LOGITS_TOKENS = 32
+PERPLEXITY_TOKENS = 4096
+PERPLEXITY_WINDOW = 512
 
 
-class VerifyReport: ...
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCheck:
+    """One block, fused against original.
+
+    Attributes:
+        max_error: largest deviation over the largest original output; None where nothing was
+            compared.
+        note: why the block is not at level `block`, or what is wrong.
+    """
+
+    name: str
+    level: str
+    kernel: str | None
+    max_error: float | None
+    tolerance: float
+    ok: bool
+    note: str = ""
 
 
-def verify(): ...
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """A whole model, fused against original.
+
+    Attributes:
+        logits_error: largest deviation of the logits over the largest original logit.
+        logits_tolerance: what the dtype allows after all layers.
+        non_finite: parameters and buffers that hold NaN or infinity.
+        perplexity: of the demo's held-out text, original and fused; None for other models.
+    """
+
+    blocks: tuple[BlockCheck, ...]
+    logits_error: float
+    logits_tolerance: float
+    non_finite: tuple[str, ...]
+    perplexity: tuple[float, float] | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything agrees and every weight is finite."""
+        return (
+            all(block.ok for block in self.blocks)
+            and self.logits_error <= self.logits_tolerance
+            and not self.non_finite
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify(
+    model: str | nn.Module,
+    *,
+    level: FuseLevel = "auto",
+    kernel: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Compares a model with itself fused; a live model is given back as it was.
+
+    Args:
+        model: a folder, a hub id, `demo`, or a live Transformers model that is not fused.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        FusionError: a live model is fused already or in training mode.
+        KernelRefusedError: the kernel is unknown or refuses.
+    """
+    live: nn.Module
+    if isinstance(model, str):
+        source = {"revision": revision, "trust_remote_code": trust_remote_code}
+        live = load_model(model, dtype=dtype, device=device, **source)  # type: ignore[arg-type]
+    else:
+        live = model
+    ids_BT = _random_ids(live)
+    original = _logits(live, ids_BT)
+    limit = tolerance(original.dtype)
+    text_ids = _demo_ids(live) if model == DEMO else None
+    before = None if text_ids is None else perplexity(live, text_ids)
+    try:
+        report = fuse(live, level=level, kernel=kernel, progress=progress)
+    except FusionMismatchError as mismatch:
+        failed = BlockCheck(
+            name="",
+            level="",
+            kernel=None,
+            max_error=None,
+            tolerance=limit,
+            ok=False,
+            note=str(mismatch),
+        )
+        return VerifyReport(
+            blocks=(failed,),
+            logits_error=math.inf,
+            logits_tolerance=limit,
+            non_finite=non_finite(live),
+            perplexity=None,
+        )
+    checks = tuple(
+        BlockCheck(
+            name=block.name,
+            level=block.level,
+            kernel=block.kernel,
+            max_error=block.max_error,
+            tolerance=limit,
+            ok=block.max_error is None or block.max_error <= limit,
+            note=block.reason,
+        )
+        for block in report.blocks
+    )
+    try:
+        error = relative_error(_logits(live, ids_BT), original)
+        after = None if text_ids is None else perplexity(live, text_ids)
+    finally:
+        unfuse(live)
+    return VerifyReport(
+        blocks=checks,
+        logits_error=error,
+        # Layers add their errors, and each layer's error passes through the next ones.
+        logits_tolerance=limit * max(1, len(checks)) ** 0.5,
+        non_finite=non_finite(live),
+        perplexity=None if before is None or after is None else (before, after),
+    )
+
+
+def non_finite(model: nn.Module) -> tuple[str, ...]:
+    """Names of floating-point parameters that hold NaN or infinity."""
+    return tuple(
+        name
+        for name, tensor in model.named_parameters()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    )
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids_T: Tensor) -> float:
+    """exp of the mean negative log likelihood of each next token, in windows that do not
+    overlap."""
+    total, count = 0.0, 0
+    for window in ids_T.split(PERPLEXITY_WINDOW):
+        if window.numel() < 2:
+            continue
+        logits = model(input_ids=window[None]).logits[0, :-1].float()
+        total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
+        count += window.numel() - 1
+    return math.exp(total / count)
+
+
+def _demo_ids(model: nn.Module) -> Tensor:
+    ids = load_tokenizer(DEMO)(heldout_text(), return_tensors="pt").input_ids[0]
+    taken: Tensor = ids[:PERPLEXITY_TOKENS].to(next(model.parameters()).device)
+    return taken
+
+
+def _random_ids(model: nn.Module) -> Tensor:
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(vocabulary)
+    ids = torch.randint(0, vocabulary, (1, LOGITS_TOKENS), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids_BT).logits
+    return logits
