@@ -1,6 +1,7 @@
 """Compiles the native kernel once on the user's machine and keeps it in the user's cache folder.
 
-`python -m moetor.kernels.native.build` builds ahead of the first use. The compiler is `$CXX`, or the first of c++, g++
+`python -m moetor.kernels.native.build` builds ahead of the first use. The compiler is `$CXX`, or
+the first of c++, g++
 and clang++. Nothing of torch is compiled against, so a build takes seconds.
 """
 
@@ -25,7 +26,8 @@ SOURCES = Path(__file__).parent / "csrc"
 LIBRARY_NAME = "libmoetor_native.so"
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno")
-# One object per instruction set: only code that is entered after a look at the processor has its instructions.
+# One object per instruction set: only code that is entered after a look at the processor has its
+# instructions.
 _UNITS: dict[str, tuple[str, ...]] = {
     "api.cpp": (),
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
@@ -85,7 +87,8 @@ def _fingerprint(compiler: Compiler) -> str:
 
 
 def _writable_folder(folder: Path) -> Path:
-    """`folder`, made if need be; a private temporary one, gone at exit, where it cannot be written."""
+    """`folder`, made if need be; a private temporary one, gone at exit, where it cannot be
+    written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -93,7 +96,9 @@ def _writable_folder(folder: Path) -> Path:
     except OSError as error:
         private = Path(tempfile.mkdtemp(prefix="moetor-native-"))
         atexit.register(shutil.rmtree, private, ignore_errors=True)
-        logger.warning("cannot write %s (%s); building in %s for this process", folder, error, private)
+        logger.warning(
+            "cannot write %s (%s); building in %s for this process", folder, error, private
+        )
         return private
 
 
@@ -131,13 +136,15 @@ def _compile(compiler: Compiler, library: Path) -> None:
             ]
         )
         linked = Path(scratch) / LIBRARY_NAME
-        # The OpenMP runtime stays undefined: it is the one that torch has loaded, so there is one pool of threads.
+        # The OpenMP runtime stays undefined: it is the one that torch has loaded, so there is one
+        # pool of threads.
         _run_all([[compiler.path, "-shared", "-o", str(linked), *map(str, objects)]])
         os.replace(linked, library)
 
 
 def build(environment: dict[str, str] | None = None) -> Path:
-    """Path of the shared library, compiled now unless the cache has it. Safe in several processes at once.
+    """Path of the shared library, compiled now unless the cache has it. Safe in several processes
+    at once.
 
     Args:
         environment: in place of `os.environ` (CXX, PATH, XDG_CACHE_HOME).

@@ -1,6 +1,7 @@
 """The native CPU kernel: routed experts in C++, reading Transformers' packed weights in place.
 
-Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product (2 I when gated).
+Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product
+(2 I when gated).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
 from moetor.kernels.native import library
 from moetor.kernels.native.build import BuildError
 
-# Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than small products.
+# Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than
+# small products.
 _KEPT_BYTES = 64 * 2**20
 _kept = threading.local()
 
@@ -81,9 +83,11 @@ def _check_inputs(
 
 
 def _matrix(weight_EXY: Tensor, *, transposed: bool) -> tuple[Tensor, int, bool]:
-    """The tensor to read, the stride between its rows, and whether its output axis is the contiguous one.
+    """The tensor to read, the stride between its rows, and whether its output axis is the
+    contiguous one.
 
-    A view whose middle axis is contiguous is read in place as the other form; one with no contiguous axis is copied.
+    A view whose middle axis is contiguous is read in place as the other form; one with no
+    contiguous axis is copied.
     """
     _, rows, columns = weight_EXY.shape
     if weight_EXY.stride(2) == 1 or columns == 1:
@@ -111,8 +115,10 @@ def native_experts(
         topk_weights_TK: float32.
         topk_ids_TK: int32 in [0, E].
         weights: in the dtype of `hidden_TH`.
-        isa: `avx2` or `avx512`; None for the best that this processor has. The result's last bits depend on it.
-        threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on it.
+        isa: `avx2` or `avx512`; None for the best that this processor has. The result's last bits
+            depend on it.
+        threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on
+            it.
 
     Raises:
         InputError: a tensor of the wrong shape, dtype or device, or an expert id outside [0, E].
@@ -131,7 +137,8 @@ def native_experts(
     out_TH = torch.empty_like(hidden_TH)
     # These names keep every tensor alive until the call is over.
     topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
-    gate_up, gate_up_stride, gate_up_columns = _matrix(weights.gate_up, transposed=config.transposed)
+    gate_up, gate_up_stride, gate_up_columns = _matrix(weights.gate_up,
+    transposed=config.transposed)
     down, down_stride, down_columns = _matrix(weights.down, transposed=config.transposed)
     up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.contiguous()
     down_bias = None if weights.down_bias is None else weights.down_bias.contiguous()
@@ -177,17 +184,21 @@ def native_experts(
     if status == library.BAD_EXPERT_ID:
         raise InputError(f"topk_ids hold an id outside [0, {config.num_experts}]")
     if status != 0:
-        raise RuntimeError(f"the native kernel answered {status}: its Python side and its C++ side disagree")
+        raise RuntimeError(
+            f"the native kernel answered {status}: its Python side and its C++ side disagree"
+        )
     return out_TH
 
 
 class NativeKernel(ExpertsKernel):
-    """Vector instructions chosen at run time; a token's bits never depend on the batch or on the threads."""
+    """Vector instructions chosen at run time; a token's bits never depend on the batch or on the
+    threads."""
 
     name = "native"
 
     def refusal(self, query: KernelQuery) -> str | None:
-        """Other devices, dtypes, formats and forms; or why the library cannot be built (which is tried here)."""
+        """Other devices, dtypes, formats and forms; or why the library cannot be built (which is
+        tried here)."""
         if query.device != "cpu":
             return f"runs on the CPU, not on {query.device}"
         if query.weight_format != "unquantized":
@@ -213,13 +224,15 @@ class NativeKernel(ExpertsKernel):
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
-        """See `ExpertsKernel` and `native_experts`. It is batch invariant with or without `batch_invariant`."""
+        """See `ExpertsKernel` and `native_experts`. It is batch invariant with or without
+        `batch_invariant`."""
         return native_experts(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Inputs, activations and sums in float32, the sorted slots, and the column sums of each thread."""
+        """Inputs, activations and sums in float32, the sorted slots, and the column sums of each
+        thread."""
         pad = 48  # rows are padded to whole vectors and to an odd number of cache lines
         inputs = (top_k if config.weight_on_input else 1) * (config.hidden_size + pad)
         activations = top_k * (config.intermediate_size + pad)

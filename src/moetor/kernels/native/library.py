@@ -1,4 +1,5 @@
-"""The shared library by way of ctypes: its argument structure, and which instruction sets it may use here.
+"""The shared library by way of ctypes: its argument structure, and which instruction sets it may
+use here.
 
 Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product.
 """
@@ -56,7 +57,8 @@ class Library:
     """A loaded shared library."""
 
     def __init__(self, path: Path) -> None:
-        """Loads `path`; raises `OSError` when it or a symbol of torch's OpenMP runtime is missing."""
+        """Loads `path`; raises `OSError` when it or a symbol of torch's OpenMP runtime is
+        missing."""
         self._handle = ctypes.CDLL(str(path))
         self._supports = self._handle.moetor_supports
         self._workspace_bytes = self._handle.moetor_workspace_bytes

@@ -8,64 +8,56 @@
 
 namespace {
 
-// sums[n][..] += x[n][begin + k] * w[k][..] over `rows` rows and 2 * kColumnPairs vectors of columns.
+// sums[n][..] += x[n][k] * w[k][..] over `rows` rows and 2 * kColumnPairs vectors of columns.
 template <class V, class D, int N>
-inline void column_block(const D* w, int64_t stride, int64_t rows, const float* const* x, int64_t begin, float* sums,
-                         int64_t sums_stride, bool first, const D* ahead, int64_t ahead_stride) {
+void column_block(const D* w, int64_t stride, int64_t rows, const float* x, int64_t x_stride, float* sums, bool first,
+                  const D* ahead, int64_t ahead_stride) {
   constexpr int W = V::kWidth, C = V::kColumnPairs;
   typename V::Reg sum[N][2 * C];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-    for (int c = 0; c < 2 * C; ++c) sum[n][c] = first ? V::zero() : V::load(sums + n * sums_stride + c * W);
+#pragma GCC unroll 16
+    for (int c = 0; c < 2 * C; ++c) sum[n][c] = first ? V::zero() : V::load(sums + n * kStripStride + c * W);
   for (int64_t k = 0; k < rows; ++k, w += stride, ahead += ahead_stride) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int byte = 0; byte < static_cast<int>(2 * C * W * sizeof(D)); byte += kCacheLine)
       _mm_prefetch(reinterpret_cast<const char*>(ahead) + byte, _MM_HINT_T0);
     typename V::Reg weight[2 * C];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
       weight[2 * c] = V::first(w + 2 * W * c);
       weight[2 * c + 1] = V::second(w + 2 * W * c);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      const auto v = V::set(x[n][begin + k]);
-#pragma GCC unroll 8
+      const auto v = V::keep(V::set(x[n * x_stride + k]));
+#pragma GCC unroll 16
       for (int c = 0; c < 2 * C; ++c) sum[n][c] = V::fma(v, weight[c], sum[n][c]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-    for (int c = 0; c < 2 * C; ++c) V::store(sums + n * sums_stride + c * W, sum[n][c]);
+#pragma GCC unroll 16
+    for (int c = 0; c < 2 * C; ++c) V::store(sums + n * kStripStride + c * W, sum[n][c]);
 }
 
-template <class V, class D>
-inline void column_block_of(int tokens, const D* w, int64_t stride, int64_t rows, const float* const* x, int64_t begin,
-                            float* sums, int64_t sums_stride, const D* ahead, int64_t ahead_stride) {
-  const bool first = begin == 0;
-  switch (tokens) {
-    case 1: return column_block<V, D, 1>(w, stride, rows, x, begin, sums, sums_stride, first, ahead, ahead_stride);
-    case 2: return column_block<V, D, 2>(w, stride, rows, x, begin, sums, sums_stride, first, ahead, ahead_stride);
-    case 3: return column_block<V, D, 3>(w, stride, rows, x, begin, sums, sums_stride, first, ahead, ahead_stride);
-    case 4: return column_block<V, D, 4>(w, stride, rows, x, begin, sums, sums_stride, first, ahead, ahead_stride);
-    case 5: return column_block<V, D, 5>(w, stride, rows, x, begin, sums, sums_stride, first, ahead, ahead_stride);
-    default:
-      return column_block<V, D, V::kMaxTokens>(w, stride, rows, x, begin, sums, sums_stride, first, ahead,
-                                               ahead_stride);
-  }
+template <class V, class D, int N = 1>
+inline void column_block_of(int tokens, const D* w, int64_t stride, int64_t rows, const float* x, int64_t x_stride,
+                            float* sums, bool first, const D* ahead, int64_t ahead_stride) {
+  if (tokens == N) return column_block<V, D, N>(w, stride, rows, x, x_stride, sums, first, ahead, ahead_stride);
+  if constexpr (N < V::kColumnTokens)
+    column_block_of<V, D, N + 1>(tokens, w, stride, rows, x, x_stride, sums, first, ahead, ahead_stride);
 }
 
-// sums[s][0..columns) = x[s] . w[:, 0..columns) for all `tokens` rows of x; `next` is fetched at the end. The rows of
-// `sums` extend to a multiple of 64 floats.
+// sums[s][0..columns) = x[s] . w[:, 0..columns) for all `tokens` rows of x; `next` is fetched at the end. A row of
+// `sums` has kStripStride floats.
 template <class V, class D>
-inline void column_strip(const D* w, int64_t stride, int64_t size, int64_t columns, const float* const* x, int tokens,
-                         float* sums, int64_t sums_stride, const D* next) {
+void column_strip(const D* w, int64_t stride, int64_t size, int64_t columns, const float* x, int64_t x_stride,
+                  int tokens, float* sums, const D* next) {
   constexpr int W = V::kWidth, kWide = 2 * W * V::kColumnPairs, kMostRows = 32;
-  const int64_t together = tokens <= V::kMaxTokens ? 16 : kMostRows;
-  const int blocks = static_cast<int>(ceil_div(tokens, V::kMaxTokens));
-  const D* idle = reinterpret_cast<const D*>(x[0]);
+  const int64_t together = tokens <= V::kColumnTokens ? 16 : kMostRows;
+  const int blocks = static_cast<int>(ceil_div(tokens, V::kColumnTokens));
+  const D* idle = reinterpret_cast<const D*>(x);
   for (int64_t begin = 0; begin < size; begin += together) {
     const int64_t rows = min64(together, size - begin);
     const D* following = begin + together < size ? w + (begin + together) * stride : next;
@@ -82,15 +74,16 @@ inline void column_strip(const D* w, int64_t stride, int64_t size, int64_t colum
           from_stride = kWide;
         }
         const bool fetch = c / kWide % blocks == block;
-        column_block_of<V, D>(count, from, from_stride, rows, x + start, begin, sums + start * sums_stride + c,
-                              sums_stride, fetch ? following + c : idle, fetch ? stride : 0);
+        column_block_of<V, D>(count, from, from_stride, rows, x + start * x_stride + begin, x_stride,
+                              sums + start * kStripStride + c, begin == 0, fetch ? following + c : idle,
+                              fetch ? stride : 0);
       }
     }
   }
   if (!kSplit<D>) return;
-  for (int s = 0; s < tokens; ++s)
+  for (int s = 0; s < tokens; ++s)  // even and odd columns back to their places
     for (int64_t c = 0; c < columns; c += 2 * W) {
-      float* at = sums + s * sums_stride + c;
+      float* at = sums + s * kStripStride + c;
       auto a = V::load(at), b = V::load(at + W);
       V::interleave(a, b);
       V::store(at, a);

@@ -1,4 +1,4 @@
-// One call, as each thread runs it: widen the inputs, first products and activations, second products and weighted sum.
+// One call, as each thread runs it: first products and activations, then second products and the weighted sum.
 //
 // Tasks come from one counter in a fixed order, and a thread takes its next task before it starts the current one, so
 // that the weights of the next are fetched while the current is computed, across the barrier between the phases too.
@@ -18,25 +18,26 @@ int omp_get_num_threads(void);
 namespace {
 
 constexpr int64_t kTaskBytes = 512 * 1024;  // weights of one first-phase task: they stay in the second-level cache
-constexpr int kTogether = 96;               // tokens that pass over those weights together
+constexpr int64_t kSpan = 4096;  // the second product sums its reduction axis in spans of this: rounding, and caches
 
 template <class V, class D>
 class Experts {
  public:
   Experts(const MoetorExperts& args, const Plan& plan) : a(args), p(plan) {
-    const int64_t I = a.intermediate_size, H = a.hidden_size;
-    const int64_t threads = a.threads > 1 ? a.threads : 1;
-    const bool busy = p.num_slots >= 8 * max64(1, p.num_active);  // enough tokens an expert to be bound by arithmetic
+    const int64_t I = a.intermediate_size, H = a.hidden_size, threads = max64(1, a.threads);
+    const int64_t active = max64(1, p.num_active);
+    const bool busy = p.num_slots >= 8 * active;  // enough tokens an expert to be bound by arithmetic
     parts_ = a.gated ? 2 : 1;
-    if (a.gate_up_columns) {
-      up_width_ = kStripColumns / parts_ / (busy ? 2 : 1);
-    } else {
-      const int64_t panel_bytes = parts_ * kPanel * H * static_cast<int64_t>(sizeof(D));
-      up_width_ = kPanel * max64(1, kTaskBytes / panel_bytes);
-    }
-    up_width_ = min64(up_width_, round_up(ceil_div(I, max64(1, 4 * threads / max64(1, p.num_active))), kPanel));
-    up_tasks_each_ = ceil_div(I, up_width_);
-    up_tasks_ = p.num_active * up_tasks_each_;
+    up_together_ = a.gate_up_columns ? kTogether : tokens_together(H, V::kMaxTokens);
+    down_together_ = a.down_columns ? kTogether : tokens_together(min64(I, kSpan), V::kMaxTokens);
+    const int64_t panel_bytes = parts_ * kPanel * H * static_cast<int64_t>(sizeof(D));
+    up_width_ = a.gate_up_columns ? kStripColumns / parts_ / (busy ? 2 : 1)
+                                  : kPanel * max64(1, kTaskBytes / panel_bytes);
+    const int64_t evenly = ceil_div(I, ceil_div(4 * threads, active));  // few experts: enough tasks for all threads
+    up_width_ = round_up(min64(up_width_, evenly), kPanel);
+    chunks_ = ceil_div(I, up_width_);
+    up_tasks_ = 0;
+    for (int64_t n = 0; n < p.num_active; ++n) up_tasks_ += groups_of(n) * chunks_;
     const int64_t slices = threads * (busy ? 4 : a.down_columns ? 2 : 16);
     down_width_ = round_up(ceil_div(H, slices), kPanel);
     if (a.down_columns) down_width_ = min64(down_width_, kStripColumns);
@@ -46,73 +47,127 @@ class Experts {
   // Runs in every thread of a team.
   void run() {
     const int team = omp_get_num_threads();
-    widen(omp_get_thread_num(), team);
+    Cursor at;
+    at.thread = omp_get_thread_num();
     int64_t task = take();
-    wait(team);
-    for (int64_t next; task < up_tasks_; task = next) {
-      next = take();
-      a.gate_up_columns ? up_columns(task, next) : up_rows(task, next);
+    seek(at, task);
+    while (task < up_tasks_) {
+      const UpTask now = at.task;
+      task = take();
+      seek(at, task);
+      a.gate_up_columns ? up_columns(now, at) : up_rows(now, at);
     }
-    wait(team);
-    for (int64_t next; task < up_tasks_ + down_tasks_; task = next) {
-      next = take();
-      down(task - up_tasks_, next);
+    if (team > 1) GOMP_barrier();
+    while (task < up_tasks_ + down_tasks_) {
+      const int64_t now = task - up_tasks_;
+      task = take();
+      seek(at, task);
+      down(now, at);
     }
   }
 
  private:
-  struct Tokens {  // inputs of one block
-    const float* x[kTogether];
+  struct Weights {  // where a panel or a strip starts, and the stride between its rows
+    const D* at;
+    int64_t stride;
+  };
+  struct UpTask {  // rows [begin, end) of the activation for one expert's slots [first, first + tokens), which are
+    int64_t expert, begin, end, first, tokens;  // its blocks [top, bottom) unless the weights are in columns form
+    int64_t top, bottom;
+  };
+  struct Cursor {  // a thread's place in the list of tasks
+    int thread;
+    int64_t active = 0, before = 0;  // index in p.active; tasks of the experts before it
+    UpTask task{};                   // the next first-phase task
+    Weights next{};                  // the first weights of the next task of either phase
+    int64_t packed_expert = -1, packed_first = -1;
+  };
+  struct Blocks {  // slots cut into blocks of nearly equal size
+    int64_t slots, count;
+    explicit Blocks(int64_t slots_) : slots(slots_), count(ceil_div(slots_, V::kMaxTokens)) {}
+    int64_t first(int64_t block) const { return slots * block / count; }
+    int size(int64_t block) const { return static_cast<int>(first(block + 1) - first(block)); }
   };
 
   int64_t take() { return __atomic_fetch_add(&next_task_, 1, __ATOMIC_RELAXED); }
-  static void wait(int team) {
-    if (team > 1) GOMP_barrier();
+  int64_t slots_of(int64_t expert) const { return p.offsets[expert + 1] - p.offsets[expert]; }
+  // Slots of one expert are cut into groups at the borders of blocks.
+  int64_t groups_of(int64_t active) const {
+    const int64_t slots = slots_of(p.active[active]);
+    return a.gate_up_columns ? ceil_div(slots, up_together_)
+                             : ceil_div(Blocks(slots).count, up_together_ / V::kMaxTokens);
   }
   static constexpr bool split_for(bool columns) { return kSplit<D> && !columns; }
-  const D* up_weights(int64_t expert, int64_t i) const {  // gate row (or column) i
-    const int64_t along = a.gate_up_columns ? 1 : a.gate_up_stride;
-    return static_cast<const D*>(a.gate_up) + expert * a.gate_up_expert_stride + (a.interleaved ? 2 * i : i) * along;
-  }
-  const D* down_weights(int64_t expert, int64_t row) const {
-    return static_cast<const D*>(a.down) + expert * a.down_expert_stride + row * (a.down_columns ? 1 : a.down_stride);
-  }
-  // The first weights of a task: what to fetch at the end of the one before.
-  const D* first_weights(int64_t task) const {
-    if (task < up_tasks_) return up_weights(p.active[task / up_tasks_each_], task % up_tasks_each_ * up_width_);
-    if (task < up_tasks_ + down_tasks_ && p.num_active > 0)
-      return down_weights(p.active[0], (task - up_tasks_) * down_width_);
-    return reinterpret_cast<const D*>(p.x);
-  }
-  int64_t first_stride(int64_t task) const {
-    return task < up_tasks_ ? up_stride() : task < up_tasks_ + down_tasks_ ? a.down_stride : 0;
-  }
-  int64_t up_stride() const { return a.interleaved && !a.gate_up_columns ? 2 * a.gate_up_stride : a.gate_up_stride; }
 
-  void widen(int thread, int team) {
-    const int64_t H = a.hidden_size;
-    const bool split = split_for(a.gate_up_columns);
-    const auto* hidden = static_cast<const D*>(a.hidden);
-    const int64_t rows = a.weight_on_input ? a.tokens * a.top_k : a.tokens;
-    for (int64_t row = thread; row < rows; row += team) {
-      const int64_t token = a.weight_on_input ? row / a.top_k : row;
-      const float factor = a.weight_on_input ? a.topk_weights[row] : 1.0f;
-      widen_row<V>(p.x + row * p.ldx, hidden + token * H, H, factor, split);
+  Weights up_weights(int64_t expert, int64_t i) const {  // gate row (or column) i
+    const D* base = static_cast<const D*>(a.gate_up) + expert * a.gate_up_expert_stride;
+    const int64_t along = a.interleaved ? 2 * i : i;
+    if (a.gate_up_columns) return {base + along, a.gate_up_stride};
+    return {base + along * a.gate_up_stride, a.interleaved ? 2 * a.gate_up_stride : a.gate_up_stride};
+  }
+  Weights down_weights(int64_t expert, int64_t row) const {
+    const D* base = static_cast<const D*>(a.down) + expert * a.down_expert_stride;
+    return {base + row * (a.down_columns ? 1 : a.down_stride), a.down_stride};
+  }
+
+  // Moves a thread's cursor to `task`, which is never behind it.
+  void seek(Cursor& at, int64_t task) const {
+    at.next = {static_cast<const D*>(a.down), 0};
+    if (task >= up_tasks_) {
+      if (task < up_tasks_ + down_tasks_ && p.num_active > 0)
+        at.next = down_weights(p.active[0], (task - up_tasks_) * down_width_);
+      return;
     }
+    while (task >= at.before + groups_of(at.active) * chunks_) at.before += groups_of(at.active++) * chunks_;
+    const int64_t expert = p.active[at.active], slots = slots_of(expert);
+    const int64_t group = (task - at.before) / chunks_, begin = (task - at.before) % chunks_ * up_width_;
+    int64_t first = group * up_together_, last = min64(first + up_together_, slots), top = 0, bottom = 0;
+    if (!a.gate_up_columns) {
+      const Blocks blocks(slots);
+      const int64_t each = up_together_ / V::kMaxTokens;
+      top = group * each;
+      bottom = min64(top + each, blocks.count);
+      first = blocks.first(top);
+      last = blocks.first(bottom);
+    }
+    at.task = {expert, begin, min64(begin + up_width_, a.intermediate_size), first, last - first, top, bottom};
+    at.next = up_weights(expert, begin);
   }
 
-  const float* input_of(int64_t position) const {
-    const int64_t slot = p.order[position];
-    return p.x + (a.weight_on_input ? slot : slot / a.top_k) * p.ldx;
+  // Widens the input of an expert's slot into a block of packed inputs.
+  void pack_input(const UpTask& task, int64_t slot, float* block, int tokens, int token) const {
+    const int64_t position = p.offsets[task.expert] + slot;
+    const D* from = static_cast<const D*>(a.hidden) + p.token[position] * a.hidden_size;
+    const float factor = a.weight_on_input ? a.topk_weights[p.order[position]] : 1.0f;
+    pack_row<V>(block, tokens, token, 0, from, a.hidden_size, factor, split_for(a.gate_up_columns));
   }
 
-  // h[position][i..i + count) from the two sums (destroyed). i is a multiple of 32.
-  void finish_up(float* gate, float* up, int64_t expert, int64_t position, int64_t i, int count) {
+  // Widens the inputs of a task into the thread's own memory, unless its last task had the same ones.
+  float* pack(const UpTask& task, const Blocks& blocks, Cursor& at) const {
+    float* packed = p.packed + at.thread * p.packed_floats;
+    if (at.packed_expert == task.expert && at.packed_first == task.first) return packed;
+    at.packed_expert = task.expert;
+    at.packed_first = task.first;
+    for (int64_t slot = 0; a.gate_up_columns && slot < task.tokens; ++slot)
+      pack_input(task, task.first + slot, packed + slot * p.ldx, 1, 0);
+    for (int64_t block = task.top; block < task.bottom; ++block) {
+      const int64_t first = blocks.first(block);
+      const int tokens = blocks.size(block);
+      for (int n = 0; n < tokens; ++n)
+        pack_input(task, first + n, packed + (first - task.first) * p.ldx, tokens, n);
+    }
+    return packed;
+  }
+
+  // Activations [i, i + count) from the two sums, which are destroyed, into place `token` of a block of `tokens`. i is a
+  // multiple of 32.
+  void finish_up(float* gate, float* up, int64_t expert, int64_t i, int count, float* block, int tokens,
+                 int token) const {
     if (a.gate_up_bias != nullptr) {
       const auto* bias = static_cast<const D*>(a.gate_up_bias) + expert * a.gate_up_bias_stride;
       if (a.interleaved) {
         float both[2 * kPanel];
-        widen_row<V>(both, bias + 2 * i, 2 * count, 1.0f, false);
+        pack_row<V>(both, 1, 0, 0, bias + 2 * i, 2 * count, 1.0f, false);
         for (int j = 0; j < count; ++j) {
           gate[j] += both[2 * j];
           up[j] += both[2 * j + 1];
@@ -123,144 +178,149 @@ class Experts {
       }
     }
     activate<V>(a, gate, up, count, gate);
-    widen_row<V>(p.h + position * p.ldh + i, gate, count, 1.0f, split_for(a.down_columns));
+    pack_row<V>(block, tokens, token, i, gate, count, 1.0f, split_for(a.down_columns));
   }
 
-  void up_rows(int64_t task, int64_t next_task) {
-    const int64_t expert = p.active[task / up_tasks_each_], H = a.hidden_size, I = a.intermediate_size;
-    const int64_t i_begin = task % up_tasks_each_ * up_width_, i_end = min64(i_begin + up_width_, I);
-    const int64_t start = p.offsets[expert], slots = p.offsets[expert + 1] - start;
-    const int64_t up_offset = (a.interleaved ? 1 : I) * a.gate_up_stride, stride = up_stride();
-    alignas(64) float tile[2][V::kMaxTokens * kPanel] = {};
-    Tokens in;
-    for (int64_t group = 0; group < slots; group += kTogether) {
-      const int tokens = static_cast<int>(min64(kTogether, slots - group));
-      const int blocks = static_cast<int>(ceil_div(tokens, V::kMaxTokens));
-      for (int s = 0; s < tokens; ++s) in.x[s] = input_of(start + group + s);
-      for (int64_t i = i_begin; i < i_end; i += kPanel) {
-        const int rows = static_cast<int>(min64(kPanel, i_end - i));
-        const bool more = i + kPanel < i_end, last_group = group + kTogether >= slots;
-        const D* here = up_weights(expert, i);
-        const D* next = more ? up_weights(expert, i + kPanel) : last_group ? first_weights(next_task)
-                                                                           : up_weights(expert, i_begin);
-        const int64_t next_stride = more || !last_group ? stride : first_stride(next_task);
-        for (int block = 0; block < blocks; ++block) {
-          const int first = tokens * block / blocks, count = tokens * (block + 1) / blocks - first;
-          for (int part = 0; part < parts_; ++part) {
-            const D* w = here + part * up_offset;
-            const bool chain = blocks == 1, to_up = chain && part + 1 < parts_;
-            const Ahead<D> ahead = to_up ? Ahead<D>{here + up_offset, stride, 1, 0, true}
-                                   : chain ? Ahead<D>{next, next_stride, 1, 0, true}
-                                           : Ahead<D>{next + (more ? part * up_offset : 0), next_stride, blocks, block,
-                                                      false};
-            dot_panel_of<V, D>(count, w, stride, rows, H, in.x + first, tile[part], ahead);
-          }
-          for (int n = 0; n < count; ++n)
-            finish_up(tile[0] + n * kPanel, tile[1] + n * kPanel, expert, start + group + first + n, i, rows);
+  void up_rows(const UpTask& task, Cursor& at) const {
+    const Blocks blocks(slots_of(task.expert));
+    const int64_t to_up = (a.interleaved ? 1 : a.intermediate_size) * a.gate_up_stride;
+    alignas(64) float tile[2][V::kMaxTokens * kTile] = {};
+    const float* packed = pack(task, blocks, at);
+    for (int64_t i = task.begin; i < task.end; i += kPanel) {
+      const int rows = static_cast<int>(min64(kPanel, task.end - i));
+      const bool more = i + kPanel < task.end;
+      const Weights here = up_weights(task.expert, i), next = more ? up_weights(task.expert, i + kPanel) : at.next;
+      for (int64_t block = task.top; block < task.bottom; ++block) {
+        const int64_t first = blocks.first(block), period = task.bottom - task.top;
+        const int tokens = blocks.size(block);
+        for (int part = 0; part < parts_; ++part) {
+          Ahead<D> ahead{next.at, next.stride, period, block - task.top};
+          if (period > 1 && more)
+            ahead.next += part * to_up;
+          else if (period == 1 && part + 1 < parts_)
+            ahead = {here.at + to_up, here.stride, 1, 0};
+          dot_panel_of<V, D>(tokens, here.at + part * to_up, here.stride, rows, a.hidden_size,
+                             packed + (first - task.first) * p.ldx, tile[part], ahead);
         }
+        float* h = p.h + (p.offsets[task.expert] + first) * p.ldh;
+        const bool in_rows = a.down_columns;
+        for (int n = 0; n < tokens; ++n)
+          finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows, in_rows ? h + n * p.ldh : h,
+                    in_rows ? 1 : tokens, in_rows ? 0 : n);
       }
     }
   }
 
-  void up_columns(int64_t task, int64_t next_task) {
-    const int64_t expert = p.active[task / up_tasks_each_], H = a.hidden_size, I = a.intermediate_size;
-    const int64_t i_begin = task % up_tasks_each_ * up_width_, i_end = min64(i_begin + up_width_, I);
-    const int64_t start = p.offsets[expert], slots = p.offsets[expert + 1] - start;
-    const int64_t sums_stride = kStripColumns + 16, width = i_end - i_begin;
+  void up_columns(const UpTask& task, Cursor& at) const {
+    const int64_t H = a.hidden_size, width = task.end - task.begin;
     const bool two_strips = a.gated && !a.interleaved;
-    float* sums = p.strips + omp_get_thread_num() * p.strip_floats;
-    const D* w = up_weights(expert, i_begin);
-    Tokens in;
-    for (int64_t group = 0; group < slots; group += kTogether) {
-      const int tokens = static_cast<int>(min64(kTogether, slots - group));
-      for (int s = 0; s < tokens; ++s) in.x[s] = input_of(start + group + s);
-      const D* next = group + kTogether < slots ? w : first_weights(next_task);
-      column_strip<V, D>(w, a.gate_up_stride, H, a.interleaved ? 2 * width : width, in.x, tokens, sums, sums_stride,
-                         two_strips ? w + I : next);
-      if (two_strips)
-        column_strip<V, D>(w + I, a.gate_up_stride, H, width, in.x, tokens, sums + kStripColumns / 2, sums_stride, next);
-      for (int s = 0; s < tokens; ++s)
-        for (int64_t c = 0; c < width; c += kPanel) {
-          const int count = static_cast<int>(min64(kPanel, width - c));
-          alignas(64) float gate[kPanel], up[kPanel];
-          const float* row = sums + s * sums_stride;
-          for (int j = 0; j < kPanel; ++j) {
-            gate[j] = a.interleaved ? row[2 * (c + j)] : row[c + j];
-            up[j] = a.interleaved ? row[2 * (c + j) + 1] : row[kStripColumns / 2 + c + j];
-          }
-          finish_up(gate, up, expert, start + group + s, i_begin + c, count);
+    const Blocks blocks(slots_of(task.expert));
+    float* sums = p.strips + at.thread * p.strip_floats;
+    const float* packed = pack(task, blocks, at);
+    const Weights w = up_weights(task.expert, task.begin);
+    const int tokens = static_cast<int>(task.tokens);
+    column_strip<V, D>(w.at, w.stride, H, a.interleaved ? 2 * width : width, packed, p.ldx, tokens, sums,
+                       two_strips ? w.at + a.intermediate_size : at.next.at);
+    if (two_strips)
+      column_strip<V, D>(w.at + a.intermediate_size, w.stride, H, width, packed, p.ldx, tokens,
+                         sums + kStripColumns / 2, at.next.at);
+    int64_t block = 0;
+    for (int s = 0; s < tokens; ++s) {
+      const int64_t slot = task.first + s;
+      while (blocks.first(block + 1) <= slot) ++block;
+      const int64_t first = a.down_columns ? slot : blocks.first(block);
+      float* h = p.h + (p.offsets[task.expert] + first) * p.ldh;
+      for (int64_t c = 0; c < width; c += kPanel) {
+        alignas(64) float gate[kPanel], up[kPanel];
+        const float* row = sums + s * kStripStride;
+        for (int j = 0; j < kPanel; ++j) {
+          gate[j] = a.interleaved ? row[2 * (c + j)] : row[c + j];
+          up[j] = a.interleaved ? row[2 * (c + j) + 1] : a.gated ? row[kStripColumns / 2 + c + j] : 0.0f;
         }
+        finish_up(gate, up, task.expert, task.begin + c, static_cast<int>(min64(kPanel, width - c)), h,
+                  a.down_columns ? 1 : blocks.size(block), static_cast<int>(slot - first));
+      }
     }
   }
 
-  // Adds one expert's rows [begin, begin + count) of the second product to the sum of a slot's token.
-  void finish_down(float* y, int64_t expert, int64_t position, int64_t begin, int64_t count) {
-    const int64_t slot = p.order[position];
-    if (a.down_bias != nullptr)
+  // Adds rows [begin, begin + count) of the second product of an expert's slot to the sum of the slot's token.
+  void finish_down(float* y, int64_t expert, int64_t slot_of_expert, int64_t begin, int64_t count, bool bias) const {
+    const int64_t position = p.offsets[expert] + slot_of_expert;
+    if (bias && a.down_bias != nullptr)
       add_bias<V>(y, static_cast<const D*>(a.down_bias) + expert * a.down_bias_stride + begin, count);
-    const float weight = a.weight_on_input ? 1.0f : a.topk_weights[slot];
-    add_weighted<V>(p.out + slot / a.top_k * p.ldo + begin, y, count, weight);
+    const float weight = a.weight_on_input ? 1.0f : a.topk_weights[p.order[position]];
+    add_weighted<V>(p.out + p.token[position] * p.ldo + begin, y, count, weight);
   }
 
   // A slice of the output's columns for all tokens: experts in ascending order, then one rounding.
-  void down(int64_t task, int64_t next_task) {
+  void down(int64_t task, const Cursor& at) const {
     const int64_t begin = task * down_width_, end = min64(begin + down_width_, a.hidden_size);
     for (int64_t t = 0; t < a.tokens; ++t)
       memset(p.out + t * p.ldo + begin, 0, sizeof(float) * round_up(end - begin, kPanel));
-    for (int64_t n = 0; n < p.num_active; ++n)
-      a.down_columns ? down_columns(n, begin, end, next_task) : down_rows(n, begin, end, next_task);
+    for (int64_t n = 0; n < p.num_active; ++n) {
+      const Weights after = n + 1 < p.num_active ? down_weights(p.active[n + 1], begin) : at.next;
+      a.down_columns ? down_columns(p.active[n], begin, end, after.at, at.thread)
+                     : down_rows(p.active[n], begin, end, after);
+    }
     auto* out = static_cast<D*>(a.out);
     for (int64_t t = 0; t < a.tokens; ++t)
       narrow_row<V>(out + t * a.hidden_size + begin, p.out + t * p.ldo + begin, end - begin);
   }
 
-  void down_rows(int64_t active, int64_t begin, int64_t end, int64_t next_task) {
-    const int64_t expert = p.active[active], I = a.intermediate_size, stride = a.down_stride;
-    const int64_t start = p.offsets[expert], slots = p.offsets[expert + 1] - start;
-    const bool more_experts = active + 1 < p.num_active;
-    const D* after = more_experts ? down_weights(p.active[active + 1], begin) : first_weights(next_task);
-    const int64_t after_stride = more_experts ? stride : first_stride(next_task);
-    alignas(64) float tile[V::kMaxTokens * kPanel] = {};
-    Tokens in;
-    for (int64_t group = 0; group < slots; group += kTogether) {
-      const int tokens = static_cast<int>(min64(kTogether, slots - group));
-      const int blocks = static_cast<int>(ceil_div(tokens, V::kMaxTokens));
-      for (int s = 0; s < tokens; ++s) in.x[s] = p.h + (start + group + s) * p.ldh;
-      for (int64_t row = begin; row < end; row += kPanel) {
-        const int rows = static_cast<int>(min64(kPanel, end - row));
-        const bool more = row + kPanel < end;
-        for (int block = 0; block < blocks; ++block) {
-          const int first = tokens * block / blocks, count = tokens * (block + 1) / blocks - first;
-          const D* next = more ? down_weights(expert, row + kPanel) : after;
-          const Ahead<D> ahead{next, more ? stride : after_stride, blocks, block, blocks == 1};
-          dot_panel_of<V, D>(count, down_weights(expert, row), stride, rows, I, in.x + first, tile, ahead);
-          for (int n = 0; n < count; ++n)
-            finish_down(tile + n * kPanel, expert, start + group + first + n, row, rows);
+  void down_rows(int64_t expert, int64_t begin, int64_t end, const Weights& after) const {
+    const int64_t I = a.intermediate_size, each = down_together_ / V::kMaxTokens;
+    const Blocks blocks(slots_of(expert));
+    alignas(64) float tile[V::kMaxTokens * kTile] = {};
+    for (int64_t span = 0; span < I; span += kSpan) {
+      const int64_t size = min64(kSpan, I - span);
+      for (int64_t top = 0; top < blocks.count; top += each) {
+        const int64_t bottom = min64(top + each, blocks.count);
+        Weights next{};
+        for (int64_t row = begin; row < end; row += kPanel) {
+          const Weights here = down_weights(expert, row);
+          if (row + kPanel < end) {
+            next = down_weights(expert, row + kPanel);
+            next.at += span;
+          } else if (bottom < blocks.count || span + kSpan < I) {
+            next = down_weights(expert, begin);
+            next.at += bottom < blocks.count ? span : span + kSpan;
+          } else {
+            next = after;
+          }
+          const int rows = static_cast<int>(min64(kPanel, end - row));
+          for (int64_t block = top; block < bottom; ++block) {
+            const int64_t first = blocks.first(block);
+            const int tokens = blocks.size(block);
+            const float* x = p.h + (p.offsets[expert] + first) * p.ldh + span * tokens;
+            const Ahead<D> ahead{next.at, next.stride, bottom - top, block - top};
+            dot_panel_of<V, D>(tokens, here.at + span, here.stride, rows, size, x, tile, ahead);
+            for (int n = 0; n < tokens; ++n)
+              finish_down(tile + n * kTile, expert, first + n, row, rows, span == 0);
+          }
         }
       }
     }
   }
 
-  void down_columns(int64_t active, int64_t begin, int64_t end, int64_t next_task) {
-    const int64_t expert = p.active[active], start = p.offsets[expert], slots = p.offsets[expert + 1] - start;
-    const int64_t sums_stride = kStripColumns + 16;
-    const D* w = down_weights(expert, begin);
-    const D* after = active + 1 < p.num_active ? down_weights(p.active[active + 1], begin) : first_weights(next_task);
-    float* sums = p.strips + omp_get_thread_num() * p.strip_floats;
-    Tokens in;
-    for (int64_t group = 0; group < slots; group += kTogether) {
-      const int tokens = static_cast<int>(min64(kTogether, slots - group));
-      for (int s = 0; s < tokens; ++s) in.x[s] = p.h + (start + group + s) * p.ldh;
-      column_strip<V, D>(w, a.down_stride, a.intermediate_size, end - begin, in.x, tokens, sums, sums_stride,
-                         group + kTogether < slots ? w : after);
+  void down_columns(int64_t expert, int64_t begin, int64_t end, const D* after, int thread) const {
+    const int64_t slots = slots_of(expert);
+    const Weights w = down_weights(expert, begin);
+    float* sums = p.strips + thread * p.strip_floats;
+    for (int64_t first = 0; first < slots; first += down_together_) {
+      const int tokens = static_cast<int>(min64(down_together_, slots - first));
+      column_strip<V, D>(w.at, w.stride, a.intermediate_size, end - begin,
+                         p.h + (p.offsets[expert] + first) * p.ldh, p.ldh, tokens, sums,
+                         first + down_together_ < slots ? w.at : after);
       for (int s = 0; s < tokens; ++s)
-        finish_down(sums + s * sums_stride, expert, start + group + s, begin, end - begin);
+        finish_down(sums + s * kStripStride, expert, first + s, begin, end - begin, true);
     }
   }
 
   const MoetorExperts& a;
   const Plan& p;
-  int64_t parts_, up_width_, up_tasks_each_, up_tasks_, down_width_, down_tasks_;
+  int64_t parts_, up_together_, down_together_;
+  int64_t up_width_, chunks_, up_tasks_;  // activations of one task; tasks per group of slots; tasks
+  int64_t down_width_, down_tasks_;
   int64_t next_task_ = 0;
 };
 

@@ -9,27 +9,33 @@
 namespace {
 
 constexpr int kGroup = 32;        // rows are padded to this many floats; outputs are handled in panels of as many
-constexpr int kStripTokens = 96;  // tokens whose column sums one thread holds at a time
+constexpr int kTogether = 96;     // tokens that pass over a task's weights together, at most
 constexpr int kStripColumns = 1024;
+constexpr int kStripStride = kStripColumns + 16;
+constexpr int64_t kInputsTogether = 1 << 20;  // bytes of their inputs: half of a second-level cache
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Row strides are an odd number of cache lines: rows 4 or 8 KB apart would all fall into one cache set.
-inline int64_t row_stride(int64_t n) { return round_up(n, kGroup) + 16; }
+// Tokens whose inputs of `size` floats a thread packs at a time, in blocks of `block`.
+inline int64_t tokens_together(int64_t size, int64_t block) {
+  const int64_t fit = kInputsTogether / (4 * block * round_up(size, kGroup));
+  return block * max64(1, min64(kTogether / block, fit));
+}
 
 struct Plan {
   int32_t* order;    // [R] slots t * K + k, by expert, ascending within one; dropped slots last
+  int32_t* token;    // [R] the token of each
   int64_t* offsets;  // [E + 2] where an expert's slots start in `order`
   int32_t* active;   // [E] the experts with slots, ascending
   int64_t num_active, num_slots;  // num_slots: those that are not dropped
-  float* x;          // [T or R, ldx] the input in float32 (one row a slot when the weight is on the input)
-  float* h;          // [R, ldh] the activations in expert order
+  float* h;          // [R, ldh] the activations, in expert order and in blocks (see pack_row)
   float* out;        // [T, ldo] the weighted sum
-  float* strips;     // [threads, strip_floats] column sums of a thread (columns form alone)
-  int64_t ldx, ldh, ldo, strip_floats;
+  float* packed;     // [threads, packed_floats] a thread's packed inputs
+  float* strips;     // [threads, strip_floats] a thread's column sums (columns form alone)
+  int64_t ldx, ldh, ldo, packed_floats, strip_floats;
   int64_t bytes;
 };
 
@@ -42,17 +48,20 @@ inline Plan make_plan(const MoetorExperts& a) {
     at += round_up(bytes, 64);
     return start;
   };
-  p.ldx = row_stride(a.hidden_size);
-  p.ldh = row_stride(a.intermediate_size);
-  p.ldo = row_stride(a.hidden_size);
+  p.ldx = round_up(a.hidden_size, kGroup);
+  p.ldh = round_up(a.intermediate_size, kGroup);
+  p.ldo = round_up(a.hidden_size, kGroup) + 16;  // an odd number of cache lines: 8 KB apart, rows would share a set
   p.order = reinterpret_cast<int32_t*>(take(4 * slots));
+  p.token = reinterpret_cast<int32_t*>(take(4 * slots));
   p.offsets = reinterpret_cast<int64_t*>(take(8 * (a.num_experts + 2)));
   p.active = reinterpret_cast<int32_t*>(take(4 * a.num_experts));
-  p.x = reinterpret_cast<float*>(take(4 * (a.weight_on_input ? slots : a.tokens) * p.ldx));
   p.h = reinterpret_cast<float*>(take(4 * slots * p.ldh));
   p.out = reinterpret_cast<float*>(take(4 * a.tokens * p.ldo));
+  const int64_t together = min64(slots, kTogether);
+  p.packed_floats = together * p.ldx;
+  p.packed = reinterpret_cast<float*>(take(4 * a.threads * p.packed_floats));
   if (a.gate_up_columns || a.down_columns) {
-    p.strip_floats = min64(a.tokens, kStripTokens) * (kStripColumns + 16);
+    p.strip_floats = together * kStripStride;
     p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   }
   p.bytes = at;
@@ -73,7 +82,12 @@ inline bool sort_slots(const MoetorExperts& a, Plan& p) {
     if (p.offsets[e + 1] > 0) p.active[p.num_active++] = static_cast<int32_t>(e);
   for (int64_t e = 0; e <= num_experts; ++e) p.offsets[e + 1] += p.offsets[e];
   p.num_slots = p.offsets[num_experts];
-  for (int64_t s = 0; s < slots; ++s) p.order[p.offsets[a.topk_ids[s]]++] = static_cast<int32_t>(s);
+  for (int64_t t = 0, s = 0; t < a.tokens; ++t)
+    for (int64_t k = 0; k < a.top_k; ++k, ++s) {
+      const int64_t position = p.offsets[a.topk_ids[s]]++;
+      p.order[position] = static_cast<int32_t>(s);
+      p.token[position] = static_cast<int32_t>(t);
+    }
   for (int64_t e = num_experts + 1; e > 0; --e) p.offsets[e] = p.offsets[e - 1];
   p.offsets[0] = 0;
   return true;

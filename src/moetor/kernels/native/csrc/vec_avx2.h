@@ -10,9 +10,10 @@ namespace {
 struct Avx2 {
   using Reg = __m256;
   static constexpr int kWidth = 8;
-  static constexpr int kMaxTokens = 5;
+  static constexpr int kMaxTokens = 6;
+  static constexpr int rows(int tokens) { return tokens <= 2 ? 4 : 2; }  // 16 registers: at most 12 of sums
+  static constexpr int kColumnTokens = 6;
   static constexpr int kColumnPairs = 1;
-  static constexpr int rows(int tokens) { return tokens <= 2 ? 4 : 2; }  // 16 registers: at most 10 of sums
 
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set(float v) { return _mm256_set1_ps(v); }
@@ -32,6 +33,11 @@ struct Avx2 {
   static Reg second(const Bf16* p) {
     const __m256i mask = _mm256_set1_epi32((int)0xffff0000);
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), mask));
+  }
+
+  static Reg keep(Reg v) {
+    __asm__("" : "+x"(v));
+    return v;
   }
 
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }

@@ -10,9 +10,12 @@ namespace {
 struct Avx512 {
   using Reg = __m512;
   static constexpr int kWidth = 16;
-  static constexpr int kMaxTokens = 6;    // 4 rows x 6 tokens of sums, 4 weights, 1 input: 29 of 32 registers
-  static constexpr int kColumnPairs = 2;  // columns form: 2 x 32 columns x 6 tokens of sums
-  static constexpr int rows(int) { return 4; }
+  // Sums of 4 rows x 6 tokens or 2 rows x 12 tokens (the more tokens, the fewer bf16 weights to widen a sum), the
+  // rows' weights and one input: 29 of 32 registers at most.
+  static constexpr int kMaxTokens = 12;
+  static constexpr int rows(int tokens) { return tokens <= 6 ? 4 : 2; }
+  static constexpr int kColumnTokens = 6;  // columns form: 2 x 32 columns x 6 tokens of sums
+  static constexpr int kColumnPairs = 2;
 
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set(float v) { return _mm512_set1_ps(v); }
@@ -31,6 +34,12 @@ struct Avx512 {
   static Reg first(const Bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   static Reg second(const Bf16* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)));
+  }
+
+  // Keeps a value that is used several times in a register; GCC would load it again from memory at each use.
+  static Reg keep(Reg v) {
+    __asm__("" : "+v"(v));
+    return v;
   }
 
   static void store(float* p, Reg v) { _mm512_storeu_ps(p, v); }
