@@ -15,7 +15,7 @@ TINY = ["bench", "layer", "--shape", "4,2,32,16", "--dtype", "float32"]
 ROW = {
     *("shape", "num_experts", "top_k", "hidden_size", "intermediate_size", "tokens", "kernel"),
     *("max_error", "active_experts", "read_bytes", "flops", "floor_us", "bound", "rotation"),
-    "implementations",
+    *("other_use", "implementations"),
 }
 IMPLEMENTATION = {
     *("name", "library", "median_us", "p10_us", "p90_us", "samples", "cuda_graph", "gb_per_s"),
@@ -35,7 +35,7 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     record = _record(tmp_path, "--tokens", "1,5", "--kernel", "torch", "--threads", "1")
     assert set(record) == {
         *("command", "date", "git", "versions", "hardware", "format", "settings", "ceilings"),
-        *("other_use", "rows", "skipped"),
+        *("rows", "skipped"),
     }
     assert set(record["versions"]) == {"python", "torch", "transformers", "moetor"}
     assert record["hardware"]["threads"] == 1
@@ -105,6 +105,30 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
     assert main([*TINY, "--tokens", "1,2", "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("uses", "kept"), [([0.0], 0.0), ([0.5, 0.01], 0.01), ([0.5, 0.3, 0.4], 0.3)]
+)
+def test_a_disturbed_row_is_measured_again(
+    uses: list[float],
+    kept: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left = iter(uses)
+
+    class Use:
+        def share(self) -> float:
+            return next(left)
+
+    monkeypatch.setattr(layer, "OtherUse", Use)
+    record = _record(tmp_path, "--tokens", "1", "--peers", "none")
+    assert record["rows"][0]["other_use"] == kept
+    assert next(left, None) is None
+    assert ("disturbed" in capsys.readouterr().out) == (kept > 0.05)
 
 
 @pytest.mark.usefixtures("quick")

@@ -7,7 +7,7 @@ from typing import Any
 
 from moetor.bench.ceilings import Ceilings
 from moetor.bench.floor import Floor, layer_floor
-from moetor.bench.layer import LayerReport, LayerTimes
+from moetor.bench.layer import QUIET, LayerReport, LayerTimes
 from moetor.bench.timing import Timing
 
 FORMAT = "moetor-bench-layer/1"
@@ -65,11 +65,13 @@ def notes(report: LayerReport) -> list[str]:
             f"the machine was not steady: its ceilings differ by {drift:.0%} between the start "
             f"and the end"
         )
-    if (report.other_use or 0) > 0.05:
-        lines.append(f"other processes took {report.other_use:.0%} of the cores meanwhile")
     for times in report.times:
         place = f"{times.shape.name}, T={times.tokens}"
         rotation = times.rotation
+        if times.other_use is not None and times.other_use > QUIET:
+            lines.append(
+                f"{place}: disturbed: other processes took {times.other_use:.0%} of the cores"
+            )
         if not rotation.cold:
             lines.append(
                 f"{place}: partly from the cache: {rotation.num_sets} sets of weights leave "
@@ -105,7 +107,6 @@ def to_dict(report: LayerReport) -> dict[str, Any]:
             "before": asdict(report.ceilings_before),
             "after": asdict(report.ceilings_after),
         },
-        "other_use": report.other_use,
         "rows": [_row(times, report.ceilings) for times in report.times],
         "skipped": [
             {"shape": times.shape.name, "tokens": times.tokens, "peer": peer, "reason": reason}
@@ -138,6 +139,7 @@ def _row(times: LayerTimes, ceilings: Ceilings) -> dict[str, Any]:
             "target_bytes": rotation.target_bytes,
             "cold": rotation.cold,
         },
+        "other_use": times.other_use,
         "implementations": [
             _implementation(name, timing, times, floor) for name, timing in times.timings.items()
         ],
