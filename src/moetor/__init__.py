@@ -89,13 +89,28 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _register_experts(_module: Any) -> None:
-    importlib.import_module("moetor.huggingface.experts_backend").register()
+def _register(registry: Any, function: str) -> None:
+    """Adds "moetor" to a registry of Transformers; with an unsupported release, as a refusal."""
+    from moetor.errors import VersionError
+
+    try:
+        backend = importlib.import_module("moetor.huggingface.experts_backend")
+    except VersionError as error:
+        refusal = error
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise refusal
+
+        registry.register("moetor", refuse)
+    else:
+        registry.register("moetor", getattr(backend, function))
 
 
-def _register_fp8_experts(_module: Any) -> None:
-    importlib.import_module("moetor.huggingface.experts_backend").register_fp8()
-
-
-wrapt.register_post_import_hook(_register_experts, "transformers.integrations.moe")
-wrapt.register_post_import_hook(_register_fp8_experts, "transformers.integrations.finegrained_fp8")
+wrapt.register_post_import_hook(
+    lambda module: _register(module.ALL_EXPERTS_FUNCTIONS, "moetor_experts_forward"),
+    "transformers.integrations.moe",
+)
+wrapt.register_post_import_hook(
+    lambda module: _register(module.ALL_FP8_EXPERTS_FUNCTIONS, "moetor_fp8_experts_forward"),
+    "transformers.integrations.finegrained_fp8",
+)

@@ -10,7 +10,7 @@ from moetor.cli.console import print_json, print_table, progress, quiet_transfor
 from moetor.cli.options import FusedModelOptions
 
 if TYPE_CHECKING:
-    from moetor.huggingface.verify import VerifyReport
+    from moetor.huggingface.verifying import VerifyReport
 
 COLUMNS = ("block", "level", "kernel", "error", "tolerance", "result", "note")
 _NAMES_SHOWN = 5
@@ -62,7 +62,10 @@ def _print(model: str, report: VerifyReport) -> None:
         )
         for block in report.blocks
     ]
-    print_table(f"{model}: fused against original, {len(rows)} MoE blocks", COLUMNS, rows)
+    if not rows:
+        print(f"{model}: no MoE blocks, nothing to fuse")
+    else:
+        print_table(f"{model}: fused against original, {len(rows)} MoE blocks", COLUMNS, rows)
     print(
         f"logits: error {_number(report.logits_error)}, "
         f"tolerance {_number(report.logits_tolerance)}"
@@ -70,16 +73,24 @@ def _print(model: str, report: VerifyReport) -> None:
     if report.perplexity is not None:
         original, fused = report.perplexity
         print(f"perplexity: {original:.4f} original, {fused:.4f} fused")
+    wrong = _what_is_wrong(report)
+    print(f"FAILED: {'; '.join(wrong)}" if wrong else "ok")
+
+
+def _what_is_wrong(report: VerifyReport) -> list[str]:
+    """Each thing that fails, as half a sentence."""
+    wrong = []
+    differing = sum(not block.ok for block in report.blocks)
+    if differing:
+        wrong.append(f"{differing} of {len(report.blocks)} blocks differ")
+    if not report.logits_error <= report.logits_tolerance:  # NaN is wrong, too
+        wrong.append("the logits differ")
     if report.non_finite:
-        shown = ", ".join(report.non_finite[:_NAMES_SHOWN])
+        names = ", ".join(report.non_finite[:_NAMES_SHOWN])
         more = len(report.non_finite) - _NAMES_SHOWN
         rest = f" and {more} more" if more > 0 else ""
-        print(f"weights that are not finite (NaN or infinity): {shown}{rest}")
-    differing = sum(not block.ok for block in report.blocks)
-    if report.ok:
-        print("ok: the fused model reproduces the original")
-    else:
-        print(f"FAILED: {differing} of {len(rows)} blocks differ")
+        wrong.append(f"weights that are not finite (NaN or infinity): {names}{rest}")
+    return wrong
 
 
 def _number(value: float | None) -> str:

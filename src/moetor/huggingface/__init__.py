@@ -1,13 +1,21 @@
 """Hugging Face Transformers: recognising MoE blocks, fusing them, verifying, loading.
 
-The only room that imports Transformers; releases outside the supported range are refused here.
+The only room that imports Transformers. Releases outside the supported range are refused when this
+package is imported, which is when the Hugging Face part is first used.
 """
 
-from moetor.huggingface.explain import explain
-from moetor.huggingface.fuse import fuse, unfuse
-from moetor.huggingface.report import BlockReport, FusionReport
-from moetor.huggingface.verify import BlockCheck, VerifyReport, verify
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from moetor.huggingface.versions import check_versions
+
+if TYPE_CHECKING:
+    from moetor.huggingface.explaining import explain
+    from moetor.huggingface.fusing import fuse, unfuse
+    from moetor.huggingface.report import BlockReport, FusionReport
+    from moetor.huggingface.verifying import BlockCheck, VerifyReport, verify
 
 __all__ = [
     "BlockCheck",
@@ -20,4 +28,22 @@ __all__ = [
     "verify",
 ]
 
+_HOME_OF = {
+    "BlockCheck": "verifying",
+    "BlockReport": "report",
+    "FusionReport": "report",
+    "VerifyReport": "verifying",
+    "explain": "explaining",
+    "fuse": "fusing",
+    "unfuse": "fusing",
+    "verify": "verifying",
+}
+
 check_versions()
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -14,14 +14,18 @@ from torch import nn
 
 from moetor.config import ExpertsConfig, MoEConfig, RouterConfig, RunnerConfig, SharedExpertsConfig
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
-from moetor.huggingface.modules import BlockPlan
-from moetor.huggingface.router_form import recognise_router
-from moetor.layer.moe import ChildNames
+from moetor.huggingface.modules import BlockChildren, BlockPlan
+from moetor.huggingface.router_form import KeptRouter, RecognisedRouter, recognise_router
+from moetor.layer.routing.router import Router
 
 ROUTER_NAMES = ("gate", "router")
 SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 SHARED_GATE_NAMES = ("shared_expert_gate",)
+INPUT_NAMES = ("fc1_latent_proj", "pre_expert_proj", "pre_expert_norm")
+OUTPUT_NAMES = ("fc2_latent_proj", "post_expert_proj")
+FINAL_NAMES = ("post_mlp_layernorm",)
 BLOCK_SCALE_ATTRIBUTES = ("routed_scaling_factor",)
+ADD_IN_FLOAT32_FLAGS = ("enable_moe_fp32_combine",)
 
 
 def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -44,46 +48,67 @@ def recognise_block(
     """A plan for the whole block, or why there is none."""
     if "forward" in block.__dict__ or "forward" in block.get_submodule(experts_name).__dict__:
         return Unrecognised("its forward is wrapped by a hook (device map or tensor parallelism)")
-    needed = [
+    extra = [
         name
         for name, parameter in list(inspect.signature(block.forward).parameters.items())[1:]
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
-    if needed:
-        return Unrecognised(f"its block also takes {', '.join(needed)}")
-    names = _child_names(block, experts_name)
-    if isinstance(names, Unrecognised):
-        return names
+    if extra:
+        return Unrecognised(f"its block also takes {', '.join(extra)}")
+    children = _children(block, experts_name)
+    if isinstance(children, Unrecognised):
+        return children
     experts = recognise_experts(block.get_submodule(experts_name))
     if isinstance(experts, Unrecognised):
         return experts
-    router = recognise_router(block.get_submodule(names.gate), block, hint)
+    hidden_size = _hidden_size(block, children, experts)
+    router = recognise_router(
+        block.get_submodule(children.router),
+        block,
+        num_experts=experts.num_experts,
+        hidden_size=hidden_size,
+        hint=hint,
+    )
     if isinstance(router, Unrecognised):
         return router
-    stray = [
-        name
-        for name in (*block._parameters, *block._buffers)
-        if not (router.selection_bias_on_block and (router.selection_bias or "").startswith(name))
-    ]
+    bias = None
+    if isinstance(router, RecognisedRouter) and router.selection_bias_on_block:
+        bias = router.selection_bias
+    stray = [name for name in (*block._parameters, *block._buffers) if name != bias]
     if stray:
         return Unrecognised(
             f"its block holds tensors that no description covers: {', '.join(stray)}"
         )
-    return BlockPlan(
-        path=path,
-        block=block,
-        router=router,
-        names=names,
-        config=_layer_config(block, names, router.config, experts, quantization, runner),
+    if isinstance(router, RecognisedRouter):
+        formula = router.config
+    else:
+        formula = RouterConfig(num_experts=experts.num_experts, top_k=router.top_k)
+    config = MoEConfig(
+        hidden_size=hidden_size,
+        router=formula,
+        experts=experts,
+        shared=_shared_config(block, children, hidden_size),
+        runner=runner,
+        internal_gate=isinstance(router, RecognisedRouter),
+        latent_size=experts.hidden_size if children.inputs else None,
+        quantization=quantization,
     )
+    return BlockPlan(path=path, block=block, router=router, children=children, config=config)
+
+
+def router_label(plan: BlockPlan) -> str:
+    """The plan's routing, for a table."""
+    if isinstance(plan.router, KeptRouter):
+        return f"callable {type(plan.router_module).__name__}"
+    return Router(plan.config.router).label
 
 
 def compositions(plan: BlockPlan) -> Iterator[BlockPlan]:
     """The ways in which the parts may be put together, the likeliest first; the trial decides.
 
     They differ in what adds routed and shared results, and in a scale that the block rather than
-    its router applies.
+    its
+    router applies.
     """
     scales = [1.0]
     for name in BLOCK_SCALE_ATTRIBUTES:
@@ -91,60 +116,65 @@ def compositions(plan: BlockPlan) -> Iterator[BlockPlan]:
         if isinstance(value, int | float) and value != 1.0:
             scales.append(float(value))
     for scale in scales:
-        factor = plan.router.config.scaling_factor * scale
-        router = replace(plan.router.config, scaling_factor=factor)
+        if scale != 1.0 and isinstance(plan.router, KeptRouter):
+            continue
+        router = replace(
+            plan.config.router, scaling_factor=plan.config.router.scaling_factor * scale
+        )
         config = replace(plan.config, router=router)
-        scaled = replace(plan, router=replace(plan.router, config=router), config=config)
-        yield scaled
+        yield replace(plan, config=config)
         if config.shared is not None:
             mean = replace(config.shared, combine="mean")
-            yield replace(scaled, config=replace(config, shared=mean))
+            yield replace(plan, config=replace(config, shared=mean))
 
 
-def _child_names(block: nn.Module, experts_name: str) -> ChildNames | Unrecognised:
+def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognised:
+    """The block's children by their part, or which of them has none."""
     children = dict(block.named_children())
-    gate = next((name for name in ROUTER_NAMES if name in children), None)
-    if gate is None:
+
+    def present(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name in names
+            if name in children and next(children[name].parameters(), None) is not None
+        )
+
+    router, shared = present(ROUTER_NAMES), present(SHARED_NAMES)
+    if not router:
         return Unrecognised("it has no router of its own beside its experts")
-    shared = next((name for name in SHARED_NAMES if name in children), None)
-    shared_gate = next((name for name in SHARED_GATE_NAMES if name in children), None)
-    known = {experts_name, gate, shared, shared_gate}
-    others = [
-        name
-        for name, child in children.items()
-        if name not in known and next(child.parameters(), None) is not None
-    ]
+    found = BlockChildren(
+        router=router[0],
+        experts=experts_name,
+        shared=next(iter(shared), None),
+        shared_gate=next(iter(present(SHARED_GATE_NAMES)), None),
+        inputs=present(INPUT_NAMES),
+        outputs=present(OUTPUT_NAMES),
+        final=present(FINAL_NAMES),
+    )
+    others = [name for name in present(tuple(children)) if name not in found.names]
     if others:
         return Unrecognised(f"its block holds {', '.join(others)}, which no description covers")
-    return ChildNames(
-        gate=gate,
-        experts=experts_name,
-        shared=shared or ChildNames.shared,
-        shared_gate=shared_gate or ChildNames.shared_gate,
-    )
+    if bool(found.inputs) != bool(found.outputs):
+        return Unrecognised("its block projects the experts' input or output, but not both")
+    return found
 
 
-def _layer_config(
-    block: nn.Module,
-    names: ChildNames,
-    router: RouterConfig,
-    experts: ExpertsConfig,
-    quantization: str | None,
-    runner: RunnerConfig,
-) -> MoEConfig:
-    shared_module = block._modules.get(names.shared)
-    shared = None
-    if shared_module is not None:
-        widths = [m.in_features for m in shared_module.modules() if isinstance(m, nn.Linear)]
-        shared = SharedExpertsConfig(
-            intermediate_size=widths[-1] if widths else experts.hidden_size,
-            sigmoid_gate=names.shared_gate in block._modules,
-        )
-    return MoEConfig(
-        hidden_size=experts.hidden_size,
-        router=router,
-        experts=experts,
-        shared=shared,
-        runner=runner,
-        quantization=quantization,
+def _hidden_size(block: nn.Module, children: BlockChildren, experts: ExpertsConfig) -> int:
+    if not children.inputs:
+        return experts.hidden_size
+    first = block.get_submodule(children.inputs[0])
+    return int(getattr(first, "in_features", experts.hidden_size))
+
+
+def _shared_config(
+    block: nn.Module, children: BlockChildren, hidden_size: int
+) -> SharedExpertsConfig | None:
+    if children.shared is None:
+        return None
+    shared = block.get_submodule(children.shared)
+    widths = [module.in_features for module in shared.modules() if isinstance(module, nn.Linear)]
+    return SharedExpertsConfig(
+        intermediate_size=widths[-1] if widths else hidden_size,
+        sigmoid_gate=children.shared_gate is not None,
+        add_in_float32=any(bool(getattr(block, name, False)) for name in ADD_IN_FLOAT32_FLAGS),
     )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from moetor.config import RunnerConfig
 from moetor.errors import UnsupportedError
 from moetor.huggingface.experts_form import Unrecognised, experts_weights, recognise_experts
-from moetor.huggingface.versions import check_versions
 from moetor.layer import ops
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
@@ -94,18 +93,3 @@ def moetor_fp8_experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> 
         f"experts_implementation={NAME!r} does not run FP8 experts ({type(module).__name__}) yet; "
         f"use 'grouped_mm' or 'batched_mm', or load the model dequantised"
     )
-
-
-def register(_module: Any = None) -> None:
-    """Makes the name known to Transformers' registry of experts functions."""
-    check_versions()
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(NAME, moetor_experts_forward)
-
-
-def register_fp8(_module: Any = None) -> None:
-    """The same for the registry of FP8 experts, with a function that refuses."""
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-
-    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, moetor_fp8_experts_forward)

@@ -5,7 +5,7 @@ Shape letters: T tokens, K top_k, E router logits, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, MoEConfig, Precision, RunnerConfig
 from moetor.huggingface.experts_form import experts_weights
-from moetor.huggingface.router_form import RecognisedRouter, lookup
+from moetor.huggingface.router_form import KeptRouter, RecognisedRouter, lookup
 from moetor.kernels.gate import gate_product
 from moetor.layer import ops
 from moetor.layer.context import register_layer
@@ -52,23 +52,63 @@ class GateForward:
 
 
 @contextmanager
-def gate_forward(router: nn.Module, recognised: RecognisedRouter) -> Iterator[None]:
-    """Gives the router its fused forward for the time of a trial."""
-    install_gate(router, recognised)
+def gate_forward(fused: FusedMoEBlock) -> Iterator[None]:
+    """Gives a fused block's router its fused forward for the time of a trial."""
+    install_gate(fused)
     try:
         yield
     finally:
-        remove_gate(router)
+        remove_gate(fused.router_module)
 
 
-def install_gate(router: nn.Module, recognised: RecognisedRouter) -> None:
-    """Gives the router its fused forward."""
-    router.forward = GateForward(router, recognised)
+def install_gate(fused: FusedMoEBlock) -> None:
+    """Gives the block's router its fused forward; a router that is kept needs none."""
+    if isinstance(fused.plan_router, RecognisedRouter):
+        router = fused.router_module
+        router.forward = GateForward(router, fused.plan_router)
 
 
 def remove_gate(router: nn.Module) -> None:
     """Gives the router its own forward again."""
     router.__dict__.pop("forward", None)
+
+
+class RouterCall:
+    """A Transformers router as the callable of a `CustomRouter`: its own forward decides."""
+
+    def __init__(self, router: nn.Module) -> None:
+        self.router = router
+        self.__name__ = type(router).__name__
+
+    def __call__(self, hidden_TH: Tensor, logits_TE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights and ids [T, K]."""
+        answer = self.router(hidden_TH)
+        return answer[1], answer[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockChildren:
+    """Names of a block's children by their part in the layer.
+
+    Attributes:
+        inputs, outputs: applied around the routed experts alone, in this order (latent MoE).
+        final: applied to the block's output.
+    """
+
+    router: str
+    experts: str
+    shared: str | None = None
+    shared_gate: str | None = None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All of them."""
+        single = (self.router, self.experts, self.shared, self.shared_gate)
+        some = (name for name in single if name is not None)
+        return frozenset((*some, *self.inputs, *self.outputs, *self.final))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,47 +118,81 @@ class BlockPlan:
     Attributes:
         path: of the block in the model.
         block: the original.
-        router: the recognised routing.
-        names: of the block's children.
+        router: the recognised routing, or that the router is kept as a callable.
+        children: which child is what.
         config: the layer.
         returns: what the block returns.
     """
 
     path: str
     block: nn.Module
-    router: RecognisedRouter
-    names: ChildNames
+    router: RecognisedRouter | KeptRouter
+    children: BlockChildren
     config: MoEConfig
     returns: Returns = "hidden"
 
     @property
     def router_module(self) -> nn.Module:
         """The block's router."""
-        return self.block.get_submodule(self.names.gate)
+        return self.block.get_submodule(self.children.router)
+
+
+class Chain:
+    """Modules applied one after the other, without being registered a second time."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """The last one's output."""
+        for module in self.modules:
+            hidden = module(hidden)
+        return hidden
 
 
 class FusedMoEBlock(MoELayer):
     """A Transformers MoE block as one `MoELayer`, with the original's parameter names and return
     value.
 
-    The router module's own forward must be replaced by `install_gate` before the block is called.
+    Where the routing is a recognised formula, the router module's own forward must be replaced by
+    `install_gate` before the block is called.
     """
 
     def __init__(self, plan: BlockPlan) -> None:
-        block, names = plan.block, plan.names
+        block, children = plan.block, plan.children
+        kept = isinstance(plan.router, KeptRouter)
+
+        def child(name: str | None) -> nn.Module | None:
+            return None if name is None else block.get_submodule(name)
+
+        first, last = next(iter(children.inputs), None), next(iter(children.outputs), None)
         super().__init__(
             plan.config,
+            router=RouterCall(plan.router_module) if kept else None,
             parts=LayerParts(
-                gate=plan.router_module,
-                experts=experts_weights(block.get_submodule(names.experts)),
-                shared=block._modules.get(names.shared),
-                shared_gate=block._modules.get(names.shared_gate),
+                gate=None if kept else plan.router_module,
+                experts=experts_weights(block.get_submodule(children.experts)),
+                shared=child(children.shared),
+                shared_gate=child(children.shared_gate),
+                input_transform=child(first),
+                output_transform=child(last),
             ),
             name=plan.path,
-            names=names,
+            names=ChildNames(
+                gate=children.router,
+                experts=children.experts,
+                shared=children.shared or ChildNames.shared,
+                shared_gate=children.shared_gate or ChildNames.shared_gate,
+                input_transform=first or ChildNames.input_transform,
+                output_transform=last or ChildNames.output_transform,
+            ),
         )
-        self.recognised = plan.router
+        self.plan_router = plan.router
+        self.children_names = children
         self.returns = plan.returns
+        for name in children.names:
+            if name not in self._modules:
+                self.add_module(name, block.get_submodule(name))
         for name, parameter in block._parameters.items():
             self.register_parameter(name, parameter)
         for name, buffer in block._buffers.items():
@@ -129,23 +203,46 @@ class FusedMoEBlock(MoELayer):
         self.train(block.training)
 
     @property
+    def input_transform(self) -> Chain | None:
+        """The modules before the routed experts, where there are any."""
+        return self._chain(self.children_names.inputs)
+
+    @property
+    def output_transform(self) -> Chain | None:
+        """The modules after the routed experts, where there are any."""
+        return self._chain(self.children_names.outputs)
+
+    def _chain(self, names: tuple[str, ...]) -> Chain | None:
+        return Chain([self.get_submodule(name) for name in names]) if names else None
+
+    @property
+    def router_module(self) -> nn.Module:
+        """The Transformers router."""
+        return self.get_submodule(self.names.gate)
+
+    @property
     def selection_bias(self) -> Tensor | None:
         """The family's own bias tensor, on its router or on its block."""
-        name = self.recognised.selection_bias
-        if name is None:
+        router = self.plan_router
+        if isinstance(router, KeptRouter) or router.selection_bias is None:
             return None
-        owner = self if self.recognised.selection_bias_on_block else self.gate_module
-        assert owner is not None, "a fused block has a router"
-        return lookup(owner, name).flatten()
+        owner = self if router.selection_bias_on_block else self.router_module
+        return lookup(owner, router.selection_bias).flatten()
 
     # A family's block takes no router logits, and may return more than its hidden states.
     def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
         """As the original block."""
         out = super().forward(hidden_states)
+        for name in self.children_names.final:
+            out = self.get_submodule(name)(out)
         if self.returns == "hidden":
             return out
-        logits = self.logits(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        assert logits is not None, "a fused block has a router"
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if isinstance(self.plan_router, KeptRouter):
+            answer = self.router_module(hidden_TH)
+            return out, answer[0 if self.returns == "hidden_and_logits" else 1]
+        logits = self.logits(hidden_TH)
+        assert logits is not None, "a recognised router has a gate"
         if self.returns == "hidden_and_logits":
             return out, logits
         return out, self.route(logits, hidden_states.dtype).topk_weights.to(hidden_states.dtype)
@@ -153,9 +250,7 @@ class FusedMoEBlock(MoELayer):
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
         original: nn.Module = self.__dict__["_original"]
-        router = self.gate_module
-        assert router is not None, "a fused block has a router"
-        remove_gate(router)
+        remove_gate(self.router_module)
         original_experts = original.get_submodule(self.names.experts)
         hand_back_tensors(self.routed_experts, original_experts)
         for name in original._parameters:

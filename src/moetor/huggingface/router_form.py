@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ GROUP_TOP_K_ATTRIBUTES = ("topk_group", "top_k_group")
 SCALE_ATTRIBUTES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
 NORM_MIN_ATTRIBUTES = ("norm_min", "moe_norm_min")
+SOFTCAP_ATTRIBUTES = ("router_logit_softcapping",)
+MULTIPLIER_ATTRIBUTES = ("output_multiplier",)
 
 # The number of random tokens on which a description must agree.
 _PROBE_TOKENS = 64
@@ -84,6 +86,20 @@ ROUTER_FORMS: tuple[RouterForm, ...] = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeptRouter:
+    """A router without a known formula that can be called as it is: `hidden -> (logits, weights,
+    ids)`.
+
+    Attributes:
+        top_k: K, as it answered.
+        reason: why its formula is not known.
+    """
+
+    top_k: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecognisedRouter:
     """A router whose formula is known.
 
@@ -105,22 +121,29 @@ class RecognisedRouter:
 
 
 def recognise_router(
-    router: nn.Module, block: nn.Module, hint: RouterConfig | None = None
-) -> RecognisedRouter | Unrecognised:
-    """The formula of `router`, or why none was found.
+    router: nn.Module,
+    block: nn.Module,
+    *,
+    num_experts: int,
+    hidden_size: int,
+    hint: RouterConfig | None = None,
+) -> RecognisedRouter | KeptRouter | Unrecognised:
+    """The formula of `router`; or that it can only be called; or why not even that.
 
     The trial runs on a copy of the router with random values, so that it says the same for
     trained, for freshly
     initialised (often all zero) and for meta parameters.
 
     Args:
+        num_experts: E, the experts with weights; a wider gate has identity experts.
+        hidden_size: H of the block.
         hint: tried first; the answer for the block before usually fits.
     """
     if "forward" in router.__dict__:
         return Unrecognised("its router's forward is wrapped by a hook")
     gate = _gate_parameters(router)
     if isinstance(gate, Unrecognised):
-        return gate
+        return _kept(router, hidden_size, gate)
     weight_name, bias_name = gate
     selection, on_block = _selection_bias(router, block)
     twin = _random_twin(router)
@@ -135,7 +158,13 @@ def recognise_router(
         return answer
     hidden_TH, weights_TK, ids_TK, logits_dtype = answer
     gate_bias = None if bias_name is None else lookup(twin, bias_name)
-    configs = _candidates(router, block, weight.shape[0], selection is not None)
+    if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
+        return Unrecognised(
+            f"its router {type(router).__name__} has a gate of shape {tuple(weight.shape)}, "
+            f"not [{num_experts} or more, {hidden_size}]"
+        )
+    zero_experts = weight.shape[0] - num_experts
+    configs = _candidates(router, block, num_experts, zero_experts, selection is not None)
     for config in dict.fromkeys(configs if hint is None else (hint, *configs)):
         if config.num_logits != weight.shape[0] or config.selection_bias != (bias_E is not None):
             continue
@@ -149,7 +178,23 @@ def recognise_router(
                 selection_bias_on_block=on_block,
                 logits_precision="float32" if logits_dtype == torch.float32 else "model",
             )
-    return Unrecognised(f"no description reproduces its router {type(router).__name__}")
+    return _kept(
+        router,
+        hidden_size,
+        Unrecognised(f"no description reproduces its router {type(router).__name__}"),
+    )
+
+
+def _kept(router: nn.Module, hidden_size: int, why: Unrecognised) -> KeptRouter | Unrecognised:
+    """The router as a callable, when it answers to hidden states alone as a router does."""
+    twin = _random_twin(router)
+    like = next(twin.parameters(), None)
+    if like is None:
+        return why
+    answer = _try_router(twin, like.new_empty((1, hidden_size)), None)
+    if isinstance(answer, Unrecognised):
+        return Unrecognised(f"{why.reason}, and {answer.reason}")
+    return KeptRouter(top_k=answer[2].shape[1], reason=why.reason)
 
 
 def _random(tensor: Tensor, std: float) -> Tensor:
@@ -256,7 +301,11 @@ def _attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:
 
 
 def _candidates(
-    router: nn.Module, block: nn.Module, num_experts: int, selection_bias: bool
+    router: nn.Module,
+    block: nn.Module,
+    num_experts: int,
+    zero_experts: int,
+    selection_bias: bool,
 ) -> Iterator[RouterConfig]:
     owners = (router, block)
     top_k = _attribute(owners, TOP_K_ATTRIBUTES)
@@ -267,6 +316,8 @@ def _candidates(
     scale = _attribute((router,), SCALE_ATTRIBUTES)
     flag = bool(_attribute((router,), ("norm_topk_prob",)))
     norm_min = _attribute((router,), NORM_MIN_ATTRIBUTES) or 0.0
+    softcap = _attribute((router,), SOFTCAP_ATTRIBUTES) or None
+    multiplier = _attribute((router,), MULTIPLIER_ATTRIBUTES) or 1.0
     scales = dict.fromkeys((float(1.0 if scale is None else scale), 1.0))
     precisions: tuple[tuple[Any, Any], ...] = tuple(
         product(("model", "float32"), ("float32", "model"))
@@ -276,6 +327,7 @@ def _candidates(
         try:
             yield RouterConfig(
                 num_experts=num_experts,
+                num_zero_experts=zero_experts,
                 top_k=top_k,
                 scoring=form.scoring,
                 score_order=form.order,
@@ -283,6 +335,8 @@ def _candidates(
                 renormalize_eps=form.eps,
                 renormalize_min=float(norm_min),
                 scaling_factor=factor,
+                logit_multiplier=float(multiplier),
+                logit_softcap=softcap,
                 num_groups=groups if grouped else 1,
                 top_k_groups=top_k_groups if grouped else 1,
                 group_score=form.groups[0] if grouped and form.groups else "max",
@@ -304,7 +358,9 @@ def _reproduces(
     ids_TK: Tensor,
 ) -> bool:
     """Whether the formula gives the router's own answer, slot order aside."""
-    ours = route(logits_TE, config, selection_bias, dtype)
+    # As if identity experts were ordinary ones: the router itself does not tell them apart.
+    plain = replace(config, num_experts=config.num_logits, num_zero_experts=0)
+    ours = route(logits_TE, plain, selection_bias, dtype)
     shape = (ids_TK.shape[0], config.num_logits)
     dense_a = torch.zeros(shape, device=ids_TK.device)
     dense_b = torch.zeros(shape, device=ids_TK.device)

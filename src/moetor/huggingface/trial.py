@@ -74,7 +74,7 @@ def try_block(
     path = ""
     for plan in plans:
         path = plan.path
-        experts = next(plan.block.get_submodule(plan.names.experts).parameters())
+        experts = next(plan.block.get_submodule(plan.children.experts).parameters())
         tokens = TRIAL_TOKENS if compare else 1
         hidden = random_hidden(tokens, plan.config.hidden_size, experts)
         with torch.no_grad():
@@ -86,7 +86,7 @@ def try_block(
         if not compare:
             return fused, None
         expected = answer[0] if isinstance(answer, tuple) else answer
-        with torch.no_grad(), gate_forward(plan.router_module, fused.recognised):
+        with torch.no_grad(), gate_forward(fused):
             ours = fused(hidden)
         error = relative_error(ours[0] if isinstance(ours, tuple) else ours, expected)
         limit = tolerance(hidden.dtype)

@@ -5,6 +5,7 @@ Shape letters: T tokens, E router logits, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,7 +186,7 @@ class MoELayer(nn.Module):
     @property
     def gate_module(self) -> nn.Module | None:
         """The gate product, or None where logits come from outside."""
-        return self._modules.get(self.names.gate)
+        return self._modules.get(self.names.gate) if self.config.internal_gate else None
 
     @property
     def routed_experts(self) -> Experts:
@@ -195,12 +196,12 @@ class MoELayer(nn.Module):
         return found
 
     @property
-    def input_transform(self) -> nn.Module | None:
+    def input_transform(self) -> Callable[[Tensor], Tensor] | None:
         """Projection to the latent width, before the routed experts alone."""
         return self._modules.get(self.names.input_transform)
 
     @property
-    def output_transform(self) -> nn.Module | None:
+    def output_transform(self) -> Callable[[Tensor], Tensor] | None:
         """Projection back from the latent width."""
         return self._modules.get(self.names.output_transform)
 

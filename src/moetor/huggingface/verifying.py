@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moetor.demo import heldout_text
 from moetor.errors import FusionMismatchError
-from moetor.huggingface.fuse import FuseLevel, Progress, fuse, unfuse
+from moetor.huggingface.fusing import FuseLevel, Progress, fuse, unfuse
 from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
 from moetor.huggingface.trial import relative_error, tolerance
 

@@ -8,14 +8,13 @@ from torch import nn
 
 from moetor.config import ExpertsConfig, RouterConfig, RunnerConfig
 from moetor.errors import CheckpointError, FusionError
-from moetor.huggingface.block_form import find_blocks, recognise_block
+from moetor.huggingface.block_form import find_blocks, recognise_block, router_label
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
-from moetor.huggingface.fuse import FuseLevel, check_request, top_k_of
+from moetor.huggingface.fusing import FuseLevel, check_request, top_k_of
 from moetor.huggingface.loading import find_device, find_dtype, load_config, model_class
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.kernels.base import KernelQuery
 from moetor.kernels.select import KernelChoice, select_kernel
-from moetor.layer.routing.router import Router
 
 
 def explain(
@@ -106,7 +105,7 @@ class _Explainer:
                     name=path,
                     family_block=type(block).__name__,
                     level="block",
-                    router=Router(plan.config.router).label,
+                    router=router_label(plan),
                     kernel=choice.kernel.name,
                     refusals=choice.refusals,
                 )

@@ -25,7 +25,6 @@ from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
 from moetor.huggingface.trial import try_block, try_experts
 from moetor.kernels.select import KernelChoice, kernel_names
 from moetor.layer.experts import Experts
-from moetor.layer.routing.router import Router
 from moetor.quantization.method import METHODS
 
 FuseLevel = Literal["auto", "block", "experts"]
@@ -100,15 +99,13 @@ def fuse(
         if replacement is not None:
             replacements.append(replacement)
             if isinstance(replacement.module, FusedMoEBlock):
-                hint = replacement.module.recognised.config
+                hint = replacement.module.config.router
         if progress is not None:
             progress(number, len(found), path)
     for replacement in replacements:
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
-            router = replacement.module.gate_module
-            assert router is not None, "a fused block has a router"
-            install_gate(router, replacement.module.recognised)
+            install_gate(replacement.module)
     return FusionReport(tuple(reports))
 
 
@@ -321,7 +318,6 @@ def block_report(
 ) -> BlockReport:
     """The line of a block fused whole."""
     choice = kernel_choice(fused.routed_experts)
-    assert isinstance(fused.token_router, Router), "a recognised routing is a formula"
     return BlockReport(
         name=path,
         family_block=type(block).__name__,
