@@ -62,10 +62,13 @@ FORMS = [
     _form("limit_before", scale=3.0, activation=Activation(limit=0.7)),
     _form("limit_after", scale=3.0, activation=Activation(limit=0.4, limit_place="after")),
     _form("up_shift", activation=Activation(up_shift=1.0)),
+    _form("alpha_and_shift", activation=Activation(alpha=0.6, up_shift=-0.5)),
     _form("softcap", scale=3.0, activation=Activation(softcap=0.8)),
     _form("function", activation=Activation(function=softsign)),
     _form("interleaved", interleaved=True),
     _form("transposed", transposed=True),
+    # Square, so that no shape tells the axes apart.
+    _form("transposed_square", transposed=True, gated=False, intermediate_size=12),
     _form("bias", has_bias=True),
     _form("ungated", gated=False, activation=Activation(name="relu2")),
     _form("ungated_bias_transposed", gated=False, has_bias=True, transposed=True),

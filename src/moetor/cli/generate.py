@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.cli.console import note, print_json, progress, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.options import MODEL, ModelOptions
 from moetor.cli.streaming import TextStream
 from moetor.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moetor.huggingface import FusionReport
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,40 +88,43 @@ def run(options: GenerateOptions) -> int:
     from moetor.huggingface import fuse, loading
 
     quiet_transformers()
-    source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    config = loading.load_config(options.model, **source)
-    tokenizer = loading.load_tokenizer(options.model, **source)
+    model_name, revision, trusted = options.model, options.revision, options.trust_remote_code
+    config = loading.load_config(model_name, revision=revision, trust_remote_code=trusted)
+    tokenizer = loading.load_tokenizer(model_name, revision=revision, trust_remote_code=trusted)
     inputs = _tokens(options, tokenizer, prompt)
     _check_length(options, inputs["input_ids"].shape[1], loading.context_length(config))
-
-    with progress(f"loading {options.model}", "weights") as loaded:
+    with progress(f"loading {model_name}", "weights") as loaded:
         model = loading.load_model(
-            options.model, dtype=options.dtype, device=options.device, progress=loaded, **source
+            model_name,
+            dtype=options.dtype,
+            device=options.device,
+            revision=revision,
+            trust_remote_code=trusted,
+            progress=loaded,
         )
-    report = None
+    report: FusionReport | None = None
     if options.level != "none":
-        with progress(f"fusing {options.model}", "blocks") as fused:
+        with progress(f"fusing {model_name}", "blocks") as fused:
             report = fuse(model, level=options.level, kernel=options.kernel, progress=fused)
         if not report.blocks:
-            note(f"{options.model} has no MoE blocks; nothing was fused")
+            note(f"{model_name} has no MoE blocks; nothing was fused")
     kernels = () if report is None else report.kernels
 
     stream = TextStream(tokenizer, _discard if options.json else _write)
     ends = _generate(options, model, tokenizer, inputs, stream)
     figures = stream.figures(kernels)
     if options.json:
-        fusion = None if report is None else report.to_dict()
-        reason = "stop" if stream.token_ids[-1] in ends else "length"
+        end = "stop" if stream.token_ids[-1] in ends else "length"
         print_json(
             {
-                "model": options.model,
+                "model": model_name,
                 "prompt": prompt,
                 "text": stream.text,
                 "prompt_token_ids": stream.prompt_ids,
                 "token_ids": stream.token_ids,
-                "finish_reason": reason,
+                "finish_reason": end,
                 "figures": asdict(figures),
-                "fusion": fusion,
+                "fusion": None if report is None else report.to_dict(),
             }
         )
     else:

@@ -232,17 +232,15 @@ class FusedMoEBlock(MoELayer):
     # A family's block takes no router logits, and may return more than its hidden states.
     def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
         """As the original block."""
-        out = super().forward(hidden_states)
+        self.check_input(hidden_states)
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = self.logits(hidden_TH)
+        out = self.runner.forward(self, hidden_TH, logits).reshape(hidden_states.shape)
         for name in self.children_names.final:
             out = self.get_submodule(name)(out)
         if self.returns == "hidden":
             return out
-        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if isinstance(self.plan_router, KeptRouter):
-            answer = self.router_module(hidden_TH)
-            return out, answer[0 if self.returns == "hidden_and_logits" else 1]
-        logits = self.logits(hidden_TH)
-        assert logits is not None, "a recognised router has a gate"
+        assert logits is not None, "a block whose router is kept returns its hidden states alone"
         if self.returns == "hidden_and_logits":
             return out, logits
         return out, self.route(logits, hidden_states.dtype).topk_weights.to(hidden_states.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moetor.errors import FusionMismatchError
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Returns, gate_forward
+from moetor.huggingface.router_form import KeptRouter
 
 # Tokens of a trial: enough that most experts of a usual model are met, few enough to be quick.
 TRIAL_TOKENS = 32
@@ -106,6 +107,8 @@ def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> Returns | Unrecogn
     if isinstance(answer, Tensor) and answer.shape == hidden.shape:
         return "hidden"
     tokens, router = hidden.shape[1], plan.config.router
+    if isinstance(plan.router, KeptRouter):
+        return Unrecognised("its block returns more than hidden states, and its router is its own")
     if isinstance(answer, tuple) and len(answer) == 2 and answer[0].shape == hidden.shape:
         second = answer[1]
         if isinstance(second, Tensor) and second.shape == (tokens, router.top_k):

@@ -175,7 +175,7 @@ def perplexity(model: nn.Module, ids_T: Tensor) -> float:
 
 
 def _demo_ids(model: nn.Module) -> Tensor:
-    ids = load_tokenizer(DEMO)(heldout_text(), return_tensors="pt").input_ids[0]
+    ids = load_tokenizer(DEMO)(heldout_text(), return_tensors="pt", verbose=False).input_ids[0]
     taken: Tensor = ids[:PERPLEXITY_TOKENS].to(next(model.parameters()).device)
     return taken
 

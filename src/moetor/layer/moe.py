@@ -154,6 +154,18 @@ class MoELayer(nn.Module):
             InputError: wrong width, logits missing or superfluous.
             UnsupportedError: in training mode with gradients enabled.
         """
+        self.check_input(hidden_states)
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits_TE = self.logits(hidden_TH, router_logits)
+        return self.runner.forward(self, hidden_TH, logits_TE).reshape(hidden_states.shape)
+
+    def check_input(self, hidden_states: Tensor) -> None:
+        """Refuses what `forward` cannot take.
+
+        Raises:
+            InputError: wrong width.
+            UnsupportedError: in training mode with gradients enabled.
+        """
         if hidden_states.shape[-1] != self.config.hidden_size:
             raise InputError(
                 f"layer {self.name!r} takes hidden states [..., {self.config.hidden_size}], "
@@ -165,9 +177,6 @@ class MoELayer(nn.Module):
                 f"use "
                 f"torch.no_grad(), or moetor.unfuse(model) to train"
             )
-        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = self.logits(hidden_TH, router_logits)
-        return self.runner.forward(self, hidden_TH, logits_TE).reshape(hidden_states.shape)
 
     def logits(self, hidden_TH: Tensor, router_logits: Tensor | None = None) -> Tensor | None:
         """Router logits [T, E]: the gate's, or the given ones; None where there are neither."""

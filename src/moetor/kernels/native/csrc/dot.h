@@ -121,9 +121,9 @@ void dot_panel(const D* w, int64_t stride, int rows, int64_t size, const float* 
           const bool more = at + R < rows;
           fetch = more ? w + (at + R) * stride : ahead.next;
           fetch_stride = more ? stride : ahead.next_stride;
-        } else if (at / R % ahead.period == ahead.phase) {
-          fetch = ahead.next + at * ahead.next_stride;
-          fetch_stride = ahead.next_stride;
+        } else {  // one row, in some of the passes over these rows
+          const int64_t turn = (at / R + ahead.phase) % ahead.period;
+          if (turn * R % ahead.period < R) fetch = ahead.next + (at + turn * R / ahead.period) * ahead.next_stride;
         }
         dot_piece<V, D, R, N>(w + r * stride, stride, size, x, begin, end, sums + block * R * N * W, tile + r, fetch,
                               fetch_stride);
