@@ -39,11 +39,9 @@ def _check_positive(owner: str, **values: int) -> None:
 class RouterConfig:
     """How router logits [T, E + num_zero_experts] become weights and ids [T, K].
 
-    The formula, in order (each step is skipped at its default):
-    logits * `logit_multiplier`; soft cap c * tanh(logits / c) (Gemma 2); scores; `selection_bias`
-    added for the
-    choice only (DeepSeek-V3, arXiv:2412.19437); group limit (DeepSeek-V2, arXiv:2405.04434);
-    top-k; weights are
+    The formula, in order (each step is skipped at its default): logits * `logit_multiplier`; soft
+    cap c * tanh(logits / c) (Gemma 2); scores; `selection_bias` added for the choice only
+    (DeepSeek-V3, arXiv:2412.19437); group limit (DeepSeek-V2, arXiv:2405.04434); top-k; weights are
     the scores without the bias; renormalise; `scaling_factor`.
 
     Attributes:
@@ -51,8 +49,7 @@ class RouterConfig:
         top_k: K, slots per token.
         scoring: softmax, sigmoid, or sqrt(softplus(x)) (DeepSeek-V4).
         score_order: `before_topk` scores all experts and then chooses; `after_topk` chooses by
-            logit and scores
-            the K kept logits alone (gpt-oss, Granite).
+            logit and scores the K kept logits alone (gpt-oss, Granite).
         renormalize: divide a token's K weights by their sum.
         renormalize_eps: added to that sum (DeepSeek-V3: 1e-20).
         renormalize_min: lower bound of that sum (Ernie 4.5), 0 for none.
@@ -61,8 +58,7 @@ class RouterConfig:
             and 1: no limit.
         group_score: a group's score, its best expert or the sum of its best two.
         group_mask: what an expert outside the chosen groups scores, 0 or -inf. With 0 and negative
-            biased scores
-            such an expert can still win, as in the families that use it.
+            biased scores such an expert can still win, as in the families that use it.
         selection_bias: whether the router holds a bias vector [E + num_zero_experts] used for the
             choice alone.
         logit_multiplier, logit_softcap: applied to the logits first.
@@ -113,8 +109,7 @@ class RouterConfig:
         if self.top_k > self.num_logits:
             raise ConfigError(
                 f"{me}: top_k={self.top_k} exceeds the {self.num_logits} experts there are to "
-                f"choose from; "
-                f"lower top_k or raise num_experts"
+                "choose from; lower top_k or raise num_experts"
             )
         if self.logit_softcap is not None and not self.logit_softcap > 0:
             raise ConfigError(
@@ -151,8 +146,7 @@ class RouterConfig:
         if self.top_k > size * self.top_k_groups:
             raise ConfigError(
                 f"RouterConfig: top_k={self.top_k} exceeds the {size * self.top_k_groups} experts "
-                f"of "
-                f"top_k_groups={self.top_k_groups} groups"
+                f"of top_k_groups={self.top_k_groups} groups"
             )
 
     @property
@@ -167,13 +161,11 @@ class Activation:
 
     Gated: `f(gate) * (up + up_shift)`, ungated: `f(up)`, with f one of the named functions.
         `alpha` turns silu into
-    x * sigmoid(alpha * x) (gpt-oss: 1.702). `limit` clamps gate to at most limit and up to
-    [-limit, limit] before f
-    (DeepSeek-V4, gpt-oss), or clamps f(gate) and up after it (Step-3.7). `softcap` replaces gate by
-    c * tanh(gate / c) outside the sigmoid, and up likewise (Inkling 2: softcap(g) * sigmoid(g) *
-    softcap(u)).
-    `function` is any elementwise callable on f(gate); such an activation runs unfused between the
-    two products.
+    x * sigmoid(alpha * x) (gpt-oss: 1.702). `limit` clamps gate to at most limit and up to [-limit,
+    limit] before f (DeepSeek-V4, gpt-oss), or clamps f(gate) and up after it (Step-3.7). `softcap`
+    replaces gate by c * tanh(gate / c) outside the sigmoid, and up likewise (Inkling 2: softcap(g)
+    * sigmoid(g) * softcap(u)). `function` is any elementwise callable on f(gate); such an
+    activation runs unfused between the two products.
     """
 
     name: ActivationName = "silu"
@@ -221,9 +213,8 @@ class ExpertsConfig:
 
     Storage: `gate_up_proj` [E, J, H] and `down_proj` [E, H, I], with J = 2 I when gated (gate rows
         then up rows, or
-    alternating when `interleaved`) and J = I when not. `transposed` swaps the last two axes of
-    both ([E, H, J] and
-    [E, I, H]: gpt-oss, Aria). Biases, when there are any, are [E, J] and [E, H].
+    alternating when `interleaved`) and J = I when not. `transposed` swaps the last two axes of both
+    ([E, H, J] and [E, I, H]: gpt-oss, Aria). Biases, when there are any, are [E, J] and [E, H].
 
     Attributes:
         post_norm_eps: epsilon of an RMS norm [H] on each expert's output before it is weighted
@@ -354,8 +345,8 @@ class MoEConfig:
         internal_gate: the layer owns the gate product; otherwise the caller passes router logits.
         gate_bias: whether that gate has a bias [E].
         latent_size: width of the routed experts where it differs from H (latent MoE): the layer
-            then has an input
-            and an output projection around them, and `experts.hidden_size` equals it.
+            then has an input and an output projection around them, and `experts.hidden_size` equals
+            it.
         quantization: name of a quant method, or None.
     """
 
@@ -373,8 +364,8 @@ class MoEConfig:
         _check_positive("MoEConfig", hidden_size=self.hidden_size)
         if self.router.num_experts != self.experts.num_experts:
             raise ConfigError(
-                f"MoEConfig: the router chooses among {self.router.num_experts} experts, "
-                f"but there are {self.experts.num_experts}"
+                f"MoEConfig: the router chooses among {self.router.num_experts} experts, but there "
+                f"are {self.experts.num_experts}"
             )
         inner = self.hidden_size if self.latent_size is None else self.latent_size
         if self.experts.hidden_size != inner:

@@ -1,8 +1,7 @@
 """Every error Moetor raises on purpose.
 
-A message says what was asked, what is possible here, and what to do. All derive from
-`MoetorError`, so a command
-can turn any of them into one line and an exit status.
+A message says what was asked, what is possible here, and what to do. All derive from `MoetorError`,
+so a command can turn any of them into one line and an exit status.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ class MoetorError(Exception):
 
 class ConfigError(MoetorError, ValueError):
     """A configuration contradicts itself or lies outside what is defined (for example top_k >
-    num_experts)."""
+    num_experts).
+    """
 
 
 class InputError(MoetorError, ValueError):
@@ -23,7 +23,8 @@ class InputError(MoetorError, ValueError):
 
 class KernelRefusedError(MoetorError, ValueError):
     """The kernel that was named cannot run this case; the text gives its reason and the kernels
-    that can."""
+    that can.
+    """
 
 
 class UnsupportedError(MoetorError, NotImplementedError):
@@ -40,7 +41,8 @@ class FusionMismatchError(FusionError):
 
 class CheckpointError(MoetorError, ValueError):
     """A model path is missing, incomplete, corrupt or of a kind that is not read; names the
-    file."""
+    file.
+    """
 
 
 class VersionError(MoetorError, ImportError):

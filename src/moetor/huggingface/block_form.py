@@ -107,8 +107,7 @@ def compositions(plan: BlockPlan) -> Iterator[BlockPlan]:
     """The ways in which the parts may be put together, the likeliest first; the trial decides.
 
     They differ in what adds routed and shared results, and in a scale that the block rather than
-    its
-    router applies.
+    its router applies.
     """
     scales = [1.0]
     for name in BLOCK_SCALE_ATTRIBUTES:

@@ -27,15 +27,15 @@ _ATTRIBUTE = "_moetor_borrowed"
 
 class BorrowedExperts:
     """What the ops find by name for a Transformers experts module: its own parameters, computed by
-    us."""
+    us.
+    """
 
     def __init__(self, module: nn.Module, top_k: int) -> None:
         config = recognise_experts(module)
         if isinstance(config, Unrecognised):
             raise UnsupportedError(
                 f"experts_implementation={NAME!r} cannot run {type(module).__name__}: "
-                f"{config.reason}. "
-                f"Use experts_implementation='eager' for this model"
+                f"{config.reason}. Use experts_implementation='eager' for this model"
             )
         method = make_method(None, "auto", batch_invariant=False)
         self.routed_experts = Experts(config, method, top_k, weights=experts_weights(module))
@@ -58,7 +58,8 @@ class BorrowedExperts:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def borrowed_name(module: nn.Module, top_k: int) -> str:
     """The name under which the ops find this module's experts; found out once, and again when
-    parameters change."""
+    parameters change.
+    """
     borrowed: BorrowedExperts | None = module.__dict__.get(_ATTRIBUTE)
     if borrowed is None or not borrowed.follows(module):
         borrowed = BorrowedExperts(module, top_k)
@@ -91,5 +92,5 @@ def moetor_fp8_experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> 
     """
     raise UnsupportedError(
         f"experts_implementation={NAME!r} does not run FP8 experts ({type(module).__name__}) yet; "
-        f"use 'grouped_mm' or 'batched_mm', or load the model dequantised"
+        "use 'grouped_mm' or 'batched_mm', or load the model dequantised"
     )

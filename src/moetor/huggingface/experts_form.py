@@ -35,7 +35,8 @@ class Unrecognised:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds packed expert weights: a 3-D up or gate_up parameter and a 3-D down
-    parameter."""
+    parameter.
+    """
     down = module._parameters.get("down_proj")
     return (
         down is not None
@@ -65,8 +66,8 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
     """The form of a packed experts module, or why it has none that we know.
 
     The storage form follows from the decorator's flags and must agree with the shapes; the
-    activation is found by
-    trying: a candidate is taken when it reproduces the module's own activation in float64.
+    activation is found by trying: a candidate is taken when it reproduces the module's own
+    activation in float64.
     """
     weights = experts_weights(module)
     known = {"gate_up_proj", "up_proj", "down_proj"}
@@ -125,7 +126,8 @@ def _find_activation(module: nn.Module, form: ExpertsConfig) -> Activation | Non
 
 def _own_activation(module: nn.Module, form: ExpertsConfig) -> Callable[[Tensor], Tensor] | None:
     """What the module does between its products: `_apply_gate` on gate and up, `act_fn` when
-    ungated."""
+    ungated.
+    """
     if form.gated:
         apply_gate: Callable[[Tensor], Tensor] | None = getattr(module, "_apply_gate", None)
         if apply_gate is not None:
@@ -159,7 +161,8 @@ def _callable_activation(
     module: nn.Module, form: ExpertsConfig, packed: Tensor, expected: Tensor
 ) -> Activation | None:
     """An `act_fn` without a name here, kept as a callable where it is plainly `act_fn(gate) *
-    up`."""
+    up`.
+    """
     act_fn: Any = getattr(module, "act_fn", None)
     if act_fn is None:
         return None

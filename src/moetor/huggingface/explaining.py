@@ -1,5 +1,6 @@
 """What `fuse` would do, from a model's configuration alone: no weight is read, none is made but a
-router's."""
+router's.
+"""
 
 from __future__ import annotations
 
@@ -113,8 +114,7 @@ class _Explainer:
             if self.level == "block":
                 raise FusionError(
                     f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': "
-                    f"{why}. "
-                    f"Use level='auto' to fuse its experts alone"
+                    f"{why}. Use level='auto' to fuse its experts alone"
                 )
         return self._experts_line(path, block, experts_name, why)
 

@@ -1,5 +1,6 @@
-"""`fuse`: MoE blocks of a live Transformers model become `MoELayer`s, proved against the
-originals; and `unfuse`."""
+"""`fuse`: MoE blocks of a live Transformers model become `MoELayer`s, proved against the originals;
+and `unfuse`.
+"""
 
 from __future__ import annotations
 
@@ -63,17 +64,14 @@ def fuse(
     """Replaces the model's MoE blocks in place.
 
     Every replacement is built and compared first; only when all are ready is the model changed, so
-    it is never left
-    half fused. Weights are shared with the originals, not copied. A model without MoE is left
-    alone: the report is
-    empty.
+    it is never left half fused. Weights are shared with the originals, not copied. A model without
+    MoE is left alone: the report is empty.
 
     Args:
         model: a Transformers model in eval mode (or one whose parameters need no gradients).
         level: `block` replaces whole blocks and refuses a block that is not recognised; `experts`
-            replaces the
-            experts alone, routing stays in Transformers; `auto` takes the block where it can, else
-            the experts.
+            replaces the experts alone, routing stays in Transformers; `auto` takes the block where
+            it can, else the experts.
         kernel: a kernel's name, honoured or refused; `auto` chooses.
         quantization: name of a quant method, or None.
         verify: compare every replacement with its original on random input.
@@ -159,8 +157,8 @@ def _check_options(
         raise FusionError("the model is fused already; call moetor.unfuse(model) first")
     if model.training and any(parameter.requires_grad for parameter in model.parameters()):
         raise FusionError(
-            "the model is in training mode and its parameters want gradients; fused layers are for "
-            "inference. Call model.eval() first"
+            "the model is in training mode and its parameters want gradients; fused layers are "
+            "for inference. Call model.eval() first"
         )
     return FuseOptions(
         level=level,  # type: ignore[arg-type]  # checked above
@@ -221,7 +219,7 @@ def _prepare(
         if options.level == "block":
             raise FusionError(
                 f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': {why}. "
-                f"Use level='auto' to fuse its experts alone; nothing was changed"
+                "Use level='auto' to fuse its experts alone; nothing was changed"
             )
     return _prepare_experts(path, block, experts_name, options, why)
 
@@ -297,7 +295,8 @@ def _prepare_experts(
 
 def top_k_of(block: nn.Module, num_experts: int) -> int:
     """K as the block or a child of it states it; 1 where none does (it only informs the choice of
-    kernel)."""
+    kernel).
+    """
     for module in block.modules():
         for name in TOP_K_ATTRIBUTES:
             value = getattr(module, name, None)
@@ -308,7 +307,8 @@ def top_k_of(block: nn.Module, num_experts: int) -> int:
 
 def kernel_choice(experts: Experts) -> KernelChoice:
     """The kernel of these experts on their present device and dtype, with the refusals before
-    it."""
+    it.
+    """
     up = experts.weights.gate_up
     return experts.method.choice(experts.config, experts.top_k, up.device, up.dtype)
 

@@ -1,5 +1,6 @@
-"""From a path, a hub id or `demo` to a configuration, a tokenizer and a model; every failure is
-one sentence."""
+"""From a path, a hub id or `demo` to a configuration, a tokenizer and a model; every failure is one
+sentence.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ def resolve(model: str) -> str:
     local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if local or not all(model.split("/")):
         raise CheckpointError(
-            f"{model!r} is neither a folder nor a hub id (owner/name); "
-            f"'demo' is the model that ships with moetor"
+            f"{model!r} is neither a folder nor a hub id (owner/name); 'demo' is the model that "
+            "ships with moetor"
         )
     return model
 
@@ -106,8 +107,8 @@ def load_model(
         progress: called as weights are read.
 
     Raises:
-        CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing or
-            of another shape.
+        CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing or of
+            another shape.
         ConfigError: unknown dtype or device.
     """
     source = resolve(model)
@@ -178,7 +179,8 @@ def find_device(name: str) -> torch.device:
 
 def context_length(config: Any) -> int | None:
     """Largest number of tokens that the model attends to, or None where its configuration does not
-    say."""
+    say.
+    """
     text = config.get_text_config()
     for name in _CONTEXT_ATTRIBUTES:
         value = getattr(text, name, None)
@@ -271,7 +273,7 @@ def _one_sentence(model: str) -> Iterator[None]:
         if "couldn't connect" in str(error) or "connection" in str(error).lower():
             raise CheckpointError(
                 f"{model!r} is no local folder, not in the cache, and the hub cannot be reached; "
-                f"check the name or the network"
+                "check the name or the network"
             ) from error
         raise CheckpointError(f"{model!r} cannot be loaded: {_first(error)}") from error
     finally:

@@ -32,8 +32,7 @@ class GateForward:
     """The forward of a Transformers router inside a fused block: the gate product alone.
 
     The router stays the module that it was, so that its parameters keep their names and the hooks
-    by which
-    Transformers records `router_logits` still see them.
+    by which Transformers records `router_logits` still see them.
     """
 
     def __init__(self, router: nn.Module, recognised: RecognisedRouter) -> None:
@@ -262,8 +261,8 @@ class FusedExperts(nn.Module):
     """A Transformers experts module whose products run on our kernels; routing stays in
     Transformers.
 
-    It has the parameters of the original under their own names and is called like it:
-    `(hidden [T, H], ids [T, K], weights [T, K]) -> [T, H]`.
+    It has the parameters of the original under their own names and is called like it: `(hidden [T,
+    H], ids [T, K], weights [T, K]) -> [T, H]`.
     """
 
     def __init__(
@@ -320,6 +319,7 @@ class FusedExperts(nn.Module):
 
 def hand_back_tensors(holder: nn.Module, original: nn.Module) -> None:
     """Puts the tensors that `holder` has now (moved, cast or loaded meanwhile) into the
-    original."""
+    original.
+    """
     for name in original._parameters:
         original._parameters[name] = holder._parameters[name]

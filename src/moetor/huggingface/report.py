@@ -23,8 +23,7 @@ class BlockReport:
         kernel: name of the kernel that runs the experts, None at level `none`.
         reason: why the level is not `block`; empty when it is.
         max_error: largest deviation from the original on random input, relative to its largest
-            output; None where
-            nothing was compared.
+            output; None where nothing was compared.
         refusals: the preferred kernels that do not run here, with their reasons.
     """
 

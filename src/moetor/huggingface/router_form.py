@@ -2,10 +2,8 @@
 really does.
 
 A description is taken when the formula it stands for gives the router's own ids and weights on
-random input. To add
-a family, add a line to `ROUTER_FORMS` or an attribute name to one of the tuples. Shape letters: T
-tokens, K top_k,
-E router logits, H hidden.
+random input. To add a family, add a line to `ROUTER_FORMS` or an attribute name to one of the
+tuples. Shape letters: T tokens, K top_k, E router logits, H hidden.
 """
 
 from __future__ import annotations
@@ -130,9 +128,8 @@ def recognise_router(
 ) -> RecognisedRouter | KeptRouter | Unrecognised:
     """The formula of `router`; or that it can only be called; or why not even that.
 
-    The trial runs on a copy of the router with random values, so that it says the same for
-    trained, for freshly
-    initialised (often all zero) and for meta parameters.
+    The trial runs on a copy of the router with random values, so that it says the same for trained,
+    for freshly initialised (often all zero) and for meta parameters.
 
     Args:
         num_experts: E, the experts with weights; a wider gate has identity experts.
@@ -160,8 +157,8 @@ def recognise_router(
     gate_bias = None if bias_name is None else lookup(twin, bias_name)
     if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
         return Unrecognised(
-            f"its router {type(router).__name__} has a gate of shape {tuple(weight.shape)}, "
-            f"not [{num_experts} or more, {hidden_size}]"
+            f"its router {type(router).__name__} has a gate of shape {tuple(weight.shape)}, not "
+            f"[{num_experts} or more, {hidden_size}]"
         )
     zero_experts = weight.shape[0] - num_experts
     configs = _candidates(router, block, num_experts, zero_experts, selection is not None)
@@ -234,7 +231,7 @@ def _gate_parameters(router: nn.Module) -> tuple[str, str | None] | Unrecognised
     if len(matrices) != 1:
         return Unrecognised(
             f"its router {type(router).__name__} holds {len(matrices)} weight matrices where a "
-            f"gate has one"
+            "gate has one"
         )
     bias = matrices[0].removesuffix("weight") + "bias"
     rest = [

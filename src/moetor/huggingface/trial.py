@@ -27,8 +27,7 @@ def tolerance(dtype: torch.dtype) -> float:
     float32: both sides sum thousands of products in another order, some 1e-7 each. Half precision:
         the original
     rounds the two products, the activation, the weighting and every one of its K additions to the
-    dtype, so that
-    a handful of half ulps of the largest term add up.
+    dtype, so that a handful of half ulps of the largest term add up.
     """
     if dtype == torch.float64:
         return 1e-12
@@ -38,8 +37,9 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(ours: Tensor, original: Tensor) -> float:
-    """Largest absolute deviation over the largest absolute original value; NaN on one side alone
-    is infinite."""
+    """Largest absolute deviation over the largest absolute original value; NaN on one side alone is
+    infinite.
+    """
     if ours.shape != original.shape:
         return float("inf")
     a, b = ours.double(), original.double()
@@ -97,8 +97,8 @@ def try_block(
     assert best is not None, "there is at least one composition"
     raise FusionMismatchError(
         f"block {path!r}: the fused block differs from the original by {best[0]:.2e} of its "
-        f"largest "
-        f"output, {best[1]:.1e} is allowed; nothing was changed. Use level='experts' for this model"
+        f"largest output, {best[1]:.1e} is allowed; nothing was changed. Use level='experts' for "
+        "this model"
     )
 
 

@@ -1,2 +1,3 @@
 """Tensors in, tensors out: the arithmetic of a MoE layer. No `nn.Module`, no state, no other room
-of Moetor."""
+of Moetor.
+"""

@@ -1,5 +1,6 @@
 """The activation between the two products, in plain torch. Shared by the reference and the torch
-kernel."""
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def activate(
     up_XJ: Tensor, activation: Activation, *, gated: bool = True, interleaved: bool = False
 ) -> Tensor:
     """`[..., J] -> [..., I]` in the dtype of the input; the formula is that of
-    `moetor.config.Activation`."""
+    `moetor.config.Activation`.
+    """
     limit = activation.limit
     if not gated:
         if limit is not None and activation.limit_place == "before":

@@ -19,7 +19,8 @@ from moetor.config import ExpertsConfig
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """The tensors of the routed experts, in the storage form that their `ExpertsConfig`
-    describes."""
+    describes.
+    """
 
     gate_up: Tensor
     down: Tensor
@@ -81,8 +82,7 @@ class ExpertsKernel(ABC):
 
         Returns:
             A new tensor [T, H]. Products accumulate in float32, the K contributions are summed in
-            float32 in a
-            fixed order, and the sum is rounded once.
+            float32 in a fixed order, and the sum is rounded once.
         """
 
     @abstractmethod

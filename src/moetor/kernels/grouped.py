@@ -2,8 +2,7 @@
 any device.
 
 Shape letters: T tokens, K top_k, H hidden, I intermediate, J rows of the first product, R = T * K
-slots in expert
-order, S slots of one expert.
+slots in expert order, S slots of one expert.
 """
 
 from __future__ import annotations
@@ -58,7 +57,8 @@ def _expert_in_fixed_blocks(
 
 class GroupedKernel(ExpertsKernel):
     """One pair of products per active expert; the host reads the expert counts, so CUDA graphs
-    cannot hold it."""
+    cannot hold it.
+    """
 
     name = "torch"
 
@@ -109,7 +109,8 @@ class GroupedKernel(ExpertsKernel):
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
         """Outputs and places of all slots; one expert's rows, at worst every token, in both
-        precisions, with the activation's temporaries."""
+        precisions, with the activation's temporaries.
+        """
         size, wide = dtype.itemsize, max(4, dtype.itemsize)
         slots = top_k * (config.hidden_size * size + 32)
         rows = (config.up_size + 3 * config.hidden_size) * (size + wide)

@@ -2,8 +2,7 @@
 device.
 
 Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product,
-S slots of one
-expert.
+S slots of one expert.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ def one_expert(
     hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
 ) -> Tensor:
     """Expert number `expert` on rows [S, H], in the dtype of the rows; neither weighted nor
-    summed."""
+    summed.
+    """
     dtype = hidden_SH.dtype
     gate_up, down = weights.gate_up[expert].to(dtype), weights.down[expert].to(dtype)
     up_SJ = hidden_SH @ (gate_up if config.transposed else gate_up.T)
@@ -39,7 +39,8 @@ def one_expert(
 
 class ReferenceKernel(ExpertsKernel):
     """Loops over experts and slots; every number in float32 (float64 for float64 input) until the
-    last cast."""
+    last cast.
+    """
 
     name = "reference"
 

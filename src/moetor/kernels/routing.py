@@ -74,8 +74,7 @@ def route(
         logits_TE: [T, E], any floating dtype. Scores are computed in float32 (float64 for float64
             logits).
         selection_bias: [E], added to the scores for the choice alone (`before_topk`), or to the
-            logits
-            (`after_topk`).
+            logits (`after_topk`).
         dtype: of the hidden states, to which `weights_precision="model"` rounds.
     """
     wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32

@@ -1,5 +1,6 @@
 """Finding a layer by its name from inside a custom op, which can be given only tensors and
-strings."""
+strings.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ _current: ContextVar[ForwardContext] = ContextVar("moetor_forward_context", defa
 
 def register_layer(layer: ExpertsOwner, wanted: str) -> str:
     """Files a layer under `wanted`, or under `wanted#2`, `#3`, ... while another living layer has
-    that name."""
+    that name.
+    """
     with _names_lock:
         for number in itertools.count(1):
             name = wanted if number == 1 else f"{wanted}#{number}"
@@ -46,7 +48,8 @@ def register_layer(layer: ExpertsOwner, wanted: str) -> str:
 
 def get_forward_context() -> ForwardContext:
     """The context of the forward pass in progress; outside of any, one that knows every living
-    layer."""
+    layer.
+    """
     return _current.get()
 
 

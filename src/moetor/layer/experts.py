@@ -27,8 +27,8 @@ class Experts(nn.Module):
         method: what computes; it chooses the kernel.
         top_k: K, for the choice of kernel.
         weights: existing tensors to hold without a copy; otherwise new parameters are made and
-            drawn from a normal
-            distribution with variance 1 / fan_in, biases zero, norm weights one.
+            drawn from a normal distribution with variance 1 / fan_in, biases zero, norm weights
+            one.
     """
 
     down_proj: nn.Parameter
@@ -88,9 +88,8 @@ class Experts(nn.Module):
         """
         if not isinstance(self.method, ModularMethod):
             raise ConfigError(
-                f"quant method {self.method.name!r} is monolithic: it routes inside its kernel "
-                f"and cannot take a "
-                f"routing made elsewhere; use a modular method"
+                f"quant method {self.method.name!r} is monolithic: it routes inside its kernel and "
+                "cannot take a routing made elsewhere; use a modular method"
             )
         return self.method.apply(hidden_TH, routing, self.weights, self.config)
 

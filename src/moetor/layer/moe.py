@@ -66,8 +66,9 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ChildNames:
-    """Names under which a layer registers its parts, so that a checkpoint's parameter names
-    survive fusing."""
+    """Names under which a layer registers its parts, so that a checkpoint's parameter names survive
+    fusing.
+    """
 
     gate: str = "gate"
     experts: str = "experts"
@@ -95,8 +96,7 @@ class MoELayer(nn.Module):
     Args:
         config: what the layer is.
         router: a callable `(hidden [T, H], logits [T, E] or None) -> (weights [T, K], ids [T, K])`
-            to route with
-            instead of `config.router`'s formula.
+            to route with instead of `config.router`'s formula.
         parts: modules and tensors to hold without a copy.
         name: under which the custom ops find the layer; made unique among living layers.
         names: of the registered children.
@@ -168,14 +168,13 @@ class MoELayer(nn.Module):
         """
         if hidden_states.shape[-1] != self.config.hidden_size:
             raise InputError(
-                f"layer {self.name!r} takes hidden states [..., {self.config.hidden_size}], "
-                f"not {tuple(hidden_states.shape)}"
+                f"layer {self.name!r} takes hidden states [..., {self.config.hidden_size}], not "
+                f"{tuple(hidden_states.shape)}"
             )
         if self.training and torch.is_grad_enabled():
             raise UnsupportedError(
                 f"layer {self.name!r} is for inference and gives no gradients; call model.eval(), "
-                f"use "
-                f"torch.no_grad(), or moetor.unfuse(model) to train"
+                "use torch.no_grad(), or moetor.unfuse(model) to train"
             )
 
     def logits(self, hidden_TH: Tensor, router_logits: Tensor | None = None) -> Tensor | None:
@@ -186,8 +185,8 @@ class MoELayer(nn.Module):
             return router_logits.reshape(-1, router_logits.shape[-1])
         if router_logits is not None:
             raise InputError(
-                f"layer {self.name!r} has a gate of its own; router_logits would be ignored. "
-                f"Build it with internal_gate=False to pass them"
+                f"layer {self.name!r} has a gate of its own; router_logits would be ignored. Build "
+                "it with internal_gate=False to pass them"
             )
         logits: Tensor = self.gate_module(hidden_TH)
         return logits
@@ -251,8 +250,7 @@ class MoELayer(nn.Module):
             if isinstance(self.token_router, CustomRouter) or config.router.num_zero_experts:
                 raise ConfigError(
                     f"quant method {method.name!r} routes inside its kernel; it cannot serve a "
-                    f"callable router or "
-                    f"identity experts. Use a modular method"
+                    "callable router or identity experts. Use a modular method"
                 )
             if self.dispatcher.communicates:
                 raise ConfigError(f"quant method {method.name!r} cannot be dispatched over ranks")

@@ -1,10 +1,8 @@
 """The three custom ops: what `torch.compile` and CUDA graphs see of a MoE layer.
 
-Each is one opaque node in a graph, with a fake implementation, and mutates nothing. Weights are
-not arguments: the
-layer is found by its name. Shape letters: T tokens, K top_k, E router logits, H hidden (of the
-experts), S hidden (of
-the shared experts).
+Each is one opaque node in a graph, with a fake implementation, and mutates nothing. Weights are not
+arguments: the layer is found by its name. Shape letters: T tokens, K top_k, E router logits, H
+hidden (of the experts), S hidden (of the shared experts).
 """
 
 from __future__ import annotations

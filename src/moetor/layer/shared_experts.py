@@ -23,7 +23,8 @@ OVERLAP_MAX_TOKENS = 256
 
 class GatedMLP(nn.Module):
     """`down(activation(gate(x), up(x)))` with bias-free products: gate_proj, up_proj [I, H],
-    down_proj [H, I]."""
+    down_proj [H, I].
+    """
 
     def __init__(
         self,
@@ -92,19 +93,18 @@ class SharedExperts:
         if order == "multi_stream_overlapped" and device.type != "cuda":
             raise UnsupportedError(
                 "shared experts in the order 'multi_stream_overlapped' need a CUDA device, not "
-                f"{device.type}; "
-                f"use 'no_overlap'"
+                f"{device.type}; use 'no_overlap'"
             )
         if order == "internal_overlapped" and not dispatcher.communicates:
             raise UnsupportedError(
                 "shared experts in the order 'internal_overlapped' run under a dispatcher's "
-                "communication, and this "
-                "layer has none; use 'no_overlap'"
+                "communication, and this layer has none; use 'no_overlap'"
             )
 
     def start_on_second_stream(self, hidden_TH: Tensor) -> Callable[[], Tensor]:
         """Starts the MLP on a second stream; calling the result joins the streams and gives its
-        output."""
+        output.
+        """
         if self._stream is None:
             self._stream = torch.cuda.Stream(hidden_TH.device)
         stream, current = self._stream, torch.cuda.current_stream(hidden_TH.device)

@@ -1,8 +1,7 @@
 """Quant methods: how the experts' weights are stored and which kernel reads them.
 
 A *modular* method is given a routing; a *monolithic* one is given the router logits and routes
-inside its kernel.
-Shape letters: T tokens, K top_k, E experts, H hidden.
+inside its kernel. Shape letters: T tokens, K top_k, E experts, H hidden.
 """
 
 from __future__ import annotations

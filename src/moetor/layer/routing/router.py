@@ -56,15 +56,15 @@ class Router:
         width = self.config.num_logits
         if logits_TE.dim() != 2 or logits_TE.shape[1] != width:
             raise InputError(
-                f"router logits of shape {tuple(logits_TE.shape)} were given; "
-                f"this router takes [tokens, {width}]"
+                f"router logits of shape {tuple(logits_TE.shape)} were given; this router takes "
+                f"[tokens, {width}]"
             )
         return route(logits_TE, self.config, selection_bias, dtype)
 
 
 class CustomRouter:
-    """Any callable as a router: a family's own router module, a research idea, a replay of
-    recorded ids.
+    """Any callable as a router: a family's own router module, a research idea, a replay of recorded
+    ids.
 
     Its ids may use `num_experts` for a dropped slot; the weight of such a slot is taken as 0.
     """

@@ -19,10 +19,8 @@ class SimulatedRouter:
     """A `RouterFunction` that draws ids by a pattern instead of reading logits.
 
     `uniform`: K different experts, all equally likely. `zipf`: K different experts, expert e drawn
-    with weight
-    1 / (e + 1) ** exponent. `fixed`: always experts 0 .. K-1. Every weight is 1 / K. The draws
-    follow `seed` and the
-    number of calls, so two simulators of one seed agree.
+    with weight 1 / (e + 1) ** exponent. `fixed`: always experts 0 .. K-1. Every weight is 1 / K.
+    The draws follow `seed` and the number of calls, so two simulators of one seed agree.
 
     Raises:
         ConfigError: unknown pattern, or top_k > num_experts.

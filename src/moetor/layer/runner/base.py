@@ -1,10 +1,8 @@
 """The one place that knows the order of a MoE layer.
 
-transform -> pad -> custom op (route, dispatch, experts, combine; shared experts beside
-them) -> reduce ->
-truncate -> transform. Shape letters: T tokens, E router logits, H hidden of the layer, X hidden of
-the experts
-(latent width, padded).
+transform -> pad -> custom op (route, dispatch, experts, combine; shared experts beside them) ->
+reduce -> truncate -> transform. Shape letters: T tokens, E router logits, H hidden of the layer, X
+hidden of the experts (latent width, padded).
 """
 
 from __future__ import annotations

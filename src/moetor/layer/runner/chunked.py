@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class ChunkedRunner(DefaultRunner):
-    """Bounds the routed experts' temporary memory: routing covers all tokens, the experts take
-    them chunk by chunk.
+    """Bounds the routed experts' temporary memory: routing covers all tokens, the experts take them
+    chunk by chunk.
 
     Args:
         workspace_bytes: upper bound of a chunk's temporary memory. A single token is always run.
