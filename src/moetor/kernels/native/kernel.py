@@ -231,12 +231,13 @@ class NativeKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Inputs, activations and sums in float32, the sorted slots, and the column sums of each
-        thread."""
+        """Activations, sums and sorted slots of a token, and its share of each thread's fixed scratch memory.
+
+        The fixed part (packed inputs and column sums of at most 96 slots a thread) is shared out over 256 tokens: a
+        call of fewer needs at most as much as one of 256.
+        """
         pad = 48  # rows are padded to whole vectors and to an odd number of cache lines
-        inputs = (top_k if config.weight_on_input else 1) * (config.hidden_size + pad)
-        activations = top_k * (config.intermediate_size + pad)
-        sums = config.hidden_size + pad
-        strips = 1040 * torch.get_num_threads()
-        slots = 4 * top_k + 12 * (config.num_experts + 2) + 512
-        return 4 * (inputs + activations + sums + strips) + slots
+        floats = top_k * (config.intermediate_size + pad) + config.hidden_size + pad
+        fixed = 4 * 96 * (config.hidden_size + pad + 1040) * torch.get_num_threads()
+        fixed += 12 * (config.num_experts + 2) + 1024
+        return 4 * floats + 8 * top_k + -(-fixed // 256)
