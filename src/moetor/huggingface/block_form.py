@@ -15,7 +15,12 @@ from torch import nn
 from moetor.config import ExpertsConfig, MoEConfig, RouterConfig, RunnerConfig, SharedExpertsConfig
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
 from moetor.huggingface.modules import BlockChildren, BlockPlan
-from moetor.huggingface.router_form import KeptRouter, RecognisedRouter, recognise_router
+from moetor.huggingface.router_form import (
+    EXTRA_INPUTS,
+    KeptRouter,
+    RecognisedRouter,
+    recognise_router,
+)
 from moetor.layer.routing.router import Router
 
 ROUTER_NAMES = ("gate", "router")
@@ -53,8 +58,9 @@ def recognise_block(
         for name, parameter in list(inspect.signature(block.forward).parameters.items())[1:]
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     ]
-    if extra:
-        return Unrecognised(f"its block also takes {', '.join(extra)}")
+    unknown = [name for name in extra if name not in EXTRA_INPUTS]
+    if unknown:
+        return Unrecognised(f"its block also takes {', '.join(unknown)}")
     children = _children(block, experts_name)
     if isinstance(children, Unrecognised):
         return children
@@ -93,7 +99,14 @@ def recognise_block(
         latent_size=experts.hidden_size if children.inputs else None,
         quantization=quantization,
     )
-    return BlockPlan(path=path, block=block, router=router, children=children, config=config)
+    return BlockPlan(
+        path=path,
+        block=block,
+        router=router,
+        children=children,
+        config=config,
+        inputs=tuple(extra),
+    )
 
 
 def router_label(plan: BlockPlan) -> str:

@@ -26,8 +26,8 @@ _ATTRIBUTE = "_moetor_borrowed"
 
 
 class BorrowedExperts:
-    """What the ops find by name for a Transformers experts module: its own parameters, computed by
-    us.
+    """What the ops find by name for a Transformers experts module: its own parameters, computed
+    by us.
     """
 
     def __init__(self, module: nn.Module, top_k: int) -> None:

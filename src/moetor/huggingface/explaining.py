@@ -1,5 +1,5 @@
-"""What `fuse` would do, from a model's configuration alone: no weight is read, none is made but a
-router's.
+"""What `fuse` would do, from a model's configuration alone: no weight is read, none is made but
+a router's.
 """
 
 from __future__ import annotations

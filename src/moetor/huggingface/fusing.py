@@ -1,5 +1,5 @@
-"""`fuse`: MoE blocks of a live Transformers model become `MoELayer`s, proved against the originals;
-and `unfuse`.
+"""`fuse`: MoE blocks of a live Transformers model become `MoELayer`s, proved against the
+originals; and `unfuse`.
 """
 
 from __future__ import annotations
@@ -294,8 +294,8 @@ def _prepare_experts(
 
 
 def top_k_of(block: nn.Module, num_experts: int) -> int:
-    """K as the block or a child of it states it; 1 where none does (it only informs the choice of
-    kernel).
+    """K as the block or a child of it states it; 1 where none does (it only informs the choice
+    of kernel).
     """
     for module in block.modules():
         for name in TOP_K_ATTRIBUTES:
@@ -306,9 +306,7 @@ def top_k_of(block: nn.Module, num_experts: int) -> int:
 
 
 def kernel_choice(experts: Experts) -> KernelChoice:
-    """The kernel of these experts on their present device and dtype, with the refusals before
-    it.
-    """
+    """The kernel of these experts on their present device and dtype, with the refusals before it."""
     up = experts.weights.gate_up
     return experts.method.choice(experts.config, experts.top_k, up.device, up.dtype)
 

@@ -1,5 +1,5 @@
-"""From a path, a hub id or `demo` to a configuration, a tokenizer and a model; every failure is one
-sentence.
+"""From a path, a hub id or `demo` to a configuration, a tokenizer and a model; every failure is
+one sentence.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def find_device(name: str) -> torch.device:
 
 
 def context_length(config: Any) -> int | None:
-    """Largest number of tokens that the model attends to, or None where its configuration does not
-    say.
+    """Largest number of tokens that the model attends to, or None where its configuration does
+    not say.
     """
     text = config.get_text_config()
     for name in _CONTEXT_ATTRIBUTES:

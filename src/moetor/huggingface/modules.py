@@ -20,11 +20,12 @@ from moetor.layer import ops
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
 from moetor.layer.moe import ChildNames, LayerParts, MoELayer
+from moetor.layer.routing.router import as_routing
 from moetor.layer.runner import make_runner
 from moetor.parallel.dispatch import LocalDispatcher
 from moetor.quantization.method import make_method
 
-Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits"]
+Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits", "hidden_and_state"]
 """What a family's block returns beside its hidden states."""
 
 
@@ -121,6 +122,7 @@ class BlockPlan:
         children: which child is what.
         config: the layer.
         returns: what the block returns.
+        inputs: names of the block's arguments beside the hidden states.
     """
 
     path: str
@@ -129,6 +131,7 @@ class BlockPlan:
     children: BlockChildren
     config: MoEConfig
     returns: Returns = "hidden"
+    inputs: tuple[str, ...] = ()
 
     @property
     def router_module(self) -> nn.Module:
@@ -189,6 +192,7 @@ class FusedMoEBlock(MoELayer):
         self.plan_router = plan.router
         self.children_names = children
         self.returns = plan.returns
+        self.inputs = plan.inputs
         for name in children.names:
             if name not in self._modules:
                 self.add_module(name, block.get_submodule(name))
@@ -228,21 +232,53 @@ class FusedMoEBlock(MoELayer):
         owner = self if router.selection_bias_on_block else self.router_module
         return lookup(owner, router.selection_bias).flatten()
 
-    # A family's block takes no router logits, and may return more than its hidden states.
-    def forward(self, hidden_states: Tensor) -> Any:  # type: ignore[override]
+    # A family's block takes no router logits, but what its router needs, and may return more.
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original block."""
+        extra = self._bind(args, kwargs)
         self.check_input(hidden_states)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = self.logits(hidden_TH)
-        out = self.runner.forward(self, hidden_TH, logits).reshape(hidden_states.shape)
+        second: Tensor | None = None
+        if isinstance(self.plan_router, KeptRouter):
+            answer = self._ask_router(self.plan_router, hidden_states, hidden_TH, extra)
+            routing = as_routing(answer[1], answer[2], self.config.router.num_experts)
+            out = self.runner.forward_routed(self, hidden_TH, routing)
+            second = answer[{"hidden_and_logits": 0, "hidden_and_weights": 1}.get(self.returns, -1)]
+        else:
+            logits = self.logits(hidden_TH)
+            out = self.runner.forward(self, hidden_TH, logits)
+            if self.returns == "hidden_and_weights":
+                assert logits is not None, "a recognised router has a gate"
+                routing = self.route(logits, hidden_states.dtype)
+                second = routing.topk_weights.to(hidden_states.dtype)
+            else:
+                second = logits
+        out = out.reshape(hidden_states.shape)
         for name in self.children_names.final:
             out = self.get_submodule(name)(out)
-        if self.returns == "hidden":
-            return out
-        assert logits is not None, "a block whose router is kept returns its hidden states alone"
-        if self.returns == "hidden_and_logits":
-            return out, logits
-        return out, self.route(logits, hidden_states.dtype).topk_weights.to(hidden_states.dtype)
+        return out if self.returns == "hidden" else (out, second)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The block's further arguments by name."""
+        extra = dict(zip(self.inputs, args, strict=False)) | kwargs
+        unknown = [name for name in extra if name not in self.inputs]
+        if unknown or len(args) > len(self.inputs):
+            raise TypeError(
+                f"block {self.name!r} takes hidden_states{''.join(f', {n}' for n in self.inputs)}; "
+                f"it was given {len(args)} more by position and {', '.join(kwargs) or 'none'} by "
+                "name"
+            )
+        return extra
+
+    def _ask_router(
+        self, kept: KeptRouter, hidden_states: Tensor, hidden_TH: Tensor, extra: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """The kept router's answer: logits, weights, ids, and for some a state."""
+        named = {inner: extra.get(outer) for outer, inner in kept.inputs}
+        answer: tuple[Tensor, ...] = self.router_module(
+            hidden_states if kept.batched else hidden_TH, **named
+        )
+        return answer
 
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
@@ -318,8 +354,6 @@ class FusedExperts(nn.Module):
 
 
 def hand_back_tensors(holder: nn.Module, original: nn.Module) -> None:
-    """Puts the tensors that `holder` has now (moved, cast or loaded meanwhile) into the
-    original.
-    """
+    """Puts the tensors that `holder` has now (moved, cast or loaded meanwhile) into the original."""
     for name in original._parameters:
         original._parameters[name] = holder._parameters[name]

@@ -33,6 +33,9 @@ NORM_MIN_ATTRIBUTES = ("norm_min", "moe_norm_min")
 SOFTCAP_ATTRIBUTES = ("router_logit_softcapping",)
 MULTIPLIER_ATTRIBUTES = ("output_multiplier",)
 
+# What a block may be given besides hidden states, and what its router calls it.
+EXTRA_INPUTS = {"input_ids": "input_ids", "prev_router_hidden_states": "router_states"}
+
 # The number of random tokens on which a description must agree.
 _PROBE_TOKENS = 64
 # Spread of random biases: of the order of the scores, so that a bias that is ignored shows.
@@ -91,10 +94,16 @@ class KeptRouter:
     Attributes:
         top_k: K, as it answered.
         reason: why its formula is not known.
+        batched: whether it takes [B, T, H] only.
+        inputs: what else it takes, as (argument of the block, argument of the router).
+        answers: how many values it answers with; the fourth is a state for the next block (Zaya).
     """
 
     top_k: int
     reason: str
+    batched: bool = False
+    inputs: tuple[tuple[str, str], ...] = ()
+    answers: int = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,10 +159,11 @@ def recognise_router(
         bias_E = lookup(block if on_block else twin, selection).flatten()
         if on_block:
             bias_E = _random(bias_E, _BIAS_STD).to(weight.device)
-    answer = _try_router(twin, weight, bias_E if on_block else None)
+    answer = _try_router(twin, hidden_size, bias_E if on_block else None)
     if isinstance(answer, Unrecognised):
         return answer
-    hidden_TH, weights_TK, ids_TK, logits_dtype = answer
+    if answer.inputs or answer.answers != 3:
+        return _kept(router, hidden_size, Unrecognised("its router takes more than hidden states"))
     gate_bias = None if bias_name is None else lookup(twin, bias_name)
     if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
         return Unrecognised(
@@ -165,15 +175,15 @@ def recognise_router(
     for config in dict.fromkeys(configs if hint is None else (hint, *configs)):
         if config.num_logits != weight.shape[0] or config.selection_bias != (bias_E is not None):
             continue
-        logits = gate_product(hidden_TH, weight, gate_bias, config.gate_precision)
-        if _reproduces(config, logits, bias_E, hidden_TH.dtype, weights_TK, ids_TK):
+        logits = gate_product(answer.hidden_TH, weight, gate_bias, config.gate_precision)
+        if _reproduces(config, logits, bias_E, answer):
             return RecognisedRouter(
                 config=config,
                 weight=weight_name,
                 bias=bias_name,
                 selection_bias=selection,
                 selection_bias_on_block=on_block,
-                logits_precision="float32" if logits_dtype == torch.float32 else "model",
+                logits_precision="float32" if answer.logits_dtype == torch.float32 else "model",
             )
     return _kept(
         router,
@@ -183,15 +193,17 @@ def recognise_router(
 
 
 def _kept(router: nn.Module, hidden_size: int, why: Unrecognised) -> KeptRouter | Unrecognised:
-    """The router as a callable, when it answers to hidden states alone as a router does."""
-    twin = _random_twin(router)
-    like = next(twin.parameters(), None)
-    if like is None:
-        return why
-    answer = _try_router(twin, like.new_empty((1, hidden_size)), None)
+    """The router as a callable, when it answers as a router does."""
+    answer = _try_router(_random_twin(router), hidden_size, None)
     if isinstance(answer, Unrecognised):
         return Unrecognised(f"{why.reason}, and {answer.reason}")
-    return KeptRouter(top_k=answer[2].shape[1], reason=why.reason)
+    return KeptRouter(
+        top_k=answer.ids_TK.shape[1],
+        reason=why.reason,
+        batched=answer.batched,
+        inputs=answer.inputs,
+        answers=answer.answers,
+    )
 
 
 def _random(tensor: Tensor, std: float) -> Tensor:
@@ -211,6 +223,8 @@ def _random_twin(router: nn.Module) -> nn.Module:
         for name, buffer in owner._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 owner._buffers[name] = _random(buffer, _BIAS_STD)
+            elif buffer is not None and buffer.device.type == "meta":
+                owner._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return twin.eval()
 
 
@@ -257,35 +271,79 @@ def _selection_bias(router: nn.Module, block: nn.Module) -> tuple[str | None, bo
     return None, False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Answer:
+    """What a router answered to random tokens, and how it had to be asked."""
+
+    hidden_TH: Tensor
+    weights_TK: Tensor
+    ids_TK: Tensor
+    logits_dtype: torch.dtype
+    batched: bool
+    inputs: tuple[tuple[str, str], ...]
+    answers: int
+
+
 def _try_router(
-    router: nn.Module, weight: Tensor, block_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, torch.dtype] | Unrecognised:
-    """What the router answers to random tokens: (hidden, weights, ids, dtype of its logits)."""
+    router: nn.Module, hidden_size: int, block_bias: Tensor | None
+) -> _Answer | Unrecognised:
+    """Asks the router as its block does."""
     me = f"its router {type(router).__name__}"
-    hidden_TH = _random(weight.new_empty((_PROBE_TOKENS, weight.shape[1])), 1.0)
-    extra = [
+    like = next(router.parameters(), None)
+    if like is None:
+        return Unrecognised(f"{me} holds no parameters")
+    hidden_TH = _random(like.new_empty((_PROBE_TOKENS, hidden_size)), 1.0)
+    parameters = list(inspect.signature(router.forward).parameters.items())[1:]
+    inputs = tuple(
+        (outer, inner) for outer, inner in EXTRA_INPUTS.items() if inner in dict(parameters)
+    )
+    needed = [
         name
-        for name, parameter in list(inspect.signature(router.forward).parameters.items())[1:]
+        for name, parameter in parameters
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+        and name != "input_ids"
     ]
-    if len(extra) > 1 or (extra and block_bias is None):
-        return Unrecognised(f"{me} also takes {', '.join(extra)}, which no description covers")
-    more = (block_bias,) if extra else ()
-    for hidden in (hidden_TH, hidden_TH.unsqueeze(0)):  # some unpack [batch, sequence, H]
+    if len(needed) > 1 or (needed and block_bias is None):
+        return Unrecognised(f"{me} also takes {', '.join(needed)}, which no description covers")
+    more = (block_bias,) if needed else ()
+    named = {}
+    if ("input_ids", "input_ids") in inputs:
+        named["input_ids"] = random_token_ids(router, _PROBE_TOKENS, hidden_TH.device)
+    for batched in (False, True):
         try:
             with torch.no_grad():
-                answer = router.forward(hidden, *more)
+                answer = router.forward(
+                    hidden_TH.unsqueeze(0) if batched else hidden_TH, *more, **named
+                )
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             failure = Unrecognised(f"{me} could not be tried alone ({type(error).__name__})")
             continue
-        if not (isinstance(answer, tuple) and len(answer) == 3):
-            return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
-        weights, ids = (item.reshape(_PROBE_TOKENS, -1) for item in answer[1:])
+        stranger = Unrecognised(f"{me} does not answer with (logits, weights, ids)")
+        wanted = 4 if any(outer == "prev_router_hidden_states" for outer, _ in inputs) else 3
+        if not (isinstance(answer, tuple) and len(answer) == wanted):
+            return stranger
+        weights, ids = (item.reshape(_PROBE_TOKENS, -1) for item in answer[1:3])
         if ids.is_floating_point() or weights.shape != ids.shape:
-            return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
-        return hidden_TH, weights, ids, answer[0].dtype
+            return stranger
+        return _Answer(
+            hidden_TH=hidden_TH,
+            weights_TK=weights,
+            ids_TK=ids,
+            logits_dtype=answer[0].dtype,
+            batched=batched,
+            inputs=inputs,
+            answers=len(answer),
+        )
     return failure
+
+
+def random_token_ids(router: nn.Module, tokens: int, device: torch.device) -> Tensor:
+    """Token ids [1, T] that a router with a table of token ids knows (DeepSeek-V4)."""
+    tables = [buffer for buffer in router.buffers() if not buffer.is_floating_point()]
+    known = min((table.shape[0] for table in tables if table.dim() == 2), default=2)
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randint(0, known, (1, tokens), generator=generator).to(device)
 
 
 def _attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:
@@ -347,24 +405,18 @@ def _candidates(
 
 
 def _reproduces(
-    config: RouterConfig,
-    logits_TE: Tensor,
-    selection_bias: Tensor | None,
-    dtype: torch.dtype,
-    weights_TK: Tensor,
-    ids_TK: Tensor,
+    config: RouterConfig, logits_TE: Tensor, selection_bias: Tensor | None, answer: _Answer
 ) -> bool:
     """Whether the formula gives the router's own answer, slot order aside."""
     # As if identity experts were ordinary ones: the router itself does not tell them apart.
     plain = replace(config, num_experts=config.num_logits, num_zero_experts=0)
-    ours = route(logits_TE, plain, selection_bias, dtype)
-    shape = (ids_TK.shape[0], config.num_logits)
-    dense_a = torch.zeros(shape, device=ids_TK.device)
-    dense_b = torch.zeros(shape, device=ids_TK.device)
-    dense_a.scatter_(1, ids_TK.long(), weights_TK.float())
+    ours = route(logits_TE, plain, selection_bias, answer.hidden_TH.dtype)
+    theirs_ids, theirs = answer.ids_TK, answer.weights_TK
+    dense_a = torch.zeros((theirs_ids.shape[0], config.num_logits), device=theirs_ids.device)
+    dense_b = torch.zeros_like(dense_a)
+    dense_a.scatter_(1, theirs_ids.long(), theirs.float())
     dense_b.scatter_(1, ours.topk_ids.long(), ours.topk_weights)
-    same_ids = torch.equal(ids_TK.sort(dim=-1).values.int(), ours.topk_ids.sort(dim=-1).values)
-    # Ids decide in every dtype; weights may differ by the rounding of a softmax in the model's
-    # dtype.
-    tolerance = 2e-6 if weights_TK.dtype == torch.float32 else 2 * torch.finfo(weights_TK.dtype).eps
-    return same_ids and torch.allclose(dense_a, dense_b, rtol=tolerance, atol=tolerance * 1e-2)
+    same_ids = torch.equal(theirs_ids.sort(dim=-1).values.int(), ours.topk_ids.sort(dim=-1).values)
+    # Ids decide in every dtype; weights may differ by the rounding of a softmax in that dtype.
+    rtol = 2e-6 if theirs.dtype == torch.float32 else 2 * torch.finfo(theirs.dtype).eps
+    return same_ids and torch.allclose(dense_a, dense_b, rtol=rtol, atol=rtol * 1e-2)

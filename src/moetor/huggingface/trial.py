@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moetor.errors import FusionMismatchError
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Returns, gate_forward
-from moetor.huggingface.router_form import KeptRouter
+from moetor.huggingface.router_form import KeptRouter, random_token_ids
 
 # Tokens of a trial: enough that most experts of a usual model are met, few enough to be quick.
 TRIAL_TOKENS = 32
@@ -37,8 +37,8 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(ours: Tensor, original: Tensor) -> float:
-    """Largest absolute deviation over the largest absolute original value; NaN on one side alone is
-    infinite.
+    """Largest absolute deviation over the largest absolute original value; NaN on one side alone
+    is infinite.
     """
     if ours.shape != original.shape:
         return float("inf")
@@ -78,18 +78,20 @@ def try_block(
         experts = next(plan.block.get_submodule(plan.children.experts).parameters())
         tokens = TRIAL_TOKENS if compare else 1
         hidden = random_hidden(tokens, plan.config.hidden_size, experts)
+        extra = _extra_inputs(plan, tokens, hidden)
         with torch.no_grad():
-            answer = plan.block(hidden.clone())
+            answer = plan.block(hidden.clone(), **extra)
         returns = _returns(answer, hidden, plan)
         if isinstance(returns, Unrecognised):
             return returns
         fused = FusedMoEBlock(replace(plan, returns=returns))
         if not compare:
             return fused, None
-        expected = answer[0] if isinstance(answer, tuple) else answer
         with torch.no_grad(), gate_forward(fused):
-            ours = fused(hidden)
-        error = relative_error(ours[0] if isinstance(ours, tuple) else ours, expected)
+            ours = fused(hidden, **extra)
+        error = max(
+            relative_error(a, b) for a, b in zip(_tensors(ours), _tensors(answer), strict=True)
+        )
         limit = tolerance(hidden.dtype)
         if error <= limit:
             return fused, error
@@ -107,15 +109,26 @@ def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> Returns | Unrecogn
     if isinstance(answer, Tensor) and answer.shape == hidden.shape:
         return "hidden"
     tokens, router = hidden.shape[1], plan.config.router
-    if isinstance(plan.router, KeptRouter):
-        return Unrecognised("its block returns more than hidden states, and its router is its own")
     if isinstance(answer, tuple) and len(answer) == 2 and answer[0].shape == hidden.shape:
         second = answer[1]
         if isinstance(second, Tensor) and second.shape == (tokens, router.top_k):
             return "hidden_and_weights"
         if isinstance(second, Tensor) and second.shape == (tokens, router.num_logits):
             return "hidden_and_logits"
+        if isinstance(plan.router, KeptRouter) and plan.router.answers == 4:
+            return "hidden_and_state"
     return Unrecognised("its block returns something that no description covers")
+
+
+def _tensors(answer: Any) -> tuple[Tensor, ...]:
+    return answer if isinstance(answer, tuple) else (answer,)
+
+
+def _extra_inputs(plan: BlockPlan, tokens: int, hidden: Tensor) -> dict[str, Tensor]:
+    """Values for the block's arguments beside hidden states; a state from the block before stays out."""
+    if "input_ids" not in plan.inputs:
+        return {}
+    return {"input_ids": random_token_ids(plan.router_module, tokens, hidden.device)}
 
 
 def try_experts(original: nn.Module, fused: FusedExperts, path: str) -> float:

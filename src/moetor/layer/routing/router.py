@@ -82,6 +82,10 @@ class CustomRouter:
     def route(self, hidden_TH: Tensor, logits_TE: Tensor | None) -> Routing:
         """Calls the function and brings its answer into the form of `Routing`."""
         weights, ids = self.function(hidden_TH, logits_TE)
-        dropped = ids >= self.num_experts
-        weights = torch.where(dropped, 0.0, weights.to(torch.float32))
-        return Routing(weights, ids.clamp(max=self.num_experts).to(torch.int32))
+        return as_routing(weights, ids, self.num_experts)
+
+
+def as_routing(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Routing:
+    """Any router's answer in the form of `Routing`: an id from `num_experts` on is a dropped slot."""
+    weights = torch.where(ids_TK >= num_experts, 0.0, weights_TK.to(torch.float32))
+    return Routing(weights, ids_TK.clamp(max=num_experts).to(torch.int32))

@@ -51,25 +51,31 @@ class MoERunner(ABC):
             hidden_TH: never written to.
             logits_TE: None only where a callable routes by the hidden states alone.
         """
-        hidden_TX = self._prepare(layer, hidden_TH)
-        shared_TH: Tensor | None = None
         if isinstance(layer.token_router, CustomRouter):
             # A callable is Python that the op must not hide from a compiler: it routes outside.
             routing = layer.token_router.route(hidden_TH, logits_TE)
-            shared_TH = None if layer.shared is None else layer.shared(hidden_TH)
-            routed_TX = ops.transformers_moe_forward(
-                hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
-            )
-        elif logits_TE is None:
+            return self.forward_routed(layer, hidden_TH, routing)
+        if logits_TE is None:
             raise InputError(
                 f"layer {layer.name!r} has no gate (internal_gate=False); pass router_logits"
             )
-        elif layer.shared is None:
+        hidden_TX = self._prepare(layer, hidden_TH)
+        shared_TH: Tensor | None = None
+        if layer.shared is None:
             routed_TX = ops.moe_forward(hidden_TX, logits_TE, layer.name)
         else:
             shared_TH, routed_TX = ops.moe_forward_shared(
                 hidden_TX, hidden_TH, logits_TE, layer.name
             )
+        return self._finish(layer, routed_TX, shared_TH)
+
+    def forward_routed(self, layer: MoELayer, hidden_TH: Tensor, routing: Routing) -> Tensor:
+        """The layer's output [T, H] for a routing made outside."""
+        hidden_TX = self._prepare(layer, hidden_TH)
+        shared_TH = None if layer.shared is None else layer.shared(hidden_TH)
+        routed_TX = ops.transformers_moe_forward(
+            hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
+        )
         return self._finish(layer, routed_TX, shared_TH)
 
     def run_routed(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
