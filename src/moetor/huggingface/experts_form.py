@@ -160,7 +160,9 @@ def _candidates(module: nn.Module) -> Iterator[Activation]:
 def _callable_activation(
     module: nn.Module, form: ExpertsConfig, packed: Tensor, expected: Tensor
 ) -> Activation | None:
-    """An `act_fn` without a name here, kept as a callable where it is plainly `act_fn(gate) * up`."""
+    """An `act_fn` without a name here, kept as a callable where it is plainly `act_fn(gate) *
+    up`.
+    """
     act_fn: Any = getattr(module, "act_fn", None)
     if act_fn is None:
         return None

@@ -306,7 +306,9 @@ def top_k_of(block: nn.Module, num_experts: int) -> int:
 
 
 def kernel_choice(experts: Experts) -> KernelChoice:
-    """The kernel of these experts on their present device and dtype, with the refusals before it."""
+    """The kernel of these experts on their present device and dtype, with the refusals before
+    it.
+    """
     up = experts.weights.gate_up
     return experts.method.choice(experts.config, experts.top_k, up.device, up.dtype)
 

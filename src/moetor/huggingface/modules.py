@@ -354,6 +354,8 @@ class FusedExperts(nn.Module):
 
 
 def hand_back_tensors(holder: nn.Module, original: nn.Module) -> None:
-    """Puts the tensors that `holder` has now (moved, cast or loaded meanwhile) into the original."""
+    """Puts the tensors that `holder` has now (moved, cast or loaded meanwhile) into the
+    original.
+    """
     for name in original._parameters:
         original._parameters[name] = holder._parameters[name]

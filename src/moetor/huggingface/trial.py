@@ -125,7 +125,9 @@ def _tensors(answer: Any) -> tuple[Tensor, ...]:
 
 
 def _extra_inputs(plan: BlockPlan, tokens: int, hidden: Tensor) -> dict[str, Tensor]:
-    """Values for the block's arguments beside hidden states; a state from the block before stays out."""
+    """Values for the block's arguments beside hidden states; a state from the block before
+    stays out.
+    """
     if "input_ids" not in plan.inputs:
         return {}
     return {"input_ids": random_token_ids(plan.router_module, tokens, hidden.device)}

@@ -163,7 +163,9 @@ def non_finite(model: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def perplexity(model: nn.Module, ids_T: Tensor) -> float:
-    """exp of the mean negative log likelihood of each next token, in windows that do not overlap."""
+    """exp of the mean negative log likelihood of each next token, in windows that do not
+    overlap.
+    """
     total, count = 0.0, 0
     for window in ids_T.split(PERPLEXITY_WINDOW):
         if window.numel() < 2:

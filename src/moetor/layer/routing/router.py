@@ -86,6 +86,8 @@ class CustomRouter:
 
 
 def as_routing(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Routing:
-    """Any router's answer in the form of `Routing`: an id from `num_experts` on is a dropped slot."""
+    """Any router's answer in the form of `Routing`: an id from `num_experts` on is a dropped
+    slot.
+    """
     weights = torch.where(ids_TK >= num_experts, 0.0, weights_TK.to(torch.float32))
     return Routing(weights, ids_TK.clamp(max=num_experts).to(torch.int32))
