@@ -1,0 +1,142 @@
+"""The choice of a kernel: who is taken, who refused, and what the person reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetor.config import ExpertsConfig
+from moetor.errors import KernelRefusedError
+from moetor.kernels import select
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.select import Refusal, kernel_names, select_kernel
+
+QUERY = KernelQuery(
+    device="cpu",
+    dtype=torch.float32,
+    experts=ExpertsConfig(num_experts=4, hidden_size=8, intermediate_size=6),
+    top_k=2,
+)
+
+
+class Stub(ExpertsKernel):
+    """Answers every question with one reason, or with none."""
+
+    def __init__(self, name: str, reason: str | None) -> None:
+        self.name = name  # type: ignore[misc]
+        self.reason = reason
+        self.asked: list[KernelQuery] = []
+
+    def refusal(self, query: KernelQuery) -> str | None:
+        self.asked.append(query)
+        return self.reason
+
+    def __call__(
+        self,
+        hidden_TH: Tensor,
+        topk_weights_TK: Tensor,
+        topk_ids_TK: Tensor,
+        weights: ExpertWeights,
+        config: ExpertsConfig,
+        *,
+        batch_invariant: bool = False,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def workspace_bytes_per_token(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
+    ) -> int:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Reasons by kernel in order of preference, a request, and the answer."""
+
+    id: str
+    reasons: dict[str, str | None]
+    requested: str = "auto"
+    chosen: str | None = None
+    refusals: tuple[tuple[str, str], ...] = ()
+    error: str | None = None
+
+
+CASES = [
+    Case(
+        id="auto_takes_the_first",
+        reasons={"fast": None, "torch": None, "reference": None},
+        chosen="fast",
+    ),
+    Case(
+        id="auto_tells_who_was_preferred_and_why_not",
+        reasons={"fast": "needs steam", "torch": None, "slow": "is tired", "reference": None},
+        chosen="torch",
+        refusals=(("fast", "needs steam"),),
+    ),
+    Case(
+        id="auto_never_takes_the_reference",
+        reasons={"fast": "needs steam", "torch": "is out", "reference": None},
+        error="no kernel runs this case: fast needs steam; torch is out",
+    ),
+    Case(
+        id="a_name_is_honoured",
+        reasons={"fast": None, "torch": None, "reference": None},
+        requested="reference",
+        chosen="reference",
+    ),
+    Case(
+        id="a_name_is_refused_with_its_reason_and_who_can",
+        reasons={"fast": "needs steam", "torch": None, "reference": None},
+        requested="fast",
+        error="kernel 'fast' was asked for and needs steam; kernels that can: torch, reference",
+    ),
+    Case(
+        id="a_name_is_refused_and_nobody_can",
+        reasons={"fast": "needs steam", "reference": "is out"},
+        requested="fast",
+        error="kernel 'fast' was asked for and needs steam; kernels that can: none",
+    ),
+    Case(
+        id="an_unknown_name",
+        reasons={"fast": None, "reference": None},
+        requested="quick",
+        error="unknown kernel 'quick'; the kernels are auto, fast, reference",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_selection(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs = tuple(Stub(name, reason) for name, reason in case.reasons.items())
+    monkeypatch.setattr(select, "KERNELS", stubs)
+    if case.error is not None:
+        with pytest.raises(KernelRefusedError) as caught:
+            select_kernel(QUERY, case.requested)
+        assert str(caught.value) == case.error
+        return
+    choice = select_kernel(QUERY, case.requested)
+    assert choice.kernel.name == case.chosen
+    assert choice.refusals == tuple(Refusal(*pair) for pair in case.refusals)
+    assert all(query is QUERY for stub in stubs for query in stub.asked)
+
+
+def test_the_real_kernels() -> None:
+    assert kernel_names()[0] == "auto"
+    assert {"native", "torch", "reference"} <= set(kernel_names())
+    assert kernel_names()[-1] == "reference"
+    for name in ("torch", "reference"):
+        assert select_kernel(QUERY, name).kernel.name == name
+    assert select_kernel(QUERY).kernel.name in ("native", "torch")
+
+
+def test_an_unknown_format_is_refused_by_every_kernel_with_a_reason() -> None:
+    query = KernelQuery(
+        device="cpu", dtype=torch.float32, experts=QUERY.experts, top_k=2, weight_format="runes"
+    )
+    with pytest.raises(KernelRefusedError, match=r"^no kernel runs this case: ") as caught:
+        select_kernel(query)
+    for name in kernel_names()[1:]:
+        assert f"{name} reads unquantised weights, not runes" in str(caught.value)
