@@ -16,11 +16,11 @@ from moetor.config import ExpertsConfig, MoEConfig, RouterConfig, RunnerConfig, 
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
 from moetor.huggingface.modules import BlockChildren, BlockPlan
 from moetor.huggingface.router_form import (
-    EXTRA_INPUTS,
     KeptRouter,
     RecognisedRouter,
     recognise_router,
 )
+from moetor.huggingface.router_trial import EXTRA_INPUTS
 from moetor.layer.routing.router import Router
 
 ROUTER_NAMES = ("gate", "router")

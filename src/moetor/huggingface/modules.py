@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, MoEConfig, Precision, RunnerConfig
 from moetor.huggingface.experts_form import experts_weights
-from moetor.huggingface.router_form import KeptRouter, RecognisedRouter, lookup
+from moetor.huggingface.router_form import KeptRouter, RecognisedRouter
+from moetor.huggingface.router_trial import lookup
 from moetor.kernels.gate import gate_product
 from moetor.layer import ops
 from moetor.layer.context import register_layer

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from moetor.errors import FusionMismatchError
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Returns, gate_forward
-from moetor.huggingface.router_form import KeptRouter, random_token_ids
+from moetor.huggingface.router_form import KeptRouter
+from moetor.huggingface.router_trial import random_token_ids
 
 # Tokens of a trial: enough that most experts of a usual model are met, few enough to be quick.
 TRIAL_TOKENS = 32
