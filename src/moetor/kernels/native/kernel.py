@@ -137,8 +137,9 @@ def native_experts(
     out_TH = torch.empty_like(hidden_TH)
     # These names keep every tensor alive until the call is over.
     topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
-    gate_up, gate_up_stride, gate_up_columns = _matrix(weights.gate_up,
-    transposed=config.transposed)
+    gate_up, gate_up_stride, gate_up_columns = _matrix(
+        weights.gate_up, transposed=config.transposed
+    )
     down, down_stride, down_columns = _matrix(weights.down, transposed=config.transposed)
     up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.contiguous()
     down_bias = None if weights.down_bias is None else weights.down_bias.contiguous()
@@ -231,10 +232,10 @@ class NativeKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Activations, sums and sorted slots of a token, and its share of each thread's fixed scratch memory.
+        """A token's activations, sums and sorted slots, and a share of the threads' fixed scratch.
 
-        The fixed part (packed inputs and column sums of at most 96 slots a thread) is shared out over 256 tokens: a
-        call of fewer needs at most as much as one of 256.
+        The fixed part (packed inputs and column sums of at most 96 slots a thread) is shared out
+        over 256 tokens: a call of fewer tokens needs at most as much as one of 256.
         """
         pad = 48  # rows are padded to whole vectors and to an odd number of cache lines
         floats = top_k * (config.intermediate_size + pad) + config.hidden_size + pad
