@@ -29,6 +29,7 @@ SHARED_GATE_NAMES = ("shared_expert_gate",)
 INPUT_NAMES = ("fc1_latent_proj", "pre_expert_proj", "pre_expert_norm")
 OUTPUT_NAMES = ("fc2_latent_proj", "post_expert_proj")
 FINAL_NAMES = ("post_mlp_layernorm",)
+SHARED_WEIGHT_ARGUMENTS = ("gammas",)
 BLOCK_SCALE_ATTRIBUTES = ("routed_scaling_factor",)
 ADD_IN_FLOAT32_FLAGS = ("enable_moe_fp32_combine",)
 
@@ -37,7 +38,7 @@ def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every module that holds packed experts: (path, module, name of its experts child)."""
     for path, module in model.named_modules():
         for name, child in module.named_children():
-            if is_experts(child):
+            if is_experts(child) and name not in SHARED_NAMES:
                 yield path, module, name
 
 
@@ -106,6 +107,7 @@ def recognise_block(
         children=children,
         config=config,
         inputs=tuple(extra),
+        shared_weights=_shared_weights(block, children, router),
     )
 
 
@@ -127,6 +129,7 @@ def compositions(plan: BlockPlan) -> Iterator[BlockPlan]:
         value = getattr(plan.block, name, None)
         if isinstance(value, int | float) and value != 1.0:
             scales.append(float(value))
+    scales.append(float(plan.config.router.top_k))  # OpenAI's privacy filter
     for scale in scales:
         if scale != 1.0 and isinstance(plan.router, KeptRouter):
             continue
@@ -134,10 +137,12 @@ def compositions(plan: BlockPlan) -> Iterator[BlockPlan]:
             plan.config.router, scaling_factor=plan.config.router.scaling_factor * scale
         )
         config = replace(plan.config, router=router)
-        yield replace(plan, config=config)
+        yield replace(plan, config=config, block_scale=scale)
         if config.shared is not None:
             mean = replace(config.shared, combine="mean")
-            yield replace(plan, config=replace(config, shared=mean))
+            yield replace(plan, config=replace(config, shared=mean), block_scale=scale)
+    experts = replace(plan.config.experts, weight_on_input=True)
+    yield replace(plan, config=replace(plan.config, experts=experts))
 
 
 def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognised:
@@ -169,6 +174,16 @@ def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognis
     if bool(found.inputs) != bool(found.outputs):
         return Unrecognised("its block projects the experts' input or output, but not both")
     return found
+
+
+def _shared_weights(
+    block: nn.Module, children: BlockChildren, router: RecognisedRouter | KeptRouter
+) -> str | None:
+    """The shared experts' argument for a router's fourth answer, where they take one."""
+    if children.shared is None or isinstance(router, RecognisedRouter) or router.answers != 4:
+        return None
+    taken = inspect.signature(block.get_submodule(children.shared).forward).parameters
+    return next((name for name in SHARED_WEIGHT_ARGUMENTS if name in taken), None)
 
 
 def _hidden_size(block: nn.Module, children: BlockChildren, experts: ExpertsConfig) -> int:

@@ -76,8 +76,9 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
     if others:
         return Unrecognised(f"its experts hold parameters that no form has: {', '.join(others)}")
     gated = "gate_up_proj" in module._parameters
-    transposed = bool(getattr(module, "is_transposed", False))
-    experts, first, second = weights.gate_up.shape
+    transposed = _is_transposed(module, weights)
+    _, first, second = weights.gate_up.shape
+    experts = weights.down.shape[0]  # LongCat allots gate_up_proj rows to identity experts too
     hidden, up_size = (first, second) if transposed else (second, first)
     form = ExpertsConfig(
         num_experts=experts,
@@ -99,6 +100,15 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
     if activation is None:
         return Unrecognised("its activation matches none of the known ones")
     return replace(form, activation=activation)
+
+
+def _is_transposed(module: nn.Module, weights: ExpertWeights) -> bool:
+    """The decorator's flag; without one, what the shapes say (Llama 4)."""
+    flag = getattr(module, "is_transposed", None)
+    if flag is not None:
+        return bool(flag)
+    # [E, J, H] with [E, H, I], or [E, H, J] with [E, I, H]: where both fit, the trial decides.
+    return weights.gate_up.shape[2] != weights.down.shape[1]
 
 
 def _find_activation(module: nn.Module, form: ExpertsConfig) -> Activation | None:
@@ -141,7 +151,8 @@ def _own_activation(module: nn.Module, form: ExpertsConfig) -> Callable[[Tensor]
 
 
 def _numbers(module: nn.Module, names: tuple[str, ...]) -> list[float]:
-    found = (getattr(module, name, None) for name in names)
+    """Positive finite numbers under these names, on the module or on its activation's parts."""
+    found = (getattr(part, name, None) for part in module.modules() for name in names)
     numbers = [float(value) for value in found if isinstance(value, int | float)]
     return [value for value in numbers if 0 < value < float("inf")]
 
@@ -167,5 +178,8 @@ def _callable_activation(
     if act_fn is None:
         return None
     candidate = Activation(function=act_fn)
-    ours = activate(packed.to(torch.float32), candidate, gated=form.gated).to(torch.float64)
+    try:
+        ours = activate(packed.to(torch.float32), candidate, gated=form.gated).to(torch.float64)
+    except (RuntimeError, TypeError, ValueError):
+        return None
     return candidate if torch.allclose(ours, expected, rtol=2e-6, atol=1e-6) else None

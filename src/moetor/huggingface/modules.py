@@ -28,6 +28,8 @@ from moetor.quantization.method import make_method
 
 Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits", "hidden_and_state"]
 """What a family's block returns beside its hidden states."""
+Layout = Literal["same", "rows", "flat"]
+"""The shape in which it returns them."""
 
 
 class GateForward:
@@ -123,6 +125,10 @@ class BlockPlan:
         children: which child is what.
         config: the layer.
         returns: what the block returns.
+        block_scale: factor that the block, not its router, applies to the routed output; it is part
+            of `config.router.scaling_factor`.
+        layout: whether its results have the input's shape, [T, ...], or one dimension.
+        shared_weights: argument of its shared experts that takes the router's fourth answer.
         inputs: names of the block's arguments beside the hidden states.
     """
 
@@ -132,6 +138,9 @@ class BlockPlan:
     children: BlockChildren
     config: MoEConfig
     returns: Returns = "hidden"
+    block_scale: float = 1.0
+    layout: Layout = "same"
+    shared_weights: str | None = None
     inputs: tuple[str, ...] = ()
 
     @property
@@ -193,6 +202,9 @@ class FusedMoEBlock(MoELayer):
         self.plan_router = plan.router
         self.children_names = children
         self.returns = plan.returns
+        self.block_scale = plan.block_scale
+        self.layout = plan.layout
+        self.shared_weights = plan.shared_weights
         self.inputs = plan.inputs
         for name in children.names:
             if name not in self._modules:
@@ -237,13 +249,16 @@ class FusedMoEBlock(MoELayer):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original block."""
         extra = self._bind(args, kwargs)
+        if self.layout == "flat":  # Ernie 4.5 VL selects tokens by a mask, which flattens them
+            hidden_states = hidden_states.reshape(-1, self.config.hidden_size)
         self.check_input(hidden_states)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         second: Tensor | None = None
         if isinstance(self.plan_router, KeptRouter):
             answer = self._ask_router(self.plan_router, hidden_states, hidden_TH, extra)
             routing = as_routing(answer[1], answer[2], self.config.router.num_experts)
-            out = self.runner.forward_routed(self, hidden_TH, routing)
+            more = {} if self.shared_weights is None else {self.shared_weights: answer[3]}
+            out = self.runner.forward_routed(self, hidden_TH, routing, **more)
             second = answer[{"hidden_and_logits": 0, "hidden_and_weights": 1}.get(self.returns, -1)]
         else:
             logits = self.logits(hidden_TH)
@@ -251,12 +266,15 @@ class FusedMoEBlock(MoELayer):
             if self.returns == "hidden_and_weights":
                 assert logits is not None, "a recognised router has a gate"
                 routing = self.route(logits, hidden_states.dtype)
-                second = routing.topk_weights.to(hidden_states.dtype)
+                second = (routing.topk_weights / self.block_scale).to(hidden_states.dtype)
             else:
                 second = logits
-        out = out.reshape(hidden_states.shape)
         for name in self.children_names.final:
             out = self.get_submodule(name)(out)
+        if self.layout == "same":
+            out = out.reshape(hidden_states.shape)
+        elif self.layout == "flat":
+            out, second = out.flatten(), None if second is None else second.flatten()
         return out if self.returns == "hidden" else (out, second)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -20,20 +20,21 @@ from moetor.config import GroupMask, GroupScore, Precision, RouterConfig, ScoreO
 from moetor.errors import ConfigError
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.router_trial import (
+    BIAS_NAMES,
+    BIAS_SHIFTS,
     BIAS_STD,
+    Trial,
     lookup,
     random_like,
     random_twin,
     reproduces,
     try_router,
 )
-from moetor.kernels.gate import gate_product
 
 TOP_K_ATTRIBUTES = ("top_k", "topk", "num_experts_per_tok", "moe_topk")
 GROUPS_ATTRIBUTES = ("num_group", "n_group", "num_groups")
 GROUP_TOP_K_ATTRIBUTES = ("topk_group", "top_k_group")
 SCALE_ATTRIBUTES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
 NORM_MIN_ATTRIBUTES = ("norm_min", "moe_norm_min")
 SOFTCAP_ATTRIBUTES = ("router_logit_softcapping",)
 MULTIPLIER_ATTRIBUTES = ("output_multiplier",)
@@ -63,9 +64,10 @@ ROUTER_FORMS: tuple[RouterForm, ...] = (
     RouterForm(scoring="softmax", renormalize="never"),
     # gpt-oss, Granite, Aria
     RouterForm(scoring="softmax", order="after_topk", renormalize="never"),
-    # DeepSeek-V2; Mistral 4
+    # DeepSeek-V2; Mistral 4; Mistral Large 4
     RouterForm(scoring="softmax", renormalize="never", groups=("max", "zero")),
     RouterForm(scoring="softmax", eps=1e-20, groups=("top2_sum", "zero")),
+    RouterForm(scoring="softmax", renormalize="always", eps=1e-20, groups=("top2_sum", "zero")),
     # DeepSeek-V3 and its descendants
     RouterForm(scoring="sigmoid", eps=1e-20, groups=("top2_sum", "-inf")),
     RouterForm(scoring="sigmoid", eps=1e-20, groups=("top2_sum", "zero")),
@@ -74,7 +76,7 @@ ROUTER_FORMS: tuple[RouterForm, ...] = (
     RouterForm(scoring="sigmoid", renormalize="always"),
     RouterForm(scoring="sigmoid", renormalize="always", eps=1e-20),
     RouterForm(scoring="sigmoid", renormalize="always", eps=1e-15),
-    RouterForm(scoring="sigmoid", renormalize="always", eps=1e-6),
+    RouterForm(scoring="sigmoid", eps=1e-6),
     # Cohere 2 MoE (sigmoid of the kept), Kolibri
     RouterForm(scoring="sigmoid", order="after_topk"),
     RouterForm(scoring="sigmoid", order="after_topk", renormalize="never"),
@@ -93,7 +95,8 @@ class KeptRouter:
         reason: why its formula is not known.
         batched: whether it takes [B, T, H] only.
         inputs: what else it takes, as (argument of the block, argument of the router).
-        answers: how many values it answers with; the fourth is a state for the next block (Zaya).
+        answers: how many values it answers with; a fourth is a state that the block passes on
+            (Zaya), or weights for its shared experts (Inkling).
     """
 
     top_k: int
@@ -148,39 +151,43 @@ def recognise_router(
     if isinstance(gate, Unrecognised):
         return _kept(router, hidden_size, gate)
     weight_name, bias_name = gate
-    selection, on_block = _selection_bias(router, block)
-    twin = random_twin(router)
-    weight = lookup(twin, weight_name)
-    bias_E = None
-    if selection is not None:
-        bias_E = lookup(block if on_block else twin, selection).flatten()
-        if on_block:
-            bias_E = random_like(bias_E, BIAS_STD).to(weight.device)
-    answer = try_router(twin, hidden_size, bias_E if on_block else None)
-    if isinstance(answer, Unrecognised):
-        return answer
-    if answer.inputs or answer.answers != 3:
-        return _kept(router, hidden_size, Unrecognised("its router takes more than hidden states"))
-    gate_bias = None if bias_name is None else lookup(twin, bias_name)
+    weight = lookup(router, weight_name)
     if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
         return Unrecognised(
             f"its router {type(router).__name__} has a gate of shape {tuple(weight.shape)}, not "
             f"[{num_experts} or more, {hidden_size}]"
         )
+    selection, on_block = _selection_bias(router, block)
+    trials = []
+    for shift in BIAS_SHIFTS if selection is not None else BIAS_SHIFTS[:1]:
+        twin = random_twin(router, shift)
+        bias_E = None
+        if selection is not None:
+            bias_E = lookup(block if on_block else twin, selection).flatten()
+            if on_block:
+                bias_E = random_like(bias_E, BIAS_STD, shift)
+        answer = try_router(twin, hidden_size, bias_E if on_block else None)
+        if isinstance(answer, Unrecognised):
+            return answer
+        if answer.inputs or answer.answers > 3:
+            why = Unrecognised("its router takes more than hidden states")
+            return _kept(router, hidden_size, why)
+        gate_bias = None if bias_name is None else lookup(twin, bias_name)
+        trials.append(Trial(lookup(twin, weight_name), gate_bias, bias_E, answer))
+    in_float32 = trials[0].answer.logits_dtype == torch.float32
     zero_experts = weight.shape[0] - num_experts
     configs = _candidates(router, block, num_experts, zero_experts, selection is not None)
     for config in dict.fromkeys(configs if hint is None else (hint, *configs)):
-        if config.num_logits != weight.shape[0] or config.selection_bias != (bias_E is not None):
+        if config.num_logits != weight.shape[0] or config.selection_bias != (selection is not None):
             continue
-        logits = gate_product(answer.hidden_TH, weight, gate_bias, config.gate_precision)
-        if reproduces(config, logits, bias_E, answer):
+        if all(reproduces(config, trial) for trial in trials):
             return RecognisedRouter(
                 config=config,
                 weight=weight_name,
                 bias=bias_name,
                 selection_bias=selection,
                 selection_bias_on_block=on_block,
-                logits_precision="float32" if answer.logits_dtype == torch.float32 else "model",
+                logits_precision="float32" if in_float32 else "model",
             )
     return _kept(
         router,
@@ -191,9 +198,11 @@ def recognise_router(
 
 def _kept(router: nn.Module, hidden_size: int, why: Unrecognised) -> KeptRouter | Unrecognised:
     """The router as a callable, when it answers as a router does."""
-    answer = try_router(random_twin(router), hidden_size, None)
+    answer = try_router(random_twin(router, 0.0), hidden_size, None)
     if isinstance(answer, Unrecognised):
         return Unrecognised(f"{why.reason}, and {answer.reason}")
+    if answer.answers < 3:
+        return why
     return KeptRouter(
         top_k=answer.ids_TK.shape[1],
         reason=why.reason,
@@ -264,7 +273,7 @@ def _candidates(
     norm_min = _attribute((router,), NORM_MIN_ATTRIBUTES) or 0.0
     softcap = _attribute((router,), SOFTCAP_ATTRIBUTES) or None
     multiplier = _attribute((router,), MULTIPLIER_ATTRIBUTES) or 1.0
-    scales = dict.fromkeys((float(1.0 if scale is None else scale), 1.0))
+    scales = dict.fromkeys((float(1.0 if scale is None else scale), 1.0, 1.0 / top_k))
     precisions: tuple[tuple[Any, Any], ...] = tuple(
         product(("model", "float32"), ("float32", "model"))
     )

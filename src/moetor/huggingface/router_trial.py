@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from moetor.config import RouterConfig
 from moetor.huggingface.experts_form import Unrecognised
+from moetor.kernels.gate import gate_product
 from moetor.kernels.routing import route
 
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_correction_bias")
 # What a block may be given besides hidden states, and what its router calls it.
 EXTRA_INPUTS = {"input_ids": "input_ids", "prev_router_hidden_states": "router_states"}
 
@@ -24,6 +26,9 @@ EXTRA_INPUTS = {"input_ids": "input_ids", "prev_router_hidden_states": "router_s
 _PROBE_TOKENS = 64
 # Spread of random biases: of the order of the scores, so that a bias that is ignored shows.
 BIAS_STD = 0.3
+# Means of the biases, one trial each: only with all scores negative does a group mask of 0 differ
+# from one of -inf.
+BIAS_SHIFTS = (0.0, -2.0)
 
 
 def lookup(owner: nn.Module, path: str) -> Tensor:
@@ -35,29 +40,39 @@ def lookup(owner: nn.Module, path: str) -> Tensor:
     return value.detach()
 
 
-def random_like(tensor: Tensor, std: float) -> Tensor:
+def random_like(tensor: Tensor, std: float, mean: float = 0.0) -> Tensor:
     """Normal values of this spread in the tensor's shape, dtype and (except meta) device."""
     device = "cpu" if tensor.device.type == "meta" else tensor.device
     generator = torch.Generator().manual_seed(tensor.numel())
-    return (torch.randn(tensor.shape, generator=generator) * std).to(device, tensor.dtype)
+    drawn = torch.randn(tensor.shape, generator=generator) * std + mean
+    return drawn.to(device, tensor.dtype)
 
 
-def random_twin(router: nn.Module) -> nn.Module:
-    """A copy of the router with random values, on the CPU where the original has none."""
+def random_twin(router: nn.Module, bias_shift: float) -> nn.Module:
+    """A copy of the router with random values, on the CPU where the original has none.
+
+    Args:
+        bias_shift: mean of everything but matrices.
+    """
     twin = copy.deepcopy(router)
     for owner in twin.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                std = parameter.shape[-1] ** -0.5 if parameter.dim() == 2 else BIAS_STD
                 owner._parameters[name] = nn.Parameter(
-                    random_like(parameter, std), requires_grad=False
+                    _filled(parameter, bias_shift), requires_grad=False
                 )
         for name, buffer in owner._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                owner._buffers[name] = random_like(buffer, BIAS_STD)
+                owner._buffers[name] = _filled(buffer, bias_shift)
             elif buffer is not None and buffer.device.type == "meta":
                 owner._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return twin.eval()
+
+
+def _filled(tensor: Tensor, bias_shift: float) -> Tensor:
+    if tensor.dim() == 2 and tensor.shape[0] > 1:
+        return random_like(tensor, tensor.shape[-1] ** -0.5)
+    return random_like(tensor, BIAS_STD, bias_shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,28 +108,26 @@ def try_router(
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
         and name != "input_ids"
     ]
-    if len(needed) > 1 or (needed and block_bias is None):
-        return Unrecognised(f"{me} also takes {', '.join(needed)}, which no description covers")
-    more = (block_bias,) if needed else ()
-    named = {}
+    named: dict[str, Any] = {}
+    for name, _ in parameters:
+        if name in BIAS_NAMES and block_bias is not None:
+            named[name] = block_bias
+    unknown = [name for name in needed if name not in named]
+    if unknown:
+        return Unrecognised(f"{me} also takes {', '.join(unknown)}, which no description covers")
     if ("input_ids", "input_ids") in inputs:
         named["input_ids"] = random_token_ids(router, _PROBE_TOKENS, hidden_TH.device)
     for batched in (False, True):
         try:
             with torch.no_grad():
-                answer = router.forward(
-                    hidden_TH.unsqueeze(0) if batched else hidden_TH, *more, **named
-                )
+                answer = router.forward(hidden_TH.unsqueeze(0) if batched else hidden_TH, **named)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             failure = Unrecognised(f"{me} could not be tried alone ({type(error).__name__})")
             continue
-        stranger = Unrecognised(f"{me} does not answer with (logits, weights, ids)")
-        wanted = 4 if any(outer == "prev_router_hidden_states" for outer, _ in inputs) else 3
-        if not (isinstance(answer, tuple) and len(answer) == wanted):
-            return stranger
-        weights, ids = (item.reshape(_PROBE_TOKENS, -1) for item in answer[1:3])
-        if ids.is_floating_point() or weights.shape != ids.shape:
-            return stranger
+        read = _read_answer(router, answer)
+        if read is None:
+            return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
+        weights, ids = read
         return Answer(
             hidden_TH=hidden_TH,
             weights_TK=weights,
@@ -127,6 +140,24 @@ def try_router(
     return failure
 
 
+def _read_answer(router: nn.Module, answer: Any) -> tuple[Tensor, Tensor] | None:
+    """Weights and ids [T, K] of a router's answer: (logits, weights, ids), perhaps with a fourth
+    value, or (scores [T, E], logits) with a score for the chosen experts alone (Llama 4).
+    """
+    if not isinstance(answer, tuple) or not all(isinstance(item, Tensor) for item in answer):
+        return None
+    if len(answer) == 2 and answer[0].shape == answer[1].shape:
+        top_k = getattr(router, "top_k", 0)
+        if not (isinstance(top_k, int) and 1 <= top_k <= answer[0].shape[-1]):
+            return None
+        weights, ids = answer[0].reshape(_PROBE_TOKENS, -1).topk(top_k, dim=-1)
+        return weights, ids
+    if len(answer) not in (3, 4):
+        return None
+    weights, ids = (item.reshape(_PROBE_TOKENS, -1) for item in answer[1:3])
+    return None if ids.is_floating_point() or weights.shape != ids.shape else (weights, ids)
+
+
 def random_token_ids(router: nn.Module, tokens: int, device: torch.device) -> Tensor:
     """Token ids [1, T] that a router with a table of token ids knows (DeepSeek-V4)."""
     tables = [buffer for buffer in router.buffers() if not buffer.is_floating_point()]
@@ -135,13 +166,23 @@ def random_token_ids(router: nn.Module, tokens: int, device: torch.device) -> Te
     return torch.randint(0, known, (1, tokens), generator=generator).to(device)
 
 
-def reproduces(
-    config: RouterConfig, logits_TE: Tensor, selection_bias: Tensor | None, answer: Answer
-) -> bool:
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A router's random gate and biases, and its answer with them."""
+
+    weight_EH: Tensor
+    bias_E: Tensor | None
+    selection_bias_E: Tensor | None
+    answer: Answer
+
+
+def reproduces(config: RouterConfig, trial: Trial) -> bool:
     """Whether the formula gives the router's own answer, slot order aside."""
+    answer = trial.answer
+    logits = gate_product(answer.hidden_TH, trial.weight_EH, trial.bias_E, config.gate_precision)
     # As if identity experts were ordinary ones: the router itself does not tell them apart.
     plain = replace(config, num_experts=config.num_logits, num_zero_experts=0)
-    ours = route(logits_TE, plain, selection_bias, answer.hidden_TH.dtype)
+    ours = route(logits, plain, trial.selection_bias_E, answer.hidden_TH.dtype)
     theirs_ids, theirs = answer.ids_TK, answer.weights_TK
     dense_a = torch.zeros((theirs_ids.shape[0], config.num_logits), device=theirs_ids.device)
     dense_b = torch.zeros_like(dense_a)

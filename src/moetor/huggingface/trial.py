@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moetor.errors import FusionMismatchError
 from moetor.huggingface.experts_form import Unrecognised
-from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Returns, gate_forward
+from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Layout, gate_forward
 from moetor.huggingface.router_form import KeptRouter
 from moetor.huggingface.router_trial import random_token_ids
 
@@ -82,10 +82,10 @@ def try_block(
         extra = _extra_inputs(plan, tokens, hidden)
         with torch.no_grad():
             answer = plan.block(hidden.clone(), **extra)
-        returns = _returns(answer, hidden, plan)
-        if isinstance(returns, Unrecognised):
-            return returns
-        fused = FusedMoEBlock(replace(plan, returns=returns))
+        shaped = _returns(answer, hidden, plan)
+        if isinstance(shaped, Unrecognised):
+            return shaped
+        fused = FusedMoEBlock(shaped)
         if not compare:
             return fused, None
         with torch.no_grad(), gate_forward(fused):
@@ -105,29 +105,43 @@ def try_block(
     )
 
 
-def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> Returns | Unrecognised:
-    """What the block returns, read off its answer."""
-    if isinstance(answer, Tensor) and answer.shape == hidden.shape:
-        return "hidden"
+def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> BlockPlan | Unrecognised:
+    """The plan with what the block returns, read off its answer to `hidden` [1, T, H]."""
+    stranger = Unrecognised("its block returns something that no description covers")
+    first, *rest = _tensors(answer)
+    if not isinstance(first, Tensor) or first.numel() != hidden.numel() or len(rest) > 1:
+        return stranger
+    shapes: dict[torch.Size, Layout] = {
+        hidden.shape: "same",
+        hidden.shape[1:]: "rows",
+        torch.Size([hidden.numel()]): "flat",
+    }
+    layout = shapes.get(first.shape)
+    if layout is None:
+        return stranger
+    plan = replace(plan, layout=layout)
+    if not rest:
+        return plan
     tokens, router = hidden.shape[1], plan.config.router
-    if isinstance(answer, tuple) and len(answer) == 2 and answer[0].shape == hidden.shape:
-        second = answer[1]
-        if isinstance(second, Tensor) and second.shape == (tokens, router.top_k):
-            return "hidden_and_weights"
-        if isinstance(second, Tensor) and second.shape == (tokens, router.num_logits):
-            return "hidden_and_logits"
-        if isinstance(plan.router, KeptRouter) and plan.router.answers == 4:
-            return "hidden_and_state"
-    return Unrecognised("its block returns something that no description covers")
+    second = rest[0]
+    if not isinstance(second, Tensor):
+        return stranger
+    if second.numel() == tokens * router.top_k:
+        return replace(plan, returns="hidden_and_weights")
+    if second.numel() == tokens * router.num_logits:
+        return replace(plan, returns="hidden_and_logits")
+    if isinstance(plan.router, KeptRouter) and plan.router.answers == 4:
+        return replace(plan, returns="hidden_and_state")
+    return stranger
 
 
-def _tensors(answer: Any) -> tuple[Tensor, ...]:
+def _tensors(answer: Any) -> tuple[Any, ...]:
     return answer if isinstance(answer, tuple) else (answer,)
 
 
 def _extra_inputs(plan: BlockPlan, tokens: int, hidden: Tensor) -> dict[str, Tensor]:
-    """Values for the block's arguments beside hidden states; a state from the block before
-    stays out.
+    """Values for the block's arguments beside hidden states; a state from the block before stays
+    out.
     """
     if "input_ids" not in plan.inputs:
         return {}

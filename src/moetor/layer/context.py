@@ -34,8 +34,8 @@ _current: ContextVar[ForwardContext] = ContextVar("moetor_forward_context", defa
 
 
 def register_layer(layer: ExpertsOwner, wanted: str) -> str:
-    """Files a layer under `wanted`, or under `wanted#2`, `#3`, ... while another living layer has
-    that name.
+    """Files a layer under `wanted`, or under `wanted#2`, `#3`, ... while another living layer
+    has that name.
     """
     with _names_lock:
         for number in itertools.count(1):

@@ -66,8 +66,8 @@ class Gate(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ChildNames:
-    """Names under which a layer registers its parts, so that a checkpoint's parameter names survive
-    fusing.
+    """Names under which a layer registers its parts, so that a checkpoint's parameter names
+    survive fusing.
     """
 
     gate: str = "gate"

@@ -59,7 +59,7 @@ class SharedExperts:
 
     def __init__(
         self,
-        mlp: Callable[[Tensor], Tensor],
+        mlp: Callable[..., Tensor],
         gate: Callable[[Tensor], Tensor] | None,
         config: SharedExpertsConfig,
     ) -> None:
@@ -68,9 +68,9 @@ class SharedExperts:
         self.config = config
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, hidden_TH: Tensor) -> Tensor:
-        """[T, H] to [T, H]."""
-        out = self.mlp(hidden_TH)
+    def __call__(self, hidden_TH: Tensor, **inputs: Tensor) -> Tensor:
+        """[T, H] to [T, H]; `inputs` are further arguments of the MLP."""
+        out = self.mlp(hidden_TH, **inputs)
         if self.gate is not None:
             out = F.sigmoid(self.gate(hidden_TH)) * out
         return out

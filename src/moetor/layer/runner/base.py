@@ -69,10 +69,16 @@ class MoERunner(ABC):
             )
         return self._finish(layer, routed_TX, shared_TH)
 
-    def forward_routed(self, layer: MoELayer, hidden_TH: Tensor, routing: Routing) -> Tensor:
-        """The layer's output [T, H] for a routing made outside."""
+    def forward_routed(
+        self, layer: MoELayer, hidden_TH: Tensor, routing: Routing, **shared_inputs: Tensor
+    ) -> Tensor:
+        """The layer's output [T, H] for a routing made outside.
+
+        Args:
+            shared_inputs: further arguments of the shared experts.
+        """
         hidden_TX = self._prepare(layer, hidden_TH)
-        shared_TH = None if layer.shared is None else layer.shared(hidden_TH)
+        shared_TH = None if layer.shared is None else layer.shared(hidden_TH, **shared_inputs)
         routed_TX = ops.transformers_moe_forward(
             hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
         )
