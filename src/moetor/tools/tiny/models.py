@@ -1,0 +1,101 @@
+"""Tiny random models of every MoE family of Transformers, by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from moetor.errors import ConfigError, UnsupportedError
+from moetor.tools.tiny.composite_families import COMPOSITE_FAMILIES
+from moetor.tools.tiny.family import TEXT_SETTINGS, TOWER_SETTINGS, Family, Settings
+from moetor.tools.tiny.text_families import TEXT_FAMILIES
+from moetor.tools.tiny.weights import copy_rounded, randomise
+
+FAMILIES: Mapping[str, Family] = dict(sorted({**TEXT_FAMILIES, **COMPOSITE_FAMILIES}.items()))
+
+
+def family_of(name: str) -> Family:
+    """The description of a family.
+
+    Raises:
+        ConfigError: there is no family of this name.
+    """
+    if name not in FAMILIES:
+        raise ConfigError(f"no family {name!r}; the families are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A tiny random model of a family, in eval mode, with nothing degenerate.
+
+    Args:
+        name: of the family, as in `FAMILIES`.
+        dtype: of the parameters; those that the family keeps in float32 stay so.
+        seed: of the weights.
+
+    Returns:
+        A `PreTrainedModel`.
+
+    Raises:
+        ConfigError: there is no family of this name.
+        UnsupportedError: the installed Transformers does not have the family.
+    """
+    family = family_of(name)
+    model_class = family_class(name, "modeling", family.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class._from_config(tiny_config(name), dtype=torch.float32)
+    randomise(model, seed)
+    if dtype != torch.float32:
+        rounded = model_class._from_config(tiny_config(name), dtype=dtype)
+        copy_rounded(model, rounded)
+        model = rounded
+    return model.eval().requires_grad_(False)
+
+
+def tiny_config(name: str) -> Any:
+    """The configuration of a family's tiny model."""
+    family = family_of(name)
+    config_class = family_class(name, "configuration", family.config)
+    return config_class(**_settings(config_class, TEXT_SETTINGS, family.settings))
+
+
+def family_class(name: str, kind: str, class_name: str) -> Any:
+    """A class of the family's own module; nothing else of Transformers is imported.
+
+    Raises:
+        UnsupportedError: the installed Transformers does not have it.
+    """
+    folder = family_of(name).module or name
+    path = f"transformers.models.{folder}.{kind}_{folder}"
+    try:
+        return getattr(importlib.import_module(path), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(
+            f"the installed Transformers has no {class_name} in {path} ({error}); "
+            f"family {name!r} needs a newer one"
+        ) from error
+
+
+def _settings(config_class: Any, shared: Settings, own: Settings) -> dict[str, Any]:
+    """The shared settings that the configuration has, and the family's own, part by part."""
+    known = {field.name for field in fields(config_class)}
+    settings = {name: value for name, value in shared.items() if name in known} | dict(own)
+    for key, sub_class in config_class.sub_configs.items():
+        part = settings.get(key)
+        if isinstance(part, Mapping):
+            shared_by_part = TEXT_SETTINGS if key == "text_config" else TOWER_SETTINGS
+            settings[key] = _settings(_sub_class(sub_class, part), shared_by_part, part)
+    return settings
+
+
+def _sub_class(declared: Any, settings: Settings) -> Any:
+    """The class of a sub-configuration; a composite of any family's parts declares `AutoConfig`."""
+    if "model_type" not in settings:
+        return declared
+    auto = importlib.import_module("transformers.models.auto.configuration_auto")
+    return auto.CONFIG_MAPPING[settings["model_type"]]
