@@ -34,6 +34,36 @@ BLOCK_SCALE_ATTRIBUTES = ("routed_scaling_factor",)
 ADD_IN_FLOAT32_FLAGS = ("enable_moe_fp32_combine",)
 
 
+# Blocks that hold experts in a way that no experts form describes: class name, reason.
+LEFT_ALONE = {
+    "DbrxFFN": "its experts are flat two-dimensional weights, which are not read yet",
+    "DogeCDMoE": "its experts are thousands of single neurons found by product keys; there is no "
+    "matrix product to fuse",
+    "JetMoeMoE": "its experts are two separate modules with sorted inputs, which are not read yet",
+    "NllbMoeSparseMLP": "its routing has a capacity per expert, and its Transformers forward runs "
+    "experts 0 and 1 alone, whatever the router says",
+    "SwitchTransformersSparseMLP": "its routing has a capacity per expert, which is not supported",
+    "VitPoseBackboneMoeMLP": "its experts are chosen by data set, not by token",
+}
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether the module or a part of it holds any parameter."""
+    return next(module.parameters(), None) is not None
+
+
+def find_left_alone(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """MoE blocks without packed experts: (path, module, reason)."""
+    for path, module in model.named_modules():
+        reason = LEFT_ALONE.get(type(module).__name__)
+        experts = module._modules.get("experts")
+        if reason is not None:
+            yield path, module, reason
+        elif experts is not None and not is_experts(experts) and has_parameters(experts):
+            kind = type(experts).__name__
+            yield path, module, f"its experts are a {kind}, not packed three-dimensional parameters"
+
+
 def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every module that holds packed experts: (path, module, name of its experts child)."""
     for path, module in model.named_modules():
@@ -150,11 +180,7 @@ def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognis
     children = dict(block.named_children())
 
     def present(names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(
-            name
-            for name in names
-            if name in children and next(children[name].parameters(), None) is not None
-        )
+        return tuple(name for name in names if name in children and has_parameters(children[name]))
 
     router, shared = present(ROUTER_NAMES), present(SHARED_NAMES)
     if not router:

@@ -9,9 +9,14 @@ from torch import nn
 
 from moetor.config import ExpertsConfig, RouterConfig, RunnerConfig
 from moetor.errors import CheckpointError, FusionError
-from moetor.huggingface.block_form import find_blocks, recognise_block, router_label
+from moetor.huggingface.block_form import (
+    find_blocks,
+    find_left_alone,
+    recognise_block,
+    router_label,
+)
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
-from moetor.huggingface.fusing import FuseLevel, check_request, top_k_of
+from moetor.huggingface.fusing import FuseLevel, check_request, left_alone_report, top_k_of
 from moetor.huggingface.loading import find_device, find_dtype, load_config, model_class
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.kernels.base import KernelQuery
@@ -49,7 +54,9 @@ def explain(
     wanted = find_dtype(dtype) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     skeleton.to(wanted)
     explainer = _Explainer(level, kernel, find_device(device), wanted)
-    return FusionReport(tuple(explainer.line(*found) for found in find_blocks(skeleton)))
+    lines = [explainer.line(*found) for found in find_blocks(skeleton)]
+    lines += [left_alone_report(*found) for found in find_left_alone(skeleton)]
+    return FusionReport(tuple(lines))
 
 
 def build_skeleton(model: str, config: object, *, trust_remote_code: bool) -> nn.Module:
@@ -124,9 +131,7 @@ class _Explainer:
         config = recognise_experts(block.get_submodule(experts_name))
         if isinstance(config, Unrecognised):
             reason = why if config.reason == why else f"{why}; {config.reason}"
-            return BlockReport(
-                name=path, family_block=type(block).__name__, level="none", reason=reason
-            )
+            return left_alone_report(path, block, reason)
         choice = self._choice(config, top_k_of(block, config.num_experts))
         return BlockReport(
             name=path,

@@ -18,7 +18,12 @@ from moetor.errors import (
     KernelRefusedError,
     UnsupportedError,
 )
-from moetor.huggingface.block_form import compositions, find_blocks, recognise_block
+from moetor.huggingface.block_form import (
+    compositions,
+    find_blocks,
+    find_left_alone,
+    recognise_block,
+)
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, install_gate
 from moetor.huggingface.report import BlockReport, FusionReport
@@ -100,6 +105,13 @@ def fuse(
                 hint = replacement.module.config.router
         if progress is not None:
             progress(number, len(found), path)
+    for path, block, reason in find_left_alone(model):
+        if options.level == "block":
+            raise FusionError(
+                f"block {path!r} ({type(block).__name__}) cannot be fused: {reason}. Use "
+                "level='auto' to leave it as it is; nothing was changed"
+            )
+        reports.append(left_alone_report(path, block, reason))
     for replacement in replacements:
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
@@ -253,9 +265,7 @@ def _prepare_experts(
         )
     if isinstance(config, Unrecognised):
         reason = f"{why}; {config.reason}" if config.reason != why else why
-        return None, BlockReport(
-            name=path, family_block=type(block).__name__, level="none", reason=reason
-        )
+        return None, left_alone_report(path, block, reason)
     top_k = top_k_of(block, config.num_experts)
     fused = FusedExperts(original, config, top_k, options.runner, experts_path)
     error: float | None = None
@@ -265,21 +275,12 @@ def _prepare_experts(
     except FusionMismatchError as mismatch:
         if options.level != "auto":
             raise
-        return None, BlockReport(
-            name=path,
-            family_block=type(block).__name__,
-            level="none",
-            reason=f"{why}; {mismatch}",
-        )
+        return None, left_alone_report(path, block, f"{why}; {mismatch}")
     except (RuntimeError, TypeError, ValueError, IndexError) as failure:
         if isinstance(failure, KernelRefusedError):
             raise
-        return None, BlockReport(
-            name=path,
-            family_block=type(block).__name__,
-            level="none",
-            reason=f"{why}; its experts are not called as (hidden, ids, weights): {failure}",
-        )
+        reason = f"{why}; its experts are not called as (hidden, ids, weights): {failure}"
+        return None, left_alone_report(path, block, reason)
     choice = kernel_choice(fused.routed_experts)
     return Replacement(experts_path, fused), BlockReport(
         name=path,
@@ -311,6 +312,11 @@ def kernel_choice(experts: Experts) -> KernelChoice:
     """
     up = experts.weights.gate_up
     return experts.method.choice(experts.config, experts.top_k, up.device, up.dtype)
+
+
+def left_alone_report(path: str, block: nn.Module, reason: str) -> BlockReport:
+    """The line of a block that stays as it is."""
+    return BlockReport(name=path, family_block=type(block).__name__, level="none", reason=reason)
 
 
 def block_report(
