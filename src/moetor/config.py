@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Literal
 
 from moetor.errors import ConfigError
@@ -20,8 +21,20 @@ Precision = Literal["float32", "model"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 ClampPlace = Literal["before", "after"]
 SharedCombine = Literal["sum", "mean"]
-SharedOrder = Literal["no_overlap", "internal_overlapped", "multi_stream_overlapped"]
 RunnerName = Literal["default", "chunked"]
+
+
+class SharedExpertsOrder(StrEnum):
+    """When the shared experts run.
+
+    NO_OVERLAP: before the routed ones, on the same stream. INTERNAL_OVERLAPPED: by the dispatcher,
+    between dispatch and combine. MULTI_STREAM_OVERLAPPED: on a second stream, under a token
+    threshold.
+    """
+
+    NO_OVERLAP = "no_overlap"
+    INTERNAL_OVERLAPPED = "internal_overlapped"
+    MULTI_STREAM_OVERLAPPED = "multi_stream_overlapped"
 
 
 def _check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -282,7 +295,7 @@ class SharedExpertsConfig:
         sigmoid_gate: multiply by sigmoid(x @ w), w [1, H] (Qwen2-MoE).
         combine: routed + shared, or their mean (Cohere 2 MoE).
         add_in_float32: add in float32 and cast once (HunYuan v3).
-        order: where the shared experts run relative to the routed ones.
+        order: when the shared experts run; a member's value as a string is taken too.
     """
 
     intermediate_size: int
@@ -290,18 +303,14 @@ class SharedExpertsConfig:
     sigmoid_gate: bool = False
     combine: SharedCombine = "sum"
     add_in_float32: bool = False
-    order: SharedOrder = "no_overlap"
+    order: SharedExpertsOrder = SharedExpertsOrder.NO_OVERLAP
 
     def __post_init__(self) -> None:
         me = "SharedExpertsConfig"
         _check_positive(me, intermediate_size=self.intermediate_size)
         _check_choice(me, "combine", self.combine, ("sum", "mean"))
-        _check_choice(
-            me,
-            "order",
-            self.order,
-            ("no_overlap", "internal_overlapped", "multi_stream_overlapped"),
-        )
+        _check_choice(me, "order", self.order, tuple(SharedExpertsOrder))
+        object.__setattr__(self, "order", SharedExpertsOrder(self.order))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

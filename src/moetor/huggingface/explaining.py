@@ -56,7 +56,7 @@ def explain(
     explainer = _Explainer(level, kernel, find_device(device), wanted)
     lines = [explainer.line(*found) for found in find_blocks(skeleton)]
     lines += [left_alone_report(*found) for found in find_left_alone(skeleton)]
-    return FusionReport(tuple(lines))
+    return FusionReport(lines)
 
 
 def build_skeleton(model: str, config: object, *, trust_remote_code: bool) -> nn.Module:

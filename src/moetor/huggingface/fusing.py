@@ -116,7 +116,7 @@ def fuse(
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
-    return FusionReport(tuple(reports))
+    return FusionReport(reports)
 
 
 def unfuse(model: nn.Module) -> int:

@@ -41,7 +41,7 @@ class BlockReport:
 class FusionReport:
     """All MoE blocks of a model, in the order of its modules. `print` it for a table."""
 
-    blocks: tuple[BlockReport, ...]
+    blocks: list[BlockReport]
 
     @property
     def kernels(self) -> tuple[str, ...]:

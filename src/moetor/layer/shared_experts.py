@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetor.config import SharedExpertsConfig
+from moetor.config import SharedExpertsConfig, SharedExpertsOrder
 from moetor.errors import UnsupportedError
 from moetor.kernels.activations import activate
 from moetor.parallel.dispatch import Dispatcher
@@ -90,12 +90,12 @@ class SharedExperts:
             UnsupportedError: says which orders can be kept.
         """
         order = self.config.order
-        if order == "multi_stream_overlapped" and device.type != "cuda":
+        if order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED and device.type != "cuda":
             raise UnsupportedError(
                 "shared experts in the order 'multi_stream_overlapped' need a CUDA device, not "
                 f"{device.type}; use 'no_overlap'"
             )
-        if order == "internal_overlapped" and not dispatcher.communicates:
+        if order is SharedExpertsOrder.INTERNAL_OVERLAPPED and not dispatcher.communicates:
             raise UnsupportedError(
                 "shared experts in the order 'internal_overlapped' run under a dispatcher's "
                 "communication, and this layer has none; use 'no_overlap'"

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetor.config import SharedExpertsOrder
 from moetor.errors import InputError
 from moetor.kernels.routing import Routing
 from moetor.layer import ops
@@ -97,7 +98,7 @@ class MoERunner(ABC):
         """Body of `moetor::moe_forward_shared`: the shared experts in their configured order."""
         shared = layer.shared
         assert shared is not None, "the op for layers with shared experts"
-        overlap = shared.config.order == "multi_stream_overlapped"
+        overlap = shared.config.order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
         if overlap and hidden_TX.shape[0] <= OVERLAP_MAX_TOKENS:
             join = shared.start_on_second_stream(shared_TH)
             routed = self.run_routed(layer, hidden_TX, logits_TE)
