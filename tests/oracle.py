@@ -106,12 +106,14 @@ def route(
     """The formula of `RouterConfig`, token by token. `dtype` is that of the hidden states."""
     width = config.num_experts + config.num_zero_experts
     bias = [0.0] * width if bias_N is None else bias_N.double().tolist()
-    rounded = dtype if config.weights_precision == "model" else torch.float32
+    rounded = dtype if config.weights_precision == "model" else torch.float64
     result = OracleRouting([], [], [])
     for x in logits_TN.double().tolist():
         ids, weights, margin = _route_token(x, bias, config)
         result.ids.append(ids)
-        result.weights.append(torch.tensor(weights, dtype=torch.float64).to(rounded).tolist())
+        result.weights.append(
+            torch.tensor(weights, dtype=torch.float64).to(rounded).float().tolist()
+        )
         result.margin.append(margin)
     return result
 
