@@ -1,0 +1,89 @@
+"""`moetor explain`: the plan from the configuration alone, blocks that are alike on one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import moetor.huggingface
+from moetor.cli.explain import group_blocks, ranges
+from moetor.cli.main import main
+from moetor.demo import model_path
+from moetor.huggingface import BlockReport, FusionReport
+from moetor.kernels.select import Refusal
+
+Captured = pytest.CaptureFixture[str]
+
+
+def block(name: str, **changes: object) -> BlockReport:
+    made = BlockReport(name=name, family_block="Block", level="block", router="top-2", kernel="k")
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+def test_the_demo_from_its_configuration_alone(tmp_path: Path, capsys: Captured) -> None:
+    shutil.copy(model_path() / "config.json", tmp_path)
+    assert main(["explain", str(tmp_path), "--kernel", "torch"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == f"{tmp_path}: 4 MoE blocks"
+    assert lines[1].split() == ["block", "class", "level", "kernel", "routing", "reason"]
+    row = [cell for cell in lines[2].split("  ") if cell]
+    assert row[:4] == ["model.layers.0-3.mlp", "Qwen2MoeSparseMoeBlock", "block", "torch"]
+    assert len(lines) == 3
+    assert err == ""
+
+
+def test_json(capsys: Captured) -> None:
+    assert main(["explain", "--kernel", "torch", "--level", "experts", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "demo"
+    assert found["kernels"] == ["torch"]
+    assert [one["name"] for one in found["blocks"]] == [f"model.layers.{n}.mlp" for n in range(4)]
+    assert {one["level"] for one in found["blocks"]} == {"experts"}
+
+
+def test_refused_kernels_are_named_with_their_reason(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = (Refusal("native", "runs on the CPU only"),)
+    blocks = tuple(block(f"layers.{n}.mlp", refusals=refusals) for n in range(3))
+    monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport(blocks))
+    assert main(["explain"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "kernel native not used in layers.0-2.mlp: it runs on the CPU only"
+
+
+def test_a_model_without_moe(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport(()))
+    assert main(["explain"]) == 0
+    assert capsys.readouterr().out == "demo: no MoE blocks, nothing to fuse\n"
+
+
+def test_blocks_are_grouped_when_they_differ_in_the_layer_alone() -> None:
+    blocks = [
+        block("model.layers.1.mlp"),
+        block("model.layers.2.mlp", kernel="other"),
+        block("model.layers.3.mlp", max_error=1e-3),
+        block("model.layers.4.mlp"),
+        block("model.layers.4.extra.0"),
+        block("mlp"),
+    ]
+    names = [name for name, _ in group_blocks(blocks)]
+    assert names == [
+        "model.layers.1,3-4.mlp",
+        "model.layers.2.mlp",
+        "model.layers.4.extra.0",
+        "mlp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([], ""), ([3], "3"), ([0, 1], "0-1"), ([0, 2, 3, 4, 9], "0,2-4,9")],
+)
+def test_ranges(numbers: list[int], text: str) -> None:
+    assert ranges(numbers) == text
