@@ -6,12 +6,12 @@
 #   PYTHON       an interpreter of 3.11 or later (the first one found)
 #   CONSTRAINTS  pip constraints; CONSTRAINTS=/dev/null on a machine with a GPU
 #   PIP_ARGS     further arguments of pip install, such as another index
-#   TEST_ARGS    further arguments of pytest
+#   TEST_ARGS    arguments of pytest (two processes)
 
 VENV := .venv
 CONSTRAINTS ?= constraints.txt
 PIP_ARGS ?=
-TEST_ARGS ?=
+TEST_ARGS ?= -n 2 --dist loadfile
 
 CANDIDATES := python3 python3.11 python3.12 python3.13 python3.14 python
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))

@@ -51,14 +51,14 @@ def test_refused_kernels_are_named_with_their_reason(
 ) -> None:
     refusals = (Refusal("native", "runs on the CPU only"),)
     blocks = tuple(block(f"layers.{n}.mlp", refusals=refusals) for n in range(3))
-    monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport(blocks))
+    monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport(list(blocks)))
     assert main(["explain"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "kernel native not used in layers.0-2.mlp: it runs on the CPU only"
 
 
 def test_a_model_without_moe(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport(()))
+    monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport([]))
     assert main(["explain"]) == 0
     assert capsys.readouterr().out == "demo: no MoE blocks, nothing to fuse\n"
 

@@ -222,7 +222,7 @@ def test_a_model_without_moe_says_so(capsys: Captured, monkeypatch: pytest.Monke
     import moetor.huggingface
     from moetor.huggingface import FusionReport
 
-    monkeypatch.setattr(moetor.huggingface, "fuse", lambda *_, **__: FusionReport(()))
+    monkeypatch.setattr(moetor.huggingface, "fuse", lambda *_, **__: FusionReport([]))
     out, err = generate(capsys, "--prompt", "ROMEO:", *SHORT)
     assert out
     assert "demo has no MoE blocks; nothing was fused" in err
