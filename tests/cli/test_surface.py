@@ -85,7 +85,7 @@ def test_the_help_explains_every_flag_and_gives_an_example(name: str) -> None:
             or "(default: " in action.help
             or ("(required)" in action.help)
         )
-    assert options.__doc__.splitlines()[0] in text
+    assert (options.__doc__ or "no docstring").splitlines()[0] in text
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.words))
