@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from moetor.bench.layer import LayerReport, LayerTimes
 from moetor.bench.report import row_floor, share_of_floor
+from moetor.bench.shapes import SHAPES, LayerShape
 from moetor.errors import UnsupportedError
 
 _PANELS_PER_ROW = 3
@@ -31,7 +33,6 @@ def plot_report(report: LayerReport, path: Path) -> None:
     """Writes the picture as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
     shapes = report.request.shapes
     across = min(_PANELS_PER_ROW, len(shapes))
@@ -39,48 +40,56 @@ def plot_report(report: LayerReport, path: Path) -> None:
     figure = Figure(figsize=(4.2 * across + 0.4, 3.3 * down + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    lines = {}
-    for panel, shape in zip(panels, shapes, strict=False):
-        rows = [times for times in report.times if times.shape.name == shape.name]
-        rows.sort(key=lambda times: times.tokens)
-        for name in dict.fromkeys(name for times in rows for name in times.timings):
-            points = [_point(report, times, name) for times in rows if name in times.timings]
-            ours = name not in report.request.peers
-            color, marker = _OURS if ours else _PEERS[name]
-            label = f"moetor {name}" if ours else f"Transformers {name}"
-            (lines[label],) = panel.plot(
-                [tokens for tokens, _ in points],
-                [share for _, share in points],
-                color=color,
-                marker=marker,
-                linewidth=2.2 if ours else 1.4,
-                label=label,
-            )
-        experts = shape.experts
-        panel.set_title(
-            f"{shape.name}\nE={experts.num_experts} K={shape.top_k} H={experts.hidden_size} "
-            f"I={experts.intermediate_size}",
-            fontsize=10,
-        )
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_locator(FixedLocator(list(report.request.tokens)))
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:g}")
-        panel.set_ylim(0, 1.1)
-        panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-        panel.axhline(1, color="black", linewidth=1, linestyle=":")
-        panel.grid(alpha=0.3)
-        panel.set_xlabel("tokens T")
+    shares = [_point(report, times, name)[1] for times in report.times for name in times.timings]
+    lines: dict[str, Any] = {}
     for number, panel in enumerate(panels):
+        if number >= len(shapes):
+            panel.set_visible(False)
+            continue
+        lines |= _draw_panel(panel, report, shapes[number])
+        panel.set_ylim(0, max(1.1, 1.05 * max(shares)))
         if number % across == 0:
             panel.set_ylabel("share of floor")
-        panel.set_visible(number < len(shapes))
-    figure.legend(
-        handles=list(lines.values()), loc="outside lower center", ncols=2 * min(2, across)
-    )
+    columns = 2 * min(2, across)
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=columns)
     dtype = str(report.request.dtype).removeprefix("torch.")
     figure.suptitle(f"One MoE layer, {dtype}, {report.request.device}: floor / time", fontsize=12)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _draw_panel(panel: Any, report: LayerReport, shape: LayerShape) -> dict[str, Any]:
+    """One shape's lines, by their names for the legend."""
+    from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+    rows = [times for times in report.times if times.shape.name == shape.name]
+    rows.sort(key=lambda times: times.tokens)
+    lines = {}
+    for name in dict.fromkeys(name for times in rows for name in times.timings):
+        points = [_point(report, times, name) for times in rows if name in times.timings]
+        ours = name not in report.request.peers
+        color, marker = _OURS if ours else _PEERS[name]
+        label = f"moetor {name}" if ours else f"Transformers {name}"
+        (lines[label],) = panel.plot(
+            [tokens for tokens, _ in points],
+            [share for _, share in points],
+            color=color,
+            marker=marker,
+            linewidth=2.2 if ours else 1.4,
+            label=label,
+        )
+    experts = shape.experts
+    sizes = f"E={experts.num_experts} K={shape.top_k} H={experts.hidden_size}"
+    sizes += f" I={experts.intermediate_size}"
+    panel.set_title(f"{shape.name}\n{sizes}" if shape.name in SHAPES else sizes, fontsize=10)
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("tokens T")
+    panel.xaxis.set_major_locator(FixedLocator(list(report.request.tokens)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:g}")
+    panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    panel.axhline(1, color="black", linewidth=1, linestyle=":")
+    panel.grid(alpha=0.3)
+    return lines
 
 
 def _point(report: LayerReport, times: LayerTimes, name: str) -> tuple[int, float]:
