@@ -199,9 +199,24 @@ class Activation:
             )
         if self.softcap is not None and self.name != "silu":
             raise ConfigError(f"{me}: softcap is defined for silu alone, not for {self.name}")
+        self._check_combination()
         for name, value in (("limit", self.limit), ("softcap", self.softcap)):
             if value is not None and not value > 0:
                 raise ConfigError(f"{me}: {name}={value} must be positive (None turns it off)")
+
+    def _check_combination(self) -> None:
+        """Refuses options of which one would be ignored."""
+        clash = []
+        if self.softcap is not None or self.function is not None:
+            clash += ["alpha"] if self.alpha != 1.0 else []
+        if self.softcap is not None:
+            clash += ["up_shift"] if self.up_shift else []
+            clash += ["function"] if self.function is not None else []
+            after = self.limit is not None and self.limit_place == "after"
+            clash += ["limit_place='after'"] if after else []
+        if clash:
+            owner = "softcap" if self.softcap is not None else "function"
+            raise ConfigError(f"Activation: {owner} cannot be combined with {', '.join(clash)}")
 
     @property
     def label(self) -> str:

@@ -256,7 +256,7 @@ class FusedMoEBlock(MoELayer):
         second: Tensor | None = None
         if isinstance(self.plan_router, KeptRouter):
             answer = self._ask_router(self.plan_router, hidden_states, hidden_TH, extra)
-            routing = as_routing(answer[1], answer[2], self.config.router.num_experts)
+            routing = as_routing(answer[1], answer[2], self.config.router)
             more = {} if self.shared_weights is None else {self.shared_weights: answer[3]}
             out = self.runner.forward_routed(self, hidden_TH, routing, **more)
             second = answer[{"hidden_and_logits": 0, "hidden_and_weights": 1}.get(self.returns, -1)]

@@ -14,11 +14,7 @@ from torch import Tensor
 from moetor.config import ExpertsConfig
 from moetor.kernels.activations import activate
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
-
-# Rows per product under batch_invariant: a library's GEMM may round a row differently with another
-# number of rows,
-# so every product then has this many.
-_INVARIANT_ROWS = 16
+from moetor.kernels.invariant import in_fixed_blocks
 
 
 def _product(x_SX: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
@@ -49,10 +45,8 @@ def _expert(
 def _expert_in_fixed_blocks(
     hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
 ) -> Tensor:
-    rows = hidden_SH.shape[0]
-    padded = F.pad(hidden_SH, (0, 0, 0, -rows % _INVARIANT_ROWS))
-    blocks = [_expert(block, expert, weights, config) for block in padded.split(_INVARIANT_ROWS)]
-    return torch.cat(blocks)[:rows]
+    width = max(config.up_size, config.hidden_size)
+    return in_fixed_blocks(lambda block: _expert(block, expert, weights, config), hidden_SH, width)
 
 
 class GroupedKernel(ExpertsKernel):

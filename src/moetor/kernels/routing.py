@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetor.config import RouterConfig
+from moetor.kernels.invariant import in_fixed_blocks
 
 
 class Routing(NamedTuple):
@@ -53,7 +54,7 @@ def _limit_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     return choice_TGX.masked_fill(~allowed_TG.unsqueeze(-1), masked).flatten(-2)
 
 
-def _split_identity(
+def split_identity(
     weights_TK: Tensor, ids_TK: Tensor, config: RouterConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Turns the slots of identity experts into dropped ones and sums their weights per token."""
@@ -99,5 +100,24 @@ def route(
         weights = weights * config.scaling_factor
     if config.weights_precision == "model":
         weights = weights.to(dtype)
-    weights, ids, identity = _split_identity(weights.to(torch.float32), ids.to(torch.int32), config)
+    weights, ids, identity = split_identity(weights.to(torch.float32), ids.to(torch.int32), config)
     return Routing(weights, ids, identity)
+
+
+def route_in_blocks(
+    logits_TE: Tensor, config: RouterConfig, selection_bias: Tensor | None, dtype: torch.dtype
+) -> Routing:
+    """`route`, with bits that do not depend on the other tokens."""
+    top_k = config.top_k
+
+    def packed(block_TE: Tensor) -> Tensor:
+        routing = route(block_TE, config, selection_bias, dtype)
+        identity = routing.identity_weights
+        columns = [routing.topk_weights, routing.topk_ids]
+        columns += [] if identity is None else [identity.unsqueeze(-1)]
+        return torch.cat([column.double() for column in columns], dim=1)  # exact for all three
+
+    packed_TX = in_fixed_blocks(packed, logits_TE, config.num_logits)
+    weights, ids, identity = packed_TX.tensor_split((top_k, 2 * top_k), dim=1)
+    share = identity[:, 0].float() if config.num_zero_experts else None
+    return Routing(weights.float(), ids.to(torch.int32), share)

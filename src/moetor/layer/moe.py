@@ -18,6 +18,7 @@ from moetor.config import MoEConfig, RouterConfig
 from moetor.errors import ConfigError, InputError, UnsupportedError
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.gate import gate_product
+from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.routing import Routing
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
@@ -131,9 +132,7 @@ class MoELayer(nn.Module):
         self.inner_size = config.experts.hidden_size
         self.runner = make_runner(config.runner)
         self.token_router: Router | CustomRouter = (
-            Router(config.router)
-            if router is None
-            else CustomRouter(router, config.router.num_experts)
+            Router(config.router) if router is None else CustomRouter(router, config.router)
         )
         made = {"device": device, "dtype": dtype}
         self._add_gate(parts.gate, made)
@@ -188,8 +187,17 @@ class MoELayer(nn.Module):
                 f"layer {self.name!r} has a gate of its own; router_logits would be ignored. Build "
                 "it with internal_gate=False to pass them"
             )
-        logits: Tensor = self.gate_module(hidden_TH)
-        return logits
+        return self.by_rows(self.gate_module, hidden_TH, self.config.router.num_logits)
+
+    def by_rows(self, function: Callable[[Tensor], Tensor], rows_TX: Tensor, width: int) -> Tensor:
+        """`function(rows_TX)`; under batch_invariant in blocks of fixed size.
+
+        Args:
+            width: the widest row that the function makes.
+        """
+        if not self.config.runner.batch_invariant:
+            return function(rows_TX)
+        return in_fixed_blocks(function, rows_TX, max(width, rows_TX.shape[1]))
 
     @property
     def gate_module(self) -> nn.Module | None:
@@ -225,7 +233,12 @@ class MoELayer(nn.Module):
     def route(self, logits_TE: Tensor, dtype: torch.dtype) -> Routing:
         """The routing that the configured formula makes of `logits_TE`."""
         assert isinstance(self.token_router, Router), "custom routers route outside the op"
-        return self.token_router.route(logits_TE, self.selection_bias, dtype)
+        return self.token_router.route(
+            logits_TE,
+            self.selection_bias,
+            dtype,
+            batch_invariant=self.config.runner.batch_invariant,
+        )
 
     def _add_gate(self, gate: nn.Module | None, made: dict[str, Any]) -> None:
         config = self.config
@@ -288,15 +301,20 @@ class MoELayer(nn.Module):
                 raise ConfigError("shared experts were given to a layer configured without them")
             return None
         hidden = self.config.hidden_size
-        mlp = parts.shared or GatedMLP(hidden, config, **made)
-        self.add_module(self.names.shared, mlp)
+        self.add_module(self.names.shared, parts.shared or GatedMLP(hidden, config, **made))
         gate = parts.shared_gate
         if config.sigmoid_gate:
             gate = gate or nn.Linear(hidden, 1, bias=False, **made)
             self.add_module(self.names.shared_gate, gate)
         elif gate is not None:
             raise ConfigError("a shared gate was given, but shared.sigmoid_gate is False")
-        shared = SharedExperts(mlp, gate, config)
+        shared = SharedExperts(
+            self,
+            self.names.shared,
+            self.names.shared_gate if config.sigmoid_gate else None,
+            config,
+            batch_invariant=self.config.runner.batch_invariant,
+        )
         shared.check_order(next(self.parameters()).device, self.dispatcher)
         return shared
 

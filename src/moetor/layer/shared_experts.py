@@ -6,6 +6,7 @@ Shape letters: T tokens, H hidden, I intermediate.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from moetor.config import SharedExpertsConfig, SharedExpertsOrder
 from moetor.errors import UnsupportedError
 from moetor.kernels.activations import activate
+from moetor.kernels.invariant import in_fixed_blocks
 from moetor.parallel.dispatch import Dispatcher
 
 # Above this many tokens the routed experts fill the device and a second stream only competes with
@@ -52,28 +54,53 @@ class SharedExperts:
     """The shared experts of a layer and their explicit order.
 
     Args:
-        mlp: `[T, H] -> [T, H]`.
-        gate: `[T, H] -> [T, 1]`, whose sigmoid multiplies the MLP's output (Qwen2-MoE), or None.
+        owner: the layer, which registers the modules; they are looked up at every call, so that a
+            module that is replaced (by a quantiser, an adapter) is the one that runs.
+        mlp: name of the module `[T, H] -> [T, H]`.
+        gate: name of the module `[T, H] -> [T, 1]` whose sigmoid multiplies the MLP's output
+            (Qwen2-MoE), or None.
         config: how the result is combined with the routed one, and the order.
+        batch_invariant: compute in blocks of fixed size.
     """
 
     def __init__(
         self,
-        mlp: Callable[..., Tensor],
-        gate: Callable[[Tensor], Tensor] | None,
+        owner: nn.Module,
+        mlp: str,
+        gate: str | None,
         config: SharedExpertsConfig,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
+        self.owner = owner
         self.mlp = mlp
         self.gate = gate
         self.config = config
+        self.batch_invariant = batch_invariant
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, hidden_TH: Tensor, **inputs: Tensor) -> Tensor:
-        """[T, H] to [T, H]; `inputs` are further arguments of the MLP."""
-        out = self.mlp(hidden_TH, **inputs)
+        """[T, H] to [T, H]; `inputs` [T, ...] are further arguments of the MLP."""
+        if not self.batch_invariant:
+            return self._run(hidden_TH, inputs)
+        flat = {name: value.flatten(1) for name, value in inputs.items()}
+        widths = [hidden_TH.shape[1], *(value.shape[1] for value in flat.values())]
+
+        def run(rows_TX: Tensor) -> Tensor:
+            hidden, *more = rows_TX.split(widths, dim=1)
+            return self._run(hidden.contiguous(), dict(zip(flat, more, strict=True)))
+
+        width = max(self.config.intermediate_size, sum(widths))
+        return in_fixed_blocks(run, torch.cat((hidden_TH, *flat.values()), dim=1), 2 * width)
+
+    def _run(self, hidden_TH: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        out: Tensor = self.owner.get_submodule(self.mlp)(hidden_TH, **inputs)
         if self.gate is not None:
-            out = F.sigmoid(self.gate(hidden_TH)) * out
+            out = F.sigmoid(self.owner.get_submodule(self.gate)(hidden_TH)) * out
         return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stream": None}  # a stream belongs to one process
 
     def combine(self, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
         """Routed and shared results as one."""

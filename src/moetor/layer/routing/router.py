@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetor.config import RouterConfig
 from moetor.errors import InputError
-from moetor.kernels.routing import Routing, route
+from moetor.kernels.routing import Routing, route, route_in_blocks, split_identity
 
 RouterFunction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """`(hidden [T, H], logits [T, E] or None) -> (weights [T, K], ids [T, K])`."""
@@ -46,7 +46,12 @@ class Router:
         return ", ".join(parts)
 
     def route(
-        self, logits_TE: Tensor, selection_bias: Tensor | None, dtype: torch.dtype
+        self,
+        logits_TE: Tensor,
+        selection_bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        batch_invariant: bool = False,
     ) -> Routing:
         """See `moetor.kernels.routing.route`.
 
@@ -59,7 +64,8 @@ class Router:
                 f"router logits of shape {tuple(logits_TE.shape)} were given; this router takes "
                 f"[tokens, {width}]"
             )
-        return route(logits_TE, self.config, selection_bias, dtype)
+        run = route_in_blocks if batch_invariant else route
+        return run(logits_TE, self.config, selection_bias, dtype)
 
 
 class CustomRouter:
@@ -69,9 +75,9 @@ class CustomRouter:
     Its ids may use `num_experts` for a dropped slot; the weight of such a slot is taken as 0.
     """
 
-    def __init__(self, function: RouterFunction, num_experts: int) -> None:
+    def __init__(self, function: RouterFunction, config: RouterConfig) -> None:
         self.function = function
-        self.num_experts = num_experts
+        self.config = config
 
     @property
     def label(self) -> str:
@@ -82,12 +88,16 @@ class CustomRouter:
     def route(self, hidden_TH: Tensor, logits_TE: Tensor | None) -> Routing:
         """Calls the function and brings its answer into the form of `Routing`."""
         weights, ids = self.function(hidden_TH, logits_TE)
-        return as_routing(weights, ids, self.num_experts)
+        return as_routing(weights, ids, self.config)
 
 
-def as_routing(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Routing:
-    """Any router's answer in the form of `Routing`: an id from `num_experts` on is a dropped
-    slot.
+def as_routing(weights_TK: Tensor, ids_TK: Tensor, config: RouterConfig) -> Routing:
+    """Any router's answer in the form of `Routing`.
+
+    Ids below `num_experts` are experts, the next `num_zero_experts` are identity experts, and any
+    id from there on is a dropped slot.
     """
-    weights = torch.where(ids_TK >= num_experts, 0.0, weights_TK.to(torch.float32))
-    return Routing(weights, ids_TK.clamp(max=num_experts).to(torch.int32))
+    dropped_TK = ids_TK >= config.num_logits
+    weights_TK = torch.where(dropped_TK, 0.0, weights_TK.to(torch.float32))
+    ids_TK = ids_TK.clamp(max=config.num_logits).to(torch.int32)
+    return Routing(*split_identity(weights_TK, ids_TK, config))

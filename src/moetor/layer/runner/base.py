@@ -8,6 +8,7 @@ hidden of the experts (latent width, padded).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,6 +27,10 @@ from moetor.quantization.method import MonolithicMethod
 if TYPE_CHECKING:
     from moetor.layer.experts import Experts
     from moetor.layer.moe import MoELayer
+
+
+Between = Callable[[], None]
+"""What runs between a dispatch and its combine."""
 
 
 class ExpertsOwner(Protocol):
@@ -83,14 +88,11 @@ class MoERunner(ABC):
         routed_TX = ops.transformers_moe_forward(
             hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
         )
-        return self._finish(layer, routed_TX, shared_TH)
+        return self._finish(layer, add_identity(routed_TX, hidden_TX, routing), shared_TH)
 
     def run_routed(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """Body of `moetor::moe_forward`."""
-        if isinstance(layer.routed_experts.method, MonolithicMethod):
-            return self.run_monolithic(layer, hidden_TX, logits_TE)
-        routing = layer.route(logits_TE, hidden_TX.dtype)
-        return self.run_experts(layer, hidden_TX, routing)
+        return self._run(layer, hidden_TX, logits_TE, None)
 
     def run_both(
         self, layer: MoELayer, hidden_TX: Tensor, shared_TH: Tensor, logits_TE: Tensor
@@ -98,16 +100,44 @@ class MoERunner(ABC):
         """Body of `moetor::moe_forward_shared`: the shared experts in their configured order."""
         shared = layer.shared
         assert shared is not None, "the op for layers with shared experts"
-        overlap = shared.config.order is SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
-        if overlap and hidden_TX.shape[0] <= OVERLAP_MAX_TOKENS:
-            join = shared.start_on_second_stream(shared_TH)
-            routed = self.run_routed(layer, hidden_TX, logits_TE)
-            return join(), routed
-        return shared(shared_TH), self.run_routed(layer, hidden_TX, logits_TE)
+        match shared.config.order:
+            case SharedExpertsOrder.INTERNAL_OVERLAPPED:
+                made: list[Tensor] = []
+                routed = self._run(
+                    layer, hidden_TX, logits_TE, lambda: made.append(shared(shared_TH))
+                )
+                return made[0], routed
+            case SharedExpertsOrder.MULTI_STREAM_OVERLAPPED if (
+                hidden_TX.shape[0] <= OVERLAP_MAX_TOKENS
+            ):
+                join = shared.start_on_second_stream(shared_TH)
+                routed = self._run(layer, hidden_TX, logits_TE, None)
+                return join(), routed
+            case _:
+                return shared(shared_TH), self._run(layer, hidden_TX, logits_TE, None)
+
+    def _run(
+        self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor, between: Between | None
+    ) -> Tensor:
+        if isinstance(layer.routed_experts.method, MonolithicMethod):
+            return self.run_monolithic(layer, hidden_TX, logits_TE)
+        routing = layer.route(logits_TE, hidden_TX.dtype)
+        return self.run_experts(layer, hidden_TX, routing, between=between)
 
     @abstractmethod
-    def run_experts(self, owner: ExpertsOwner, hidden_TX: Tensor, routing: Routing) -> Tensor:
-        """Dispatch, routed experts, combine: [T, X]. Body of `moetor::transformers_moe_forward`."""
+    def run_experts(
+        self,
+        owner: ExpertsOwner,
+        hidden_TX: Tensor,
+        routing: Routing,
+        *,
+        between: Between | None = None,
+    ) -> Tensor:
+        """Dispatch, routed experts, combine: [T, X]. Body of `moetor::transformers_moe_forward`.
+
+        Args:
+            between: called once, after the dispatch has begun and before the combine.
+        """
 
     @abstractmethod
     def run_monolithic(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
@@ -117,7 +147,9 @@ class MoERunner(ABC):
     def _prepare(layer: MoELayer, hidden_TH: Tensor) -> Tensor:
         """Latent projection and padding of the experts' input."""
         transform = layer.input_transform
-        hidden_TX: Tensor = hidden_TH if transform is None else transform(hidden_TH)
+        hidden_TX = hidden_TH
+        if transform is not None:
+            hidden_TX = layer.by_rows(transform, hidden_TH, layer.inner_size)
         missing = layer.routed_experts.config.hidden_size - hidden_TX.shape[-1]
         return F.pad(hidden_TX, (0, missing)) if missing else hidden_TX.contiguous()
 
@@ -130,7 +162,7 @@ class MoERunner(ABC):
         if latent is not None:
             if group is not None:
                 routed_TX, shared_TH = _reduce_together(routed_TX, shared_TH, group)
-            routed_TX = latent(routed_TX)
+            routed_TX = layer.by_rows(latent, routed_TX, layer.config.hidden_size)
         if shared_TH is not None:
             assert layer.shared is not None, "there is a shared result"
             routed_TX = layer.shared.combine(routed_TX, shared_TH)
@@ -148,3 +180,11 @@ def _reduce_together(
     both = all_reduce(torch.cat((routed_TX, shared_TH), dim=-1), group)
     routed, shared = both.split((routed_TX.shape[-1], shared_TH.shape[-1]), dim=-1)
     return routed, shared
+
+
+def add_identity(out_TX: Tensor, hidden_TX: Tensor, routing: Routing) -> Tensor:
+    """Adds the share of the identity experts, which return their input (LongCat-Flash)."""
+    if routing.identity_weights is None:
+        return out_TX
+    share = hidden_TX.float() * routing.identity_weights.unsqueeze(-1)
+    return (out_TX.float() + share).to(out_TX.dtype)

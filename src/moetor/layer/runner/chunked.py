@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetor.errors import ConfigError
 from moetor.kernels.routing import Routing
-from moetor.layer.runner.base import ExpertsOwner
+from moetor.layer.runner.base import Between, ExpertsOwner
 from moetor.layer.runner.default import DefaultRunner
 
 if TYPE_CHECKING:
@@ -36,8 +36,15 @@ class ChunkedRunner(DefaultRunner):
         """Tokens per chunk under the budget."""
         return max(1, self.workspace_bytes // owner.routed_experts.workspace_bytes_per_token())
 
-    def run_experts(self, owner: ExpertsOwner, hidden_TX: Tensor, routing: Routing) -> Tensor:
-        """See `MoERunner.run_experts`."""
+    def run_experts(
+        self,
+        owner: ExpertsOwner,
+        hidden_TX: Tensor,
+        routing: Routing,
+        *,
+        between: Between | None = None,
+    ) -> Tensor:
+        """See `MoERunner.run_experts`; `between` belongs to the first chunk."""
         out_TX = torch.empty_like(hidden_TX)
         for start, stop in self._chunks(owner, hidden_TX.shape[0]):
             identity = routing.identity_weights
@@ -46,7 +53,9 @@ class ChunkedRunner(DefaultRunner):
                 routing.topk_ids[start:stop],
                 None if identity is None else identity[start:stop],
             )
-            out_TX[start:stop] = super().run_experts(owner, hidden_TX[start:stop], part)
+            out_TX[start:stop] = super().run_experts(
+                owner, hidden_TX[start:stop], part, between=between if start == 0 else None
+            )
         return out_TX
 
     def run_monolithic(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:

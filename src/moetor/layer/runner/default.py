@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from moetor.kernels.routing import Routing
-from moetor.layer.runner.base import ExpertsOwner, MoERunner
+from moetor.layer.runner.base import Between, ExpertsOwner, MoERunner, add_identity
 
 if TYPE_CHECKING:
     from moetor.layer.moe import MoELayer
@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 class DefaultRunner(MoERunner):
     """Dispatches, computes and combines every token in one step."""
 
-    def run_experts(self, owner: ExpertsOwner, hidden_TX: Tensor, routing: Routing) -> Tensor:
+    def run_experts(
+        self,
+        owner: ExpertsOwner,
+        hidden_TX: Tensor,
+        routing: Routing,
+        *,
+        between: Between | None = None,
+    ) -> Tensor:
         """See `MoERunner.run_experts`."""
         sent, sent_routing = owner.dispatcher.dispatch(hidden_TX, routing)
+        if between is not None:
+            between()
         out_TX = owner.dispatcher.combine(owner.routed_experts.run(sent, sent_routing))
         return add_identity(out_TX, hidden_TX, routing)
 
@@ -27,11 +36,3 @@ class DefaultRunner(MoERunner):
         return layer.routed_experts.run_logits(
             hidden_TX, logits_TE, layer.config.router, layer.selection_bias
         )
-
-
-def add_identity(out_TX: Tensor, hidden_TX: Tensor, routing: Routing) -> Tensor:
-    """Adds the share of the identity experts, which return their input (LongCat-Flash)."""
-    if routing.identity_weights is None:
-        return out_TX
-    share = hidden_TX.float() * routing.identity_weights.unsqueeze(-1)
-    return (out_TX.float() + share).to(out_TX.dtype)

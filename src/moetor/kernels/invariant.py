@@ -1,0 +1,36 @@
+"""Library operations whose result for a token does not depend on the other tokens.
+
+A library may round a row otherwise when a product has another number of rows, when an elementwise
+operation meets it in the scalar tail of its vector loop, or when a thread's part begins within it.
+Blocks of a fixed number of rows take all three away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A multiple of every vector width, so that a block of this many rows has no scalar tail.
+_ROWS = 32
+# Elementwise operations of torch on the CPU are cut between threads above this many elements.
+_THREAD_GRAIN = 32768
+
+
+def in_fixed_blocks(function: Callable[[Tensor], Tensor], rows_TX: Tensor, width: int) -> Tensor:
+    """`function(rows_TX)`, computed in blocks of fixed size that are filled up with zero rows.
+
+    Args:
+        function: acts on each row by itself, [T, X] to [T, Y].
+        width: the widest row that it makes on the way. Beyond 1024 a block is a single row, since
+            more of them would be cut between threads.
+    """
+    tokens = rows_TX.shape[0]
+    if tokens == 0:
+        return function(rows_TX)
+    rows = _ROWS if _ROWS * width <= _THREAD_GRAIN else 1
+    padded = F.pad(rows_TX, (0, 0, 0, -tokens % rows))
+    blocks: tuple[Tensor, ...] = padded.split(rows)
+    return torch.cat([function(block) for block in blocks])[:tokens]
