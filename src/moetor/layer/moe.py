@@ -179,15 +179,23 @@ class MoELayer(nn.Module):
     def logits(self, hidden_TH: Tensor, router_logits: Tensor | None = None) -> Tensor | None:
         """Router logits [T, E]: the gate's, or the given ones; None where there are neither."""
         if self.gate_module is None:
-            if router_logits is None:
-                return None
-            return router_logits.reshape(-1, router_logits.shape[-1])
+            return None if router_logits is None else self._given_logits(hidden_TH, router_logits)
         if router_logits is not None:
             raise InputError(
                 f"layer {self.name!r} has a gate of its own; router_logits would be ignored. Build "
                 "it with internal_gate=False to pass them"
             )
         return self.by_rows(self.gate_module, hidden_TH, self.config.router.num_logits)
+
+    def _given_logits(self, hidden_TH: Tensor, router_logits: Tensor) -> Tensor:
+        logits_TE = router_logits.reshape(-1, router_logits.shape[-1])
+        wanted = (hidden_TH.shape[0], self.config.router.num_logits)
+        if tuple(logits_TE.shape) != wanted:
+            raise InputError(
+                f"layer {self.name!r} was given router_logits of shape "
+                f"{tuple(router_logits.shape)} for {wanted[0]} tokens; it takes {list(wanted)}"
+            )
+        return logits_TE
 
     def by_rows(self, function: Callable[[Tensor], Tensor], rows_TX: Tensor, width: int) -> Tensor:
         """`function(rows_TX)`; under batch_invariant in blocks of fixed size.
