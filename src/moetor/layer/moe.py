@@ -193,7 +193,7 @@ class MoELayer(nn.Module):
         if tuple(logits_TE.shape) != wanted:
             raise InputError(
                 f"layer {self.name!r} was given router_logits of shape "
-                f"{tuple(router_logits.shape)} for {wanted[0]} tokens; it takes {list(wanted)}"
+                f"{tuple(router_logits.shape)} for {wanted[0]} tokens; it takes [tokens, {wanted[1]}]"
             )
         return logits_TE
 
