@@ -183,6 +183,13 @@ def test_named_things_exist(name: str) -> None:
     assert not missing
 
 
+def test_the_api_page_names_every_kernel_and_error() -> None:
+    classes = vars(importlib.import_module("moetor.errors")).values()
+    errors = {item.__name__ for item in classes if isinstance(item, type)}
+    kernels = importlib.import_module("moetor.kernels.select").kernel_names()
+    assert errors | set(kernels) <= set(CODE.findall(FENCE.sub("", read("python-api.md"))))
+
+
 def has_code(file: Path) -> bool:
     """Whether a module holds more than its docstring."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
