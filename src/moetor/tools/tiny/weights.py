@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Biases that select experts: of the order of the scores.
+# Biases that select experts, and their spread: of the order of the scores.
 _SELECTION = re.compile(r"(e_score_correction_bias|expert_bias|balancing_biases)$")
+_SELECTION_STD = {"balancing_biases": 0.06}
 _TABLE = re.compile(r"tid2eid$")
 # Experts and routers are wider than the fan-in asks for: clamps act and choices differ.
 _EXPERTS_GAIN = 1.5
@@ -37,7 +38,8 @@ def randomise(model: nn.Module, seed: int) -> None:
                 if _TABLE.search(path):
                     _fill_table(tensor, model, generator)
                 elif _SELECTION.search(path):
-                    tensor.copy_(_normal(tensor, 0.3, generator))
+                    bias = _normal(tensor, _SELECTION_STD.get(own, 0.3), generator)
+                    tensor.copy_(bias - bias.mean())  # some of them negative
                 elif is_parameter and tensor.is_floating_point():
                     _fill(module, own, path, tensor, generator)
 

@@ -1,0 +1,128 @@
+"""Every MoE family of Transformers, fused and compared with itself on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import moetor
+from moetor.errors import UnsupportedError
+from moetor.huggingface.report import FusionReport
+from moetor.huggingface.trial import relative_error
+from moetor.tools.tiny import FAMILIES, generate_of, logits_of, tiny_inputs, tiny_model
+
+# What `fuse` reaches, so that a family that falls back is noticed. All blocks of a family reach the
+# same level; a family that is not named is at level block.
+LEVELS = {
+    "dbrx": "none",
+    "diffusion_gemma": "experts",
+    "doge": "none",
+    "gemma4": "experts",
+    "inkling2": "none",
+    "jetmoe": "none",
+    "muse_spark": "none",
+    "nllb_moe": "none",
+    "switch_transformers": "none",
+    "vitpose_backbone": "none",
+}
+# No family may be missed: what is counted is what the model holds, not what `fuse` says.
+BLOCKS = {
+    "deepseek_v4": 4,
+    "diffusion_gemma": 4,
+    "dots3_note": 4,
+    "ernie4_5_vl_moe": 4,
+    "gemma4": 2,
+    "qwen3_omni_moe": 4,
+}
+GENERATING = [name for name, family in FAMILIES.items() if family.generates]
+UNTOUCHED = [name for name, level in LEVELS.items() if level == "none"]
+FLOAT32_ERROR = 1e-5
+
+
+@dataclass(frozen=True)
+class Comparison:
+    report: FusionReport
+    before: Tensor
+    fused: Tensor
+    restored: Tensor
+    tokens_before: Tensor | None
+    tokens_fused: Tensor | None
+
+
+@cache
+def compare(name: str) -> Comparison | str:
+    try:
+        model = tiny_model(name)
+    except UnsupportedError as missing:
+        return str(missing)
+    inputs = tiny_inputs(name, model)
+    before = logits_of(name, model, inputs)
+    tokens_before = generate_of(name, model, inputs)
+    report = moetor.fuse(model)
+    fused = logits_of(name, model, inputs)
+    tokens_fused = generate_of(name, model, inputs)
+    moetor.unfuse(model)
+    restored = logits_of(name, model, inputs)
+    return Comparison(report, before, fused, restored, tokens_before, tokens_fused)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    outcome = compare(name)
+    if isinstance(outcome, str):
+        pytest.skip(outcome)
+    return name
+
+
+def comparison(name: str) -> Comparison:
+    outcome = compare(name)
+    assert isinstance(outcome, Comparison)
+    return outcome
+
+
+def test_the_model_says_something(family: str) -> None:
+    logits = comparison(family).before
+    assert torch.isfinite(logits).all()
+    assert 0.3 < logits.std() < 30
+
+
+def test_level(family: str) -> None:
+    blocks = comparison(family).report.blocks
+    assert blocks, "no MoE block was found"
+    assert {block.level for block in blocks} == {LEVELS.get(family, "block")}
+    if family in BLOCKS:
+        assert len(blocks) == BLOCKS[family]
+
+
+def test_reason_where_it_is_not_a_block(family: str) -> None:
+    for block in comparison(family).report.blocks:
+        assert bool(block.reason) == (block.level != "block"), block
+
+
+def test_fused_logits(family: str) -> None:
+    outcome = comparison(family)
+    assert relative_error(outcome.fused, outcome.before) <= FLOAT32_ERROR
+
+
+@pytest.mark.parametrize("family", GENERATING, indirect=True)
+def test_greedy_tokens(family: str) -> None:
+    outcome = comparison(family)
+    assert outcome.tokens_before is not None
+    assert outcome.tokens_fused is not None
+    assert torch.equal(outcome.tokens_fused, outcome.tokens_before)
+
+
+def test_unfuse_restores_every_bit(family: str) -> None:
+    outcome = comparison(family)
+    assert torch.equal(outcome.restored, outcome.before)
+
+
+@pytest.mark.parametrize("family", UNTOUCHED, indirect=True)
+def test_what_is_not_fused_is_left_alone(family: str) -> None:
+    outcome = comparison(family)
+    assert torch.equal(outcome.fused, outcome.before)
