@@ -24,7 +24,8 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-ch
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/moetor generate --prompt "ROMEO:"
+	$(VENV)/bin/moetor generate --prompt "ROMEO:" --temperature 0.7 --seed 2 --max-tokens 100
+	@echo "more: $(VENV)/bin/moetor --help"
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/pytest $(TEST_ARGS)
