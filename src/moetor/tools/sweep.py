@@ -95,7 +95,7 @@ def check_family(name: str) -> FamilyRow:
         row = replace(row, greedy=ours is not None and torch.equal(ours, tokens))
     steps: tuple[Callable[[], dict[str, Any]], ...] = (
         lambda: _compiled(model, lambda: logits_of(name, model, inputs)),
-        lambda: _bfloat16(name),
+        lambda: _bfloat16(name, report, notes),
     )
     for step in steps:
         try:
@@ -130,8 +130,11 @@ def _levels(report: FusionReport) -> dict[str, Any]:
     return {"levels": levels, "routing": tuple(routing)}
 
 
-def _bfloat16(name: str) -> dict[str, Any]:
-    """Both errors in bfloat16, against the rounded weights in float32."""
+def _bfloat16(name: str, report: FusionReport, notes: list[str]) -> dict[str, Any]:
+    """Both errors in bfloat16, against the rounded weights in float32.
+
+    Where a block reaches another level than in float32, that is added to the notes.
+    """
     rounded = tiny_model(name, torch.bfloat16)
     exact = tiny_model(name)
     exact.load_state_dict(rounded.state_dict())
@@ -139,7 +142,10 @@ def _bfloat16(name: str) -> dict[str, Any]:
     target = logits_of(name, exact, inputs)
     given = tiny_inputs(name, rounded)
     original = logits_of(name, rounded, given)
-    moetor.fuse(rounded)
+    for before, now in zip(report.blocks, moetor.fuse(rounded).blocks, strict=True):
+        if now.level != before.level:
+            notes.append(f"in bfloat16 {now.name} is at level {now.level}: {now.reason}")
+            break
     fused = logits_of(name, rounded, given)
     return {
         "bfloat16_error": typical_error(fused, target),

@@ -52,7 +52,7 @@ def _fill(module: nn.Module, own: str, path: str, tensor: Tensor, rng: torch.Gen
         tensor.copy_(_normal(tensor, _EXPERTS_GAIN * fan_in**-0.5, rng))
     elif tensor.dim() == 2 and own == "weight":
         gain = _ROUTER_GAIN if re.search(r"(router|gate|\bwg)(\.[a-z_0-9]+)*\.weight$", path) else 1
-        tensor.copy_(_normal(tensor, gain * tensor.shape[1] ** -0.5, rng))
+        tensor.copy_(_normal(tensor, gain * max(1, tensor.shape[1]) ** -0.5, rng))
     else:
         # Norms, biases, convolutions, state spaces: as Transformers made them, and not quite.
         tensor.add_(_normal(tensor, _NOISE, rng))
@@ -73,7 +73,8 @@ def copy_rounded(exact: Any, rounded: Any) -> None:
     """Gives a model of a smaller dtype the values of a float32 one, as loading a checkpoint would:
     what the family keeps in float32 is float32 again, and not rounded."""
     kept = getattr(rounded, "_keep_in_fp32_modules_strict", None) or ()
-    keep = re.compile("|".join(rf"(^|\.){re.escape(part)}($|\.)" for part in kept) or r"$^")
+    # the names are globs that may match anywhere in a path, as in Transformers' own loading
+    keep = re.compile("|".join(part.replace("*", ".*") for part in kept) or r"$^")
     for name, module in rounded.named_modules():
         for own, parameter in module._parameters.items():
             if parameter is not None and keep.search(f"{name}.{own}"):
