@@ -33,6 +33,7 @@ from moetor.kernels.base import ExpertWeights, KernelQuery
 from moetor.kernels.native import kernel as native_kernel
 from moetor.kernels.native import library as native_library
 from moetor.kernels.native.kernel import NativeKernel, native_experts
+from moetor.kernels.native.pages import use_huge_pages
 
 FORMS = (
     Case(name="rows", T=40, H=70, I=40, dtype=BF16),
@@ -271,3 +272,33 @@ def test_workspace_bound_holds(case: Case) -> None:
     )
     bound = NativeKernel().workspace_bytes_per_token(config, case.K, case.dtype)
     assert native_library.load().workspace_bytes(arguments) <= bound * max(case.T, 256)
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", [{}, {"transposed": True}], ids=["rows", "columns"])
+def test_weights_beyond_31_bits_of_elements(form: Mapping[str, object], isa: str) -> None:
+    """The last expert lies 2^31 + 64 elements behind the first; the memory between is never touched."""
+    call = make_call(Case(name="far", T=6, E=2, H=40, I=24, dtype=BF16, form=form))
+    apart = 2**31 + 64
+
+    def far(w: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(apart + w[0].numel(), dtype=BF16)
+        view = storage.as_strided(w.shape, (apart, w.stride(1), 1))
+        view.copy_(w)
+        return view
+
+    weights = ExpertWeights(far(call.weights.gate_up), far(call.weights.down))
+    assert torch.equal(run(replace(call, weights=weights), isa), run(call, isa))
+
+
+def test_huge_pages_keep_the_values() -> None:
+    tensor = torch.arange(3 * 2**20, dtype=torch.int32)
+    before, address = tensor.clone(), tensor.data_ptr()
+    moved = use_huge_pages(tensor)
+    assert moved % (2 * 2**20) == 0
+    assert 0 <= moved <= tensor.nbytes
+    assert tensor.data_ptr() == address
+    assert torch.equal(tensor, before)
+    assert use_huge_pages(torch.zeros(8)) == 0
+    assert use_huge_pages(torch.zeros(2**22, device="meta")) == 0

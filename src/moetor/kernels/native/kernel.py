@@ -239,6 +239,6 @@ class NativeKernel(ExpertsKernel):
         """
         pad = 48  # rows are padded to whole vectors and to an odd number of cache lines
         floats = top_k * (config.intermediate_size + pad) + config.hidden_size + pad
-        fixed = 4 * 96 * (config.hidden_size + pad + 1040) * torch.get_num_threads()
+        fixed = 4 * 96 * (config.hidden_size + pad + 4112) * torch.get_num_threads()
         fixed += 12 * (config.num_experts + 2) + 1024
         return 4 * floats + 8 * top_k + -(-fixed // 256)

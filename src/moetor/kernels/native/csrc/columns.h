@@ -8,11 +8,11 @@
 
 namespace {
 
-// sums[n][..] += x[n][k] * w[k][..] over `rows` rows and 2 * kColumnPairs vectors of columns.
+// sums[n][..] += x[n][k] * w[k][..] over `rows` rows and 2 * pairs(N) vectors of columns.
 template <class V, class D, int N>
 void column_block(const D* w, int64_t stride, int64_t rows, const float* x, int64_t x_stride, float* sums, bool first,
                   const D* ahead, int64_t ahead_stride) {
-  constexpr int W = V::kWidth, C = V::kColumnPairs;
+  constexpr int W = V::kWidth, C = V::pairs(N);
   typename V::Reg sum[N][2 * C];
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n)
@@ -45,7 +45,7 @@ template <class V, class D, int N = 1>
 inline void column_block_of(int tokens, const D* w, int64_t stride, int64_t rows, const float* x, int64_t x_stride,
                             float* sums, bool first, const D* ahead, int64_t ahead_stride) {
   if (tokens == N) return column_block<V, D, N>(w, stride, rows, x, x_stride, sums, first, ahead, ahead_stride);
-  if constexpr (N < V::kColumnTokens)
+  if constexpr (N < V::kMaxTokens)
     column_block_of<V, D, N + 1>(tokens, w, stride, rows, x, x_stride, sums, first, ahead, ahead_stride);
 }
 
@@ -54,26 +54,27 @@ inline void column_block_of(int tokens, const D* w, int64_t stride, int64_t rows
 template <class V, class D>
 void column_strip(const D* w, int64_t stride, int64_t size, int64_t columns, const float* x, int64_t x_stride,
                   int tokens, float* sums, const D* next) {
-  constexpr int W = V::kWidth, kWide = 2 * W * V::kColumnPairs, kMostRows = 32;
-  const int64_t together = tokens <= V::kColumnTokens ? 16 : kMostRows;
-  const int blocks = static_cast<int>(ceil_div(tokens, V::kColumnTokens));
+  constexpr int W = V::kWidth, kWidest = 2 * W * V::pairs(1), kMostRows = 32;
+  const int64_t together = tokens <= V::kMaxTokens ? 16 : kMostRows;
+  const int blocks = static_cast<int>(ceil_div(tokens, V::kMaxTokens));
   const D* idle = reinterpret_cast<const D*>(x);
   for (int64_t begin = 0; begin < size; begin += together) {
     const int64_t rows = min64(together, size - begin);
     const D* following = begin + together < size ? w + (begin + together) * stride : next;
     for (int block = 0; block < blocks; ++block) {
       const int start = tokens * block / blocks, count = tokens * (block + 1) / blocks - start;
-      for (int64_t c = 0; c < columns; c += kWide) {
+      const int64_t wide = 2 * W * V::pairs(count);
+      for (int64_t c = 0; c < columns; c += wide) {
         const D* from = w + begin * stride + c;
         int64_t from_stride = stride;
-        D padded[kMostRows * kWide];
-        if (columns - c < kWide) {  // the last columns: their neighbours may lie outside the tensor
+        D padded[kMostRows * kWidest];
+        if (columns - c < wide) {  // the last columns: their neighbours may lie outside the tensor
           memset(padded, 0, sizeof(padded));
-          for (int64_t k = 0; k < rows; ++k) memcpy(padded + k * kWide, from + k * stride, sizeof(D) * (columns - c));
+          for (int64_t k = 0; k < rows; ++k) memcpy(padded + k * wide, from + k * stride, sizeof(D) * (columns - c));
           from = padded;
-          from_stride = kWide;
+          from_stride = wide;
         }
-        const bool fetch = c / kWide % blocks == block;
+        const bool fetch = c / wide % blocks == block;
         column_block_of<V, D>(count, from, from_stride, rows, x + start * x_stride + begin, x_stride,
                               sums + start * kStripStride + c, begin == 0, fetch ? following + c : idle,
                               fetch ? stride : 0);

@@ -31,14 +31,14 @@ class Experts {
     up_together_ = a.gate_up_columns ? kTogether : tokens_together(H, V::kMaxTokens);
     down_together_ = a.down_columns ? kTogether : tokens_together(min64(I, kSpan), V::kMaxTokens);
     const int64_t panel_bytes = parts_ * kPanel * H * static_cast<int64_t>(sizeof(D));
-    up_width_ = a.gate_up_columns ? kStripColumns / parts_ / (busy ? 2 : 1)
+    up_width_ = a.gate_up_columns ? kStripColumns / parts_
                                   : kPanel * max64(1, kTaskBytes / panel_bytes);
     const int64_t evenly = ceil_div(I, ceil_div(4 * threads, active));  // few experts: enough tasks for all threads
     up_width_ = round_up(min64(up_width_, evenly), kPanel);
     chunks_ = ceil_div(I, up_width_);
     up_tasks_ = 0;
     for (int64_t n = 0; n < p.num_active; ++n) up_tasks_ += groups_of(n) * chunks_;
-    const int64_t slices = threads * (busy ? 4 : a.down_columns ? 2 : 16);
+    const int64_t slices = threads * (a.down_columns ? 2 : busy ? 4 : 16);
     down_width_ = round_up(ceil_div(H, slices), kPanel);
     if (a.down_columns) down_width_ = min64(down_width_, kStripColumns);
     down_tasks_ = ceil_div(H, down_width_);

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kGroup = 32;        // rows are padded to this many floats; outputs are handled in panels of as many
 constexpr int kTogether = 96;     // tokens that pass over a task's weights together, at most
-constexpr int kStripColumns = 1024;
+constexpr int kStripColumns = 4096;  // the wider, the longer the runs of memory that are read at a time
 constexpr int kStripStride = kStripColumns + 16;
 constexpr int64_t kInputsTogether = 1 << 20;  // bytes of their inputs: half of a second-level cache
 

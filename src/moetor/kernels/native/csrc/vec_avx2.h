@@ -12,8 +12,7 @@ struct Avx2 {
   static constexpr int kWidth = 8;
   static constexpr int kMaxTokens = 6;
   static constexpr int rows(int tokens) { return tokens <= 2 ? 4 : 2; }  // 16 registers: at most 12 of sums
-  static constexpr int kColumnTokens = 6;
-  static constexpr int kColumnPairs = 1;
+  static constexpr int pairs(int) { return 1; }
 
   static Reg zero() { return _mm256_setzero_ps(); }
   static Reg set(float v) { return _mm256_set1_ps(v); }

@@ -14,8 +14,7 @@ struct Avx512 {
   // rows' weights and one input: 29 of 32 registers at most.
   static constexpr int kMaxTokens = 12;
   static constexpr int rows(int tokens) { return tokens <= 6 ? 4 : 2; }
-  static constexpr int kColumnTokens = 6;  // columns form: 2 x 32 columns x 6 tokens of sums
-  static constexpr int kColumnPairs = 2;
+  static constexpr int pairs(int tokens) { return tokens <= 6 ? 2 : 1; }  // columns form: 32 columns each
 
   static Reg zero() { return _mm512_setzero_ps(); }
   static Reg set(float v) { return _mm512_set1_ps(v); }
