@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         VerifyReport,
         explain,
         fuse,
+        record_routing,
+        replay_routing,
         unfuse,
         verify,
     )
@@ -48,6 +50,8 @@ _HOMES = {
         "VerifyReport",
         "explain",
         "fuse",
+        "record_routing",
+        "replay_routing",
         "unfuse",
         "verify",
     ),
@@ -73,6 +77,8 @@ __all__ = [
     "__version__",
     "explain",
     "fuse",
+    "record_routing",
+    "replay_routing",
     "unfuse",
     "verify",
 ]

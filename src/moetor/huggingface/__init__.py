@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from moetor.huggingface.explaining import explain
     from moetor.huggingface.fusing import fuse, unfuse
     from moetor.huggingface.report import BlockReport, FusionReport
+    from moetor.huggingface.routed_experts import RoutingRecord, record_routing, replay_routing
     from moetor.huggingface.verifying import BlockCheck, VerifyReport, verify
 
 __all__ = [
     "BlockCheck",
     "BlockReport",
     "FusionReport",
+    "RoutingRecord",
     "VerifyReport",
     "explain",
     "fuse",
+    "record_routing",
+    "replay_routing",
     "unfuse",
     "verify",
 ]
@@ -32,9 +36,12 @@ _HOME_OF = {
     "BlockCheck": "verifying",
     "BlockReport": "report",
     "FusionReport": "report",
+    "RoutingRecord": "routed_experts",
     "VerifyReport": "verifying",
     "explain": "explaining",
     "fuse": "fusing",
+    "record_routing": "routed_experts",
+    "replay_routing": "routed_experts",
     "unfuse": "fusing",
     "verify": "verifying",
 }

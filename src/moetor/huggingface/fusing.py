@@ -125,13 +125,14 @@ def unfuse(model: nn.Module) -> int:
     Returns:
         The number of modules restored; 0 for a model that is not fused.
     """
-    fused = _fused_modules(model)
+    fused = fused_modules(model)
     for path, module in fused:
         _put(model, path, module.restore())
     return len(fused)
 
 
-def _fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExperts]]:
+def fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExperts]]:
+    """Path and module of everything that `fuse` put into the model."""
     return [
         (path, module)
         for path, module in model.named_modules()
@@ -165,7 +166,7 @@ def _check_options(
         )
     if runner.hidden_multiple != 1:
         raise ConfigError("fuse shares the model's weights and cannot pad them: hidden_multiple=1")
-    if _fused_modules(model):
+    if fused_modules(model):
         raise FusionError("the model is fused already; call moetor.unfuse(model) first")
     if model.training and any(parameter.requires_grad for parameter in model.parameters()):
         raise FusionError(

@@ -265,7 +265,9 @@ class FusedMoEBlock(MoELayer):
             out = self.runner.forward(self, hidden_TH, logits)
             if self.returns == "hidden_and_weights":
                 assert logits is not None, "a recognised router has a gate"
-                routing = self.route(logits, hidden_states.dtype)
+                # Outside of the op, so the model's own choice even while another one is replayed;
+                # the families that return these weights do not use them.
+                routing = self.formula_routing(logits, hidden_states.dtype)
                 second = (routing.topk_weights / self.block_scale).to(hidden_states.dtype)
             else:
                 second = logits

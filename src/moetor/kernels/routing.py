@@ -67,7 +67,11 @@ def split_identity(
 
 
 def route(
-    logits_TE: Tensor, config: RouterConfig, selection_bias: Tensor | None, dtype: torch.dtype
+    logits_TE: Tensor,
+    config: RouterConfig,
+    selection_bias: Tensor | None,
+    dtype: torch.dtype,
+    forced_ids: Tensor | None = None,
 ) -> Routing:
     """Routes each token; the formula is that of `moetor.config.RouterConfig`.
 
@@ -77,6 +81,7 @@ def route(
         selection_bias: [E], added to the scores for the choice alone (`before_topk`), or to the
             logits (`after_topk`).
         dtype: of the hidden states, to which `weights_precision="model"` rounds.
+        forced_ids: [T, K], used instead of the choice; the weights are still the formula's.
     """
     wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
     logits = logits_TE.to(wide)
@@ -85,10 +90,13 @@ def route(
     if config.logit_softcap is not None:
         logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
     scores = logits if config.score_order == "after_topk" else _score(logits, config)
-    choice = scores if selection_bias is None else scores + selection_bias.to(wide)
-    if config.num_groups > 1:
-        choice = _limit_groups(choice, config)
-    ids = choice.topk(config.top_k, dim=-1).indices
+    if forced_ids is not None:
+        ids = forced_ids.to(device=scores.device, dtype=torch.int64)
+    else:
+        choice = scores if selection_bias is None else scores + selection_bias.to(wide)
+        if config.num_groups > 1:
+            choice = _limit_groups(choice, config)
+        ids = choice.topk(config.top_k, dim=-1).indices
     kept = scores.gather(-1, ids)
     weights = _score(kept, config) if config.score_order == "after_topk" else kept
     if config.renormalize:
@@ -105,19 +113,29 @@ def route(
 
 
 def route_in_blocks(
-    logits_TE: Tensor, config: RouterConfig, selection_bias: Tensor | None, dtype: torch.dtype
+    logits_TE: Tensor,
+    config: RouterConfig,
+    selection_bias: Tensor | None,
+    dtype: torch.dtype,
+    forced_ids: Tensor | None = None,
 ) -> Routing:
     """`route`, with bits that do not depend on the other tokens."""
     top_k = config.top_k
 
-    def packed(block_TE: Tensor) -> Tensor:
-        routing = route(block_TE, config, selection_bias, dtype)
+    def packed(block_TX: Tensor) -> Tensor:
+        block_TE, forced = block_TX, None
+        if forced_ids is not None:
+            block_TE, forced = block_TX.split((config.num_logits, top_k), dim=1)
+        routing = route(block_TE.to(logits_TE.dtype), config, selection_bias, dtype, forced)
         identity = routing.identity_weights
         columns = [routing.topk_weights, routing.topk_ids]
         columns += [] if identity is None else [identity.unsqueeze(-1)]
         return torch.cat([column.double() for column in columns], dim=1)  # exact for all three
 
-    packed_TX = in_fixed_blocks(packed, logits_TE, config.num_logits)
+    rows_TX = logits_TE
+    if forced_ids is not None:
+        rows_TX = torch.cat((logits_TE.double(), forced_ids.to(logits_TE.device).double()), dim=1)
+    packed_TX = in_fixed_blocks(packed, rows_TX, config.num_logits)
     weights, ids, identity = packed_TX.tensor_split((top_k, 2 * top_k), dim=1)
     share = identity[:, 0].float() if config.num_zero_experts else None
     return Routing(weights.float(), ids.to(torch.int32), share)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moetor.errors import InputError
+from moetor.layer.recording import RoutingRecorder, RoutingReplay
 
 if TYPE_CHECKING:
     from moetor.layer.runner.base import ExpertsOwner
@@ -24,9 +25,17 @@ _layers: weakref.WeakValueDictionary[str, ExpertsOwner] = weakref.WeakValueDicti
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What a forward pass knows besides its tensors: the layers it may find by name."""
+    """What a forward pass knows besides its tensors.
+
+    Attributes:
+        layers: the layers it may find by name.
+        recorder: notes which experts every layer chose.
+        replay: ids that layers are to use instead of their own choice.
+    """
 
     layers: Mapping[str, ExpertsOwner] = field(default_factory=lambda: _layers)
+    recorder: RoutingRecorder | None = None
+    replay: RoutingReplay | None = None
 
 
 _DEFAULT = ForwardContext()

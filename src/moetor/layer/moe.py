@@ -20,7 +20,7 @@ from moetor.kernels.base import ExpertWeights
 from moetor.kernels.gate import gate_product
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.routing import Routing
-from moetor.layer.context import register_layer
+from moetor.layer.context import get_forward_context, register_layer
 from moetor.layer.experts import Experts
 from moetor.layer.routing.router import CustomRouter, Router, RouterFunction
 from moetor.layer.runner import make_runner
@@ -193,7 +193,8 @@ class MoELayer(nn.Module):
         if tuple(logits_TE.shape) != wanted:
             raise InputError(
                 f"layer {self.name!r} was given router_logits of shape "
-                f"{tuple(router_logits.shape)} for {wanted[0]} tokens; it takes [tokens, {wanted[1]}]"
+                f"{tuple(router_logits.shape)} for {wanted[0]} tokens; it takes "
+                f"[tokens, {wanted[1]}]"
             )
         return logits_TE
 
@@ -239,14 +240,39 @@ class MoELayer(nn.Module):
         return bias
 
     def route(self, logits_TE: Tensor, dtype: torch.dtype) -> Routing:
-        """The routing that the configured formula makes of `logits_TE`."""
-        assert isinstance(self.token_router, Router), "custom routers route outside the op"
+        """The routing of `logits_TE` by the formula, or as the forward context prescribes.
+
+        Only inside an op: a compiler cannot follow the forward context.
+        """
+        return self.formula_routing(logits_TE, dtype, self._forced_ids(logits_TE.shape[0]))
+
+    def formula_routing(
+        self, logits_TE: Tensor, dtype: torch.dtype, forced_ids: Tensor | None = None
+    ) -> Routing:
+        """The routing of `logits_TE` by the configured formula."""
+        assert isinstance(self.token_router, Router), "a callable router has no formula"
         return self.token_router.route(
             logits_TE,
             self.selection_bias,
             dtype,
             batch_invariant=self.config.runner.batch_invariant,
+            forced_ids=forced_ids,
         )
+
+    def _forced_ids(self, tokens: int) -> Tensor | None:
+        """The ids that the forward context prescribes for this call."""
+        replay = get_forward_context().replay
+        if replay is None:
+            return None
+        ids_TK = replay.take(self.name, tokens)
+        config = self.config.router
+        if ids_TK.shape[1] != config.top_k or config.num_zero_experts:
+            raise InputError(
+                f"layer {self.name!r} cannot replay ids {list(ids_TK.shape)}: it chooses "
+                f"{config.top_k} of {config.num_experts} experts"
+                + (" and identity experts" if config.num_zero_experts else "")
+            )
+        return ids_TK
 
     def _add_gate(self, gate: nn.Module | None, made: dict[str, Any]) -> None:
         config = self.config

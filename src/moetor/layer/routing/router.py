@@ -52,6 +52,7 @@ class Router:
         dtype: torch.dtype,
         *,
         batch_invariant: bool = False,
+        forced_ids: Tensor | None = None,
     ) -> Routing:
         """See `moetor.kernels.routing.route`.
 
@@ -65,7 +66,7 @@ class Router:
                 f"[tokens, {width}]"
             )
         run = route_in_blocks if batch_invariant else route
-        return run(logits_TE, self.config, selection_bias, dtype)
+        return run(logits_TE, self.config, selection_bias, dtype, forced_ids)
 
 
 class CustomRouter:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetor.config import SharedExpertsOrder
-from moetor.errors import InputError
+from moetor.errors import InputError, UnsupportedError
 from moetor.kernels.routing import Routing
 from moetor.layer import ops
+from moetor.layer.context import get_forward_context
 from moetor.layer.routing.router import CustomRouter
 from moetor.layer.shared_experts import OVERLAP_MAX_TOKENS
 from moetor.parallel.dispatch import Dispatcher, all_reduce
@@ -119,9 +120,17 @@ class MoERunner(ABC):
     def _run(
         self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor, between: Between | None
     ) -> Tensor:
+        context = get_forward_context()
         if isinstance(layer.routed_experts.method, MonolithicMethod):
+            if context.recorder is not None or context.replay is not None:
+                raise UnsupportedError(
+                    f"layer {layer.name!r} routes inside its kernel, where nothing can be recorded "
+                    "or replayed; use a modular quant method"
+                )
             return self.run_monolithic(layer, hidden_TX, logits_TE)
         routing = layer.route(logits_TE, hidden_TX.dtype)
+        if context.recorder is not None:
+            context.recorder.note(layer.name, routing.topk_ids)
         return self.run_experts(layer, hidden_TX, routing, between=between)
 
     @abstractmethod
