@@ -79,9 +79,9 @@ def test_seeds_differ(tiny: Tiny) -> None:
 def test_block_half_precision(tiny: Tiny, dtype: torch.dtype) -> None:
     """One block at a time, on the same input.
 
-    Both sides compute the router's logits by the same product in the same dtype, so they route alike
-    and what differs is rounding alone. Across layers that would not hold: a rounded hidden state may
-    tip a near tie in the next router, and two correct implementations part.
+    Both sides compute the router's logits by the same product in the same dtype, so they route
+    alike and what differs is rounding alone. Across layers that would not hold: a rounded hidden
+    state may tip a near tie in the next router, and two correct implementations part.
     """
     original = tiny.build(dtype=dtype)
     fused = copy.deepcopy(original)
@@ -101,9 +101,9 @@ def test_block_half_precision(tiny: Tiny, dtype: torch.dtype) -> None:
 def test_model_bfloat16_is_no_less_accurate(tiny: Tiny) -> None:
     """Logits in bfloat16 against the same weights in float32.
 
-    A near tie that rounding tips makes single tokens differ by a whole expert, in the original as in
-    the fused model, so tokens are judged by the median of their errors: half of them without such a
-    tip. We round less often than the original, hence no more than a quarter above its error.
+    A near tie that rounding tips makes single tokens differ by a whole expert, in the original as
+    in the fused model, so tokens are judged by the median of their errors: half of them without
+    such a tip. We round less often than the original, hence no more than a quarter above its error.
     """
     original = tiny.build(dtype=torch.bfloat16)
     ids = some_ids(4, 32)

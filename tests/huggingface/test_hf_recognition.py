@@ -48,7 +48,7 @@ EXPERTS_OPTION = {
     "GraniteMoe": "num_local_experts",
 }
 families = pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.id)
-all_cases = pytest.mark.parametrize("tiny", (*FAMILIES, *VARIANTS), ids=lambda tiny: tiny.id)
+all_cases = pytest.mark.parametrize("tiny", [*FAMILIES, *VARIANTS], ids=lambda tiny: tiny.id)
 
 
 def routers_of(model: nn.Module) -> list[RouterConfig]:
@@ -94,8 +94,8 @@ def real_size(tiny: Tiny, experts: int) -> Any:
         return pytest.param(tiny, experts, id=f"{tiny.id}-{experts}")
     broken = pytest.mark.xfail(
         strict=True,
-        reason="with 64 experts the trial's tokens are the gate's own rows (the same generator seed): "
-        "each token's first weight is 1 to the last bit, renormalised or not",
+        reason="with 64 experts the trial's tokens are the gate's own rows (the same generator "
+        "seed), so that one weight of each token is 1, renormalised or not",
     )
     marks = [broken] if tiny in (MIXTRAL, GPT_OSS, GRANITE) else []
     return pytest.param(tiny, experts, id=f"{tiny.id}-{experts}", marks=marks)

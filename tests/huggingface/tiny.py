@@ -1,8 +1,8 @@
 """Tiny random models of the families that are fused whole, with nothing in them degenerate.
 
-Weights are normal with variance 1 / fan_in, biases and norms are drawn too, so that an option that is
-ignored shows in the numbers. Shape letters: E experts, H hidden, I intermediate, J rows of the first
-product.
+Weights are normal with variance 1 / fan_in, biases and norms are drawn too, so that an option that
+is ignored shows in the numbers. Shape letters: E experts, H hidden, I intermediate, J rows of the
+first product.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Tiny:
         block: class name of its MoE blocks.
         blocks: how many it has.
         router, activation: what must be recognised. `None` for models that are not fused whole.
-        implementation: how Transformers runs the original's experts; its default needs sizes that are
+        implementation: how Transformers runs the original's experts; its default needs sizes that
+        are
             multiples of 16 bytes, `eager` takes any.
         up_scale: factor on the first product's weights, so that a clamp is reached.
     """
@@ -382,10 +383,12 @@ def fused_blocks(model: nn.Module) -> list[MoELayer]:
 
 
 def bound(dtype: torch.dtype) -> float:
-    """Largest deviation between two correct computations of a block, relative to its largest output.
+    """Largest deviation between two correct computations of a block, relative to its largest
+    output.
 
-    float32: sums of about a hundred products in another order, 6e-8 each. Half precision: the one side
-    rounds each of two products, an activation, a weighting and K additions where the other rounds once.
+    float32: sums of about a hundred products in another order, 6e-8 each. Half precision: the one
+    side rounds each of two products, an activation, a weighting and K additions where the other
+    rounds once.
     """
     return 1e-5 if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
 
