@@ -107,25 +107,10 @@ def test_batch_invariant_rows_do_not_see_their_batch(
     size: tuple[int, int],
     dtype: torch.dtype,
     rng: torch.Generator,
-    request: pytest.FixtureRequest,
 ) -> None:
     config = replace(case.config, hidden_size=size[0], intermediate_size=size[1])
     case = replace(case, config=config, tokens=35)
     drawn = draw(case, dtype, rng)
-    if (
-        kernel.name == "torch"
-        and size[1] % 2
-        and case.id
-        in (
-            "ungated_bias_transposed",
-            "gpt_oss",
-        )
-    ):
-        request.applymarker(
-            pytest.mark.xfail(
-                reason="elementwise kernels treat the last elements of a block of 16 rows otherwise"
-            )
-        )
     whole = run(kernel, case, drawn, batch_invariant=True)
     for start, stop in [(row, row + 1) for row in range(0, 35, 5)] + [(0, 7), (7, 35), (16, 33)]:
         part = replace(
@@ -139,11 +124,9 @@ def test_batch_invariant_rows_do_not_see_their_batch(
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_batch_invariant_rows_do_not_see_the_threads(
-    kernel: ExpertsKernel, threads: int, rng: torch.Generator, request: pytest.FixtureRequest
+    kernel: ExpertsKernel, threads: int, rng: torch.Generator
 ) -> None:
     """A wide activation is split between threads, which must not fall within the rows."""
-    if kernel.name == "torch" and threads == 3:
-        request.applymarker(pytest.mark.xfail(reason="a thread's part may begin within a row"))
     form = next(case for case in FORMS if case.id == "gelu")
     config = replace(form.config, num_experts=1, hidden_size=8, intermediate_size=3000)
     case = replace(form, config=config, tokens=32, top_k=1)

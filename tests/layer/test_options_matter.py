@@ -170,7 +170,6 @@ class Together:
     fields: dict[str, Any]
 
 
-@pytest.mark.xfail(strict=True, reason="the second option is dropped without a word")
 @pytest.mark.parametrize(
     "together",
     [
