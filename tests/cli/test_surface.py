@@ -34,6 +34,14 @@ SURFACE: dict[str, dict[str, object]] = {
     },
     "explain": {**MODEL_FLAGS, "--level": "auto"},
     "verify": {**MODEL_FLAGS, "--level": "auto"},
+    "experts": {
+        **MODEL_FLAGS,
+        "--level": "auto",
+        "--prompt": None,
+        "--file": None,
+        "--max-tokens": 4096,
+        "--plot": None,
+    },
     "bench layer": {
         "--shape": ("qwen3-30b-a3b",),
         "--tokens": (1, 8, 64, 512),

@@ -69,6 +69,17 @@ COMMANDS = (
         examples=("moetor verify", "moetor verify ./OLMoE-1B-7B-0924 --dtype bfloat16"),
     ),
     Command(
+        words=("experts",),
+        module="moetor.cli.experts",
+        options="ExpertsOptions",
+        summary="show which experts the tokens of a text go to",
+        examples=(
+            "moetor experts",
+            'moetor experts --prompt "To be, or not to be" --json',
+            "moetor experts ./OLMoE-1B-7B-0924 --file book.txt --plot experts.png",
+        ),
+    ),
+    Command(
         words=("bench", "layer"),
         module="moetor.cli.bench",
         options="LayerBenchOptions",
