@@ -6,6 +6,7 @@ Shape letters: T tokens, K top_k, H hidden.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -28,9 +29,27 @@ _ATTRIBUTE = "_moetor_borrowed"
 class BorrowedExperts:
     """What the ops find by name for a Transformers experts module: its own parameters, computed
     by us.
+
+    A compiled graph holds the name for good, so the parameters are looked up at every call.
     """
 
     def __init__(self, module: nn.Module, top_k: int) -> None:
+        self.module = weakref.ref(module)
+        self.top_k = top_k
+        self.experts = self._borrow(module)
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.runner: MoERunner = make_runner(RunnerConfig())
+        self.name = register_layer(self, type(module).__name__)
+
+    @property
+    def routed_experts(self) -> Experts:
+        """The experts with the parameters that the module holds now."""
+        module = self.module()
+        if module is not None and not self._follows(module):
+            self.experts = self._borrow(module)
+        return self.experts
+
+    def _borrow(self, module: nn.Module) -> Experts:
         config = recognise_experts(module)
         if isinstance(config, Unrecognised):
             raise UnsupportedError(
@@ -38,14 +57,11 @@ class BorrowedExperts:
                 f"{config.reason}. Use experts_implementation='eager' for this model"
             )
         method = make_method(None, "auto", batch_invariant=False)
-        self.routed_experts = Experts(config, method, top_k, weights=experts_weights(module))
-        self.dispatcher: Dispatcher = LocalDispatcher()
-        self.runner: MoERunner = make_runner(RunnerConfig())
-        self.name = register_layer(self, type(module).__name__)
+        return Experts(config, method, self.top_k, weights=experts_weights(module))
 
-    def follows(self, module: nn.Module) -> bool:
+    def _follows(self, module: nn.Module) -> bool:
         """Whether the module still holds the very parameters that were borrowed."""
-        own = self.routed_experts._parameters
+        own = self.experts._parameters
         return all(own.get(name) is value for name, value in module._parameters.items())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -57,11 +73,9 @@ class BorrowedExperts:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def borrowed_name(module: nn.Module, top_k: int) -> str:
-    """The name under which the ops find this module's experts; found out once, and again when
-    parameters change.
-    """
+    """The name under which the ops find this module's experts, the same for its whole life."""
     borrowed: BorrowedExperts | None = module.__dict__.get(_ATTRIBUTE)
-    if borrowed is None or not borrowed.follows(module):
+    if borrowed is None:
         borrowed = BorrowedExperts(module, top_k)
         module.__dict__[_ATTRIBUTE] = borrowed
     return borrowed.name
@@ -77,11 +91,22 @@ def moetor_experts_forward(
     marks them.
 
     Raises:
-        UnsupportedError: the experts have a form that no description covers.
+        UnsupportedError: the experts have a form that no description covers, or are to be trained.
     """
+    if module.training and torch.is_grad_enabled() and _wants_gradients(module, hidden_states):
+        raise UnsupportedError(
+            f"experts_implementation={NAME!r} is for inference and gives no gradients; call "
+            "model.eval(), or train with experts_implementation='grouped_mm'"
+        )
     name = borrowed_name(module, top_k_index.shape[-1])
-    out: Tensor = ops.transformers_moe_forward(hidden_states, top_k_weights, top_k_index, name)
+    out: Tensor = ops.transformers_moe_forward(
+        hidden_states.contiguous(), top_k_weights, top_k_index, name
+    )
     return out
+
+
+def _wants_gradients(module: nn.Module, hidden_states: Tensor) -> bool:
+    return hidden_states.requires_grad or any(p.requires_grad for p in module.parameters())
 
 
 def moetor_fp8_experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
