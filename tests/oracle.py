@@ -183,7 +183,8 @@ def activate_gated(gate: float, up: float, activation: Activation) -> float:
         gate, up = min(gate, limit), max(-limit, min(up, limit))
     if cap is not None:
         out = cap * math.tanh(gate / cap) * _sigmoid(activation.alpha * gate)
-        up = cap * math.tanh(up / cap)
+        up_cap = cap if activation.up_softcap is None else activation.up_softcap
+        up = up_cap * math.tanh(up / up_cap)
     else:
         out = _pointwise(gate, activation)
     if limit is not None and activation.limit_place == "after":

@@ -173,12 +173,15 @@ class Activation:
     """What stands between the up and the down product.
 
     Gated: `f(gate) * (up + up_shift)`, ungated: `f(up)`, with f one of the named functions.
-        `alpha` turns silu into
-    x * sigmoid(alpha * x) (gpt-oss: 1.702). `limit` clamps gate to at most limit and up to [-limit,
-    limit] before f (DeepSeek-V4, gpt-oss), or clamps f(gate) and up after it (Step-3.7). `softcap`
-    replaces gate by c * tanh(gate / c) outside the sigmoid, and up likewise (Inkling 2: softcap(g)
-    * sigmoid(g) * softcap(u)). `function` is any elementwise callable on f(gate); such an
-    activation runs unfused between the two products.
+
+    Attributes:
+        alpha: turns silu into x * sigmoid(alpha * x) (gpt-oss: 1.702).
+        limit, limit_place: clamps gate to at most limit and up to [-limit, limit] before f
+            (DeepSeek-V4, gpt-oss), or clamps f(gate) and up after it (Step-3.7).
+        softcap: with softcap(x) = c * tanh(x / c), replaces f(gate) * up by softcap(gate) *
+            sigmoid(gate) * softcap(up) (Inkling 2).
+        up_softcap: the c of up where it has one of its own.
+        function: any elementwise callable in the place of f; it runs between the two products.
     """
 
     name: ActivationName = "silu"
@@ -187,6 +190,7 @@ class Activation:
     limit_place: ClampPlace = "before"
     up_shift: float = 0.0
     softcap: float | None = None
+    up_softcap: float | None = None
     function: Callable[[Any], Any] | None = field(default=None, compare=True)
 
     def __post_init__(self) -> None:
@@ -200,12 +204,15 @@ class Activation:
         if self.softcap is not None and self.name != "silu":
             raise ConfigError(f"{me}: softcap is defined for silu alone, not for {self.name}")
         self._check_combination()
-        for name, value in (("limit", self.limit), ("softcap", self.softcap)):
+        caps = (("limit", self.limit), ("softcap", self.softcap), ("up_softcap", self.up_softcap))
+        for name, value in caps:
             if value is not None and not value > 0:
                 raise ConfigError(f"{me}: {name}={value} must be positive (None turns it off)")
 
     def _check_combination(self) -> None:
         """Refuses options of which one would be ignored."""
+        if self.up_softcap is not None and self.softcap is None:
+            raise ConfigError("Activation: up_softcap needs softcap, the cap of the gate")
         clash = []
         if self.softcap is not None or self.function is not None:
             clash += ["alpha"] if self.alpha != 1.0 else []
@@ -232,6 +239,8 @@ class Activation:
             parts.append(f"up+{self.up_shift:g}")
         if self.softcap is not None:
             parts.append(f"softcap={self.softcap:g}")
+        if self.up_softcap is not None:
+            parts.append(f"up_softcap={self.up_softcap:g}")
         return " ".join(parts)
 
 

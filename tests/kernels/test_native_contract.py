@@ -225,6 +225,13 @@ REFUSED = (
         replace(QUERY, experts=replace(CONFIG, activation=Activation(function=torch.sin))),
         "Python activation",
     ),
+    (
+        replace(
+            QUERY,
+            experts=replace(CONFIG, activation=Activation(softcap=2.0, up_softcap=5.0)),
+        ),
+        "caps gate and up alike",
+    ),
 )
 
 

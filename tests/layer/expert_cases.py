@@ -64,6 +64,7 @@ FORMS = [
     _form("up_shift", activation=Activation(up_shift=1.0)),
     _form("alpha_and_shift", activation=Activation(alpha=0.6, up_shift=-0.5)),
     _form("softcap", scale=3.0, activation=Activation(softcap=0.8)),
+    _form("two_softcaps", scale=3.0, activation=Activation(softcap=0.8, up_softcap=1.7)),
     _form("function", activation=Activation(function=softsign)),
     _form("interleaved", interleaved=True),
     _form("transposed", transposed=True),

@@ -93,6 +93,7 @@ EXPERT_RESETS = [
     _activation("ungated_limit_after", "limit_place"),
     _activation("up_shift", "up_shift"),
     _activation("softcap", "softcap"),
+    _activation("two_softcaps", "up_softcap"),
     _activation("function", "function"),
 ]
 

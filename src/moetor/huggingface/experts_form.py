@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moetor.kernels.base import ExpertWeights
 UP_NAMES = ("gate_up_proj", "up_proj")
 ACTIVATION_NAMES: tuple[ActivationName, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ALPHA_ATTRIBUTES = ("alpha", "swiglu_alpha")
+SOFTCAP_ATTRIBUTES = ("softcap",)
 LIMIT_ATTRIBUTES = ("limit", "swiglu_limit", "limits", "clamp_limit")
 
 # Far enough out that every clamp and soft cap of a real family is met, and dense around zero.
@@ -160,10 +162,12 @@ def _numbers(module: nn.Module, names: tuple[str, ...]) -> list[float]:
 def _candidates(module: nn.Module) -> Iterator[Activation]:
     for name in ACTIVATION_NAMES:
         yield Activation(name=name)
+    caps = _numbers(module, SOFTCAP_ATTRIBUTES)
+    for cap, up_cap in product(caps, caps):
+        yield Activation(softcap=cap, up_softcap=None if cap == up_cap else up_cap)
     for limit in _numbers(module, LIMIT_ATTRIBUTES):
         yield Activation(limit=limit)
         yield Activation(limit=limit, limit_place="after")
-        yield Activation(softcap=limit)
         for alpha in _numbers(module, ALPHA_ATTRIBUTES):
             yield Activation(alpha=alpha, limit=limit, up_shift=1.0)
 

@@ -54,8 +54,9 @@ def activate(
     if limit is not None and activation.limit_place == "before":
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     if activation.softcap is not None:
-        cap = activation.softcap
-        return cap * torch.tanh(gate / cap) * torch.sigmoid(gate) * (cap * torch.tanh(up / cap))
+        cap, up_cap = activation.softcap, activation.up_softcap or activation.softcap
+        capped_up = up_cap * torch.tanh(up / up_cap)
+        return cap * torch.tanh(gate / cap) * torch.sigmoid(gate) * capped_up
     out = _pointwise(gate, activation)
     if limit is not None and activation.limit_place == "after":
         out, up = out.clamp(max=limit), up.clamp(min=-limit, max=limit)

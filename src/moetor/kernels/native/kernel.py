@@ -26,6 +26,8 @@ _kept = threading.local()
 def _unsupported_form(config: ExpertsConfig) -> str | None:
     if config.post_norm_eps is not None:
         return "does not have the norm of each expert's output"
+    if config.activation.up_softcap not in (None, config.activation.softcap):
+        return "caps gate and up alike, not each by its own"
     if config.activation.function is not None:
         return f"cannot call a Python activation ({config.activation.label})"
     return None
