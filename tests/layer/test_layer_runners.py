@@ -22,7 +22,7 @@ from layer.layer_cases import (
 from moetor.config import MoEConfig, SharedExpertsConfig
 from moetor.errors import ConfigError, KernelRefusedError, UnsupportedError
 from moetor.kernels.routing import Routing
-from moetor.layer import ChunkedRunner, DefaultRunner, MoELayer
+from moetor.layer import ChunkedRunner, DefaultRunner, MoELayer, SimulatedRouter
 from moetor.parallel.dispatch import Dispatcher
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -183,6 +183,12 @@ def ordered(order: Any) -> SharedExpertsConfig:
 def test_a_second_stream_needs_a_gpu() -> None:
     with pytest.raises(UnsupportedError, match=r"need a CUDA device, not cpu; use 'no_overlap'"):
         MoELayer(make_config(shared=ordered("multi_stream_overlapped")))
+
+
+def test_a_callable_router_takes_the_plain_order_alone() -> None:
+    config = make_config(shared=ordered("internal_overlapped"))
+    with pytest.raises(ConfigError, match=r"a callable routes outside of it\. Use 'no_overlap'"):
+        MoELayer(config, router=SimulatedRouter(6, 2), dispatcher=Courier([]))
 
 
 def test_an_internal_overlap_needs_a_communication() -> None:

@@ -5,6 +5,7 @@ its perplexity.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -153,10 +154,12 @@ def verify(
 
 
 def non_finite(model: nn.Module) -> tuple[str, ...]:
-    """Names of floating-point parameters that hold NaN or infinity."""
+    """Names of what a checkpoint holds (parameters, and buffers such as DeepSeek-V3's selection
+    bias) that is NaN or infinite.
+    """
     return tuple(
         name
-        for name, tensor in model.named_parameters()
+        for name, tensor in model.state_dict().items()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
     )
 
@@ -173,7 +176,8 @@ def perplexity(model: nn.Module, ids_T: Tensor) -> float:
         logits = model(input_ids=window[None]).logits[0, :-1].float()
         total += float(F.cross_entropy(logits, window[1:], reduction="sum"))
         count += window.numel() - 1
-    return math.exp(total / count)
+    mean = total / count
+    return math.exp(mean) if mean < math.log(sys.float_info.max) else mean * math.inf
 
 
 def _demo_ids(model: nn.Module) -> Tensor:

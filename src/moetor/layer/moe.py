@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetor.config import MoEConfig, RouterConfig
+from moetor.config import MoEConfig, RouterConfig, SharedExpertsOrder
 from moetor.errors import ConfigError, InputError, UnsupportedError
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.gate import gate_product
@@ -342,6 +342,14 @@ class MoELayer(nn.Module):
             self.add_module(self.names.shared_gate, gate)
         elif gate is not None:
             raise ConfigError("a shared gate was given, but shared.sigmoid_gate is False")
+        if (
+            isinstance(self.token_router, CustomRouter)
+            and config.order is not SharedExpertsOrder.NO_OVERLAP
+        ):
+            raise ConfigError(
+                f"shared experts in the order {str(config.order)!r} run inside the op that routes "
+                "by the formula; a callable routes outside of it. Use 'no_overlap'"
+            )
         shared = SharedExperts(
             self,
             self.names.shared,
