@@ -45,7 +45,8 @@ def moe_forward_shared(
 def _(
     hidden_TH: Tensor, shared_TS: Tensor, logits_TE: Tensor, layer_name: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(shared_TS), torch.empty_like(hidden_TH)
+    shared = torch.empty_like(shared_TS, memory_format=torch.contiguous_format)
+    return shared, torch.empty_like(hidden_TH)
 
 
 @torch.library.custom_op("moetor::transformers_moe_forward", mutates_args=())
