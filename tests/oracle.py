@@ -231,9 +231,9 @@ def one_expert(x_H: Tensor, expert: int, tensors: Tensors, config: ExpertsConfig
         value_H, variance_H = value_H + bias_H, variance_H + bias_H**2
     if config.post_norm_eps is not None:
         assert tensors.post_norm is not None
-        scale_H = tensors.post_norm.double() / math.sqrt(
-            float((value_H**2).mean()) + config.post_norm_eps
-        )
+        weight_H = tensors.post_norm.double()
+        normed_H = value_H * weight_H if config.post_norm_order == "scale_first" else value_H
+        scale_H = weight_H / math.sqrt(float((normed_H**2).mean()) + config.post_norm_eps)
         value_H, variance_H = value_H * scale_H, variance_H * scale_H**2
     return Estimate(value_H, variance_H.sqrt())
 

@@ -20,6 +20,7 @@ GroupMask = Literal["zero", "-inf"]
 Precision = Literal["float32", "model"]
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 ClampPlace = Literal["before", "after"]
+PostNormOrder = Literal["normalise_first", "scale_first"]
 SharedCombine = Literal["sum", "mean"]
 RunnerName = Literal["default", "chunked"]
 
@@ -254,8 +255,9 @@ class ExpertsConfig:
     ([E, H, J] and [E, I, H]: gpt-oss, Aria). Biases, when there are any, are [E, J] and [E, H].
 
     Attributes:
-        post_norm_eps: epsilon of an RMS norm [H] on each expert's output before it is weighted
-            (Muse Spark), or None.
+        post_norm_eps: epsilon of an RMS norm [H] on each expert's output before it is weighted, or
+            None.
+        post_norm_order: whether that norm multiplies by its weight last, or first (Muse Spark).
         weight_on_input: the routing weight multiplies the expert's input, not its output (Llama 4).
     """
 
@@ -268,6 +270,7 @@ class ExpertsConfig:
     transposed: bool = False
     has_bias: bool = False
     post_norm_eps: float | None = None
+    post_norm_order: PostNormOrder = "normalise_first"
     weight_on_input: bool = False
 
     def __post_init__(self) -> None:
@@ -283,6 +286,12 @@ class ExpertsConfig:
             )
         if not self.gated and (self.activation.up_shift or self.activation.softcap):
             raise ConfigError("ExpertsConfig: up_shift and softcap need gated=True")
+        _check_choice(
+            "ExpertsConfig",
+            "post_norm_order",
+            self.post_norm_order,
+            ("normalise_first", "scale_first"),
+        )
         if self.post_norm_eps is not None and not self.post_norm_eps > 0:
             raise ConfigError(f"ExpertsConfig: post_norm_eps={self.post_norm_eps} must be positive")
 

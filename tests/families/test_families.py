@@ -26,7 +26,6 @@ LEVELS = {
     "doge": "none",
     "gemma4": "experts",
     "jetmoe": "none",
-    "muse_spark": "none",
     "nllb_moe": "none",
     "switch_transformers": "none",
     "vitpose_backbone": "none",
@@ -166,7 +165,12 @@ def test_bfloat16(family: str) -> None:
     exact.load_state_dict(rounded.state_dict())
     target = logits_of(family, exact, tiny_inputs(family, exact))
     inputs = tiny_inputs(family, rounded)
-    original = logits_of(family, rounded, inputs)
+    try:
+        original = logits_of(family, rounded, inputs)
+    except RuntimeError as failure:
+        if OLDER:
+            pytest.skip(f"its own forward fails in bfloat16: {failure}")
+        raise
     report = moetor.fuse(rounded)
     levels = [block.level for block in report.blocks]
     assert levels == [block.level for block in comparison(family).report.blocks]

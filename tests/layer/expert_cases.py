@@ -83,6 +83,7 @@ FORMS = [
     _form("ungated_function", gated=False, activation=Activation(function=softsign)),
     _form("post_norm", post_norm_eps=1e-5),
     _form("post_norm_large_eps", post_norm_eps=0.5, has_bias=True),
+    _form("post_norm_scale_first", post_norm_eps=1e-3, post_norm_order="scale_first"),
     _form("weight_on_input", weight_on_input=True),
     _form("weight_on_input_bias", weight_on_input=True, has_bias=True),
     _form(

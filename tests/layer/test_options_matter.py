@@ -83,6 +83,7 @@ EXPERT_RESETS = [
     _experts("bias", "has_bias"),
     _experts("post_norm", "post_norm_eps"),
     _experts("post_norm_large_eps", "post_norm_eps", post_norm_eps=1e-5),
+    _experts("post_norm_scale_first", "post_norm_order"),
     _experts("weight_on_input", "weight_on_input"),
     *(_activation(case, "name") for case in ("gelu", "gelu_tanh", "relu", "relu2")),
     _activation("alpha", "alpha"),

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from moetor.config import RunnerConfig
 from moetor.errors import UnsupportedError
-from moetor.huggingface.experts_form import Unrecognised, experts_weights, recognise_experts
+from moetor.huggingface.experts_form import (
+    Unrecognised,
+    adopt_post_norm,
+    experts_weights,
+    recognise_experts,
+)
 from moetor.layer import ops
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
@@ -57,7 +62,9 @@ class BorrowedExperts:
                 f"{config.reason}. Use experts_implementation='eager' for this model"
             )
         method = make_method(None, "auto", batch_invariant=False)
-        return Experts(config, method, self.top_k, weights=experts_weights(module))
+        experts = Experts(config, method, self.top_k, weights=experts_weights(module))
+        adopt_post_norm(experts, module)
+        return experts
 
     def _follows(self, module: nn.Module) -> bool:
         """Whether the module still holds the very parameters that were borrowed."""

@@ -6,6 +6,7 @@ Shape letters: E experts, H hidden, I intermediate, J rows of the first product.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetor.config import Activation, ActivationName, ExpertsConfig
+from moetor.config import Activation, ActivationName, ExpertsConfig, PostNormOrder
 from moetor.kernels.activations import activate
 from moetor.kernels.base import ExpertWeights
+from moetor.kernels.norm import post_expert_norm
+from moetor.layer.experts import POST_NORM_NAME, Experts
 
 UP_NAMES = ("gate_up_proj", "up_proj")
 ACTIVATION_NAMES: tuple[ActivationName, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -61,7 +64,24 @@ def experts_weights(module: nn.Module) -> ExpertWeights:
         down=down,
         gate_up_bias=parameters.get(f"{up}_bias"),
         down_bias=parameters.get("down_proj_bias"),
+        post_norm=_post_norm_weight(module),
     )
+
+
+def _post_norm_weight(module: nn.Module) -> Tensor | None:
+    norm = recognise_post_norm(module)
+    if not isinstance(norm, PostNorm):
+        return None
+    weight = module.get_submodule(POST_NORM_NAME).weight
+    assert isinstance(weight, Tensor), "recognised as a norm with a weight"
+    return weight.detach() + norm.offset
+
+
+def adopt_post_norm(experts: Experts, original: nn.Module) -> None:
+    """Gives fused experts the norm of the experts module they replace, where it has one."""
+    norm = recognise_post_norm(original)
+    if isinstance(norm, PostNorm):
+        experts.adopt_post_norm(original.get_submodule(POST_NORM_NAME), norm.offset)
 
 
 def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
@@ -74,6 +94,11 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
     weights = experts_weights(module)
     known = {"gate_up_proj", "up_proj", "down_proj"}
     known |= {f"{name}_bias" for name in known}
+    norm = recognise_post_norm(module)
+    if isinstance(norm, Unrecognised):
+        return norm
+    if norm is not None:
+        known.add(f"{POST_NORM_NAME}.weight")
     others = [name for name, _ in module.named_parameters() if name not in known]
     if others:
         return Unrecognised(f"its experts hold parameters that no form has: {', '.join(others)}")
@@ -90,6 +115,8 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
         transposed=transposed,
         has_bias=weights.gate_up_bias is not None,
         interleaved=gated and not getattr(module, "is_concatenated", True),
+        post_norm_eps=None if norm is None else norm.eps,
+        post_norm_order="normalise_first" if norm is None else norm.order,
     )
     if tuple(weights.down.shape) != form.down_shape:
         return Unrecognised(
@@ -102,6 +129,50 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
     if activation is None:
         return Unrecognised("its activation matches none of the known ones")
     return replace(form, activation=activation)
+
+
+@dataclass(frozen=True, slots=True)
+class PostNorm:
+    """A norm after each expert: its weight is `module.weight + offset`."""
+
+    eps: float
+    order: PostNormOrder
+    offset: float
+
+
+def recognise_post_norm(module: nn.Module) -> PostNorm | Unrecognised | None:
+    """The norm that the experts module applies to each expert's output; None where it has none.
+
+    Found by trying, on a copy with a random weight.
+    """
+    norm = module._modules.get(POST_NORM_NAME)
+    if norm is None:
+        return None
+    weight = norm._parameters.get("weight")
+    stranger = Unrecognised(f"its experts' {POST_NORM_NAME} is not a known RMS norm")
+    epsilons = [getattr(norm, name, None) for name in ("eps", "variance_epsilon")]
+    eps = next((value for value in epsilons if isinstance(value, float)), None)
+    if weight is None or eps is None or len(list(norm.parameters())) != 1:
+        return stranger
+    size = weight.numel()
+    generator = torch.Generator().manual_seed(size)
+    twin = copy.deepcopy(norm)
+    drawn = torch.randn(size, generator=generator)
+    twin._parameters["weight"] = nn.Parameter(drawn, requires_grad=False)
+    rows = torch.randn((8, size), generator=generator)
+    expected = twin(rows)
+    orders: tuple[PostNormOrder, ...] = ("normalise_first", "scale_first")
+    for order, offset in product(orders, (0.0, 1.0)):
+        form = ExpertsConfig(
+            num_experts=1,
+            hidden_size=size,
+            intermediate_size=1,
+            post_norm_eps=eps,
+            post_norm_order=order,
+        )
+        if torch.allclose(post_expert_norm(rows, drawn + offset, form), expected, rtol=1e-5):
+            return PostNorm(eps, order, offset)
+    return stranger
 
 
 def _is_transposed(module: nn.Module, weights: ExpertWeights) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, MoEConfig, Precision, RunnerConfig
-from moetor.huggingface.experts_form import experts_weights
+from moetor.huggingface.experts_form import adopt_post_norm, experts_weights
 from moetor.huggingface.router_form import KeptRouter, RecognisedRouter
 from moetor.huggingface.router_trial import lookup
 from moetor.kernels.gate import gate_product
@@ -199,6 +199,7 @@ class FusedMoEBlock(MoELayer):
                 output_transform=last or ChildNames.output_transform,
             ),
         )
+        adopt_post_norm(self.routed_experts, block.get_submodule(children.experts))
         self.plan_router = plan.router
         self.children_names = children
         self.returns = plan.returns
@@ -333,10 +334,12 @@ class FusedExperts(nn.Module):
         super().__init__()
         method = make_method(None, runner.kernel, batch_invariant=runner.batch_invariant)
         experts = Experts(config, method, top_k, weights=experts_weights(original))
+        adopt_post_norm(experts, original)
         # In __dict__, not as a submodule: the parameters are registered here, without a prefix.
         self.__dict__["_experts"] = experts
         self.__dict__["_original"] = original
         self._parameters = experts._parameters
+        self._modules = experts._modules
         self.dispatcher = LocalDispatcher()
         self.runner = make_runner(runner)
         self.name = register_layer(self, path)

@@ -15,6 +15,7 @@ from moetor.config import ExpertsConfig
 from moetor.kernels.activations import activate
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
 from moetor.kernels.invariant import in_fixed_blocks
+from moetor.kernels.norm import post_expert_norm
 
 
 def _product(x_SX: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor:
@@ -37,8 +38,8 @@ def _expert(
     if config.post_norm_eps is not None:
         assert weights.post_norm is not None, "a form with post_norm_eps comes with its weight"
         wide = out_SH if out_SH.dtype == torch.float64 else out_SH.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + config.post_norm_eps)
-        out_SH = (wide * scale * weights.post_norm.to(wide.dtype)).to(out_SH.dtype)
+        normed = post_expert_norm(wide, weights.post_norm.to(wide.dtype), config)
+        out_SH = normed.to(out_SH.dtype)
     return out_SH
 
 

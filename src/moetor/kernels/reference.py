@@ -13,6 +13,7 @@ from torch import Tensor
 from moetor.config import ExpertsConfig
 from moetor.kernels.activations import activate
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.norm import post_expert_norm
 
 
 def one_expert(
@@ -32,8 +33,7 @@ def one_expert(
         out_SH = out_SH + weights.down_bias[expert].to(dtype)
     if config.post_norm_eps is not None:
         assert weights.post_norm is not None, "a form with post_norm_eps comes with its weight"
-        variance = out_SH.square().mean(dim=-1, keepdim=True)
-        out_SH = out_SH * torch.rsqrt(variance + config.post_norm_eps) * weights.post_norm.to(dtype)
+        out_SH = post_expert_norm(out_SH, weights.post_norm.to(dtype), config)
     return out_SH
 
 

@@ -15,6 +15,8 @@ from moetor.kernels.base import ExpertWeights
 from moetor.kernels.routing import Routing
 from moetor.quantization.method import ModularMethod, MonolithicMethod
 
+POST_NORM_NAME = "post_expert_norm"
+
 
 class Experts(nn.Module):
     """Packed expert weights under the names that Transformers gives them.
@@ -71,8 +73,24 @@ class Experts(nn.Module):
             down=self.down_proj.detach(),
             gate_up_bias=_detached(getattr(self, f"{self.up_name}_bias")),
             down_bias=_detached(self.down_proj_bias),
-            post_norm=_detached(self.post_norm),
+            post_norm=self._post_norm_weight(),
         )
+
+    def adopt_post_norm(self, norm: nn.Module, offset: float) -> None:
+        """Takes the weight of the norm after each expert from a module, `norm.weight + offset`,
+        which keeps the name that it has in a checkpoint.
+        """
+        self.register_parameter("post_norm", None)
+        self.add_module(POST_NORM_NAME, norm)
+        self._post_norm_offset = offset
+
+    def _post_norm_weight(self) -> Tensor | None:
+        norm = self._modules.get(POST_NORM_NAME)
+        if norm is None:
+            return _detached(self.post_norm)
+        weight = norm.weight
+        assert isinstance(weight, Tensor), "recognised as a norm with a weight"
+        return weight.detach() + self._post_norm_offset
 
     @property
     def kernel_name(self) -> str:
