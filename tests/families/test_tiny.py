@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from moetor.errors import ConfigError
 from moetor.tools.tiny import FAMILIES, logits_of, tiny_inputs, tiny_model
@@ -60,6 +62,10 @@ def test_selection_biases_differ_and_some_are_negative(name: str) -> None:
         assert (bias > 0).any()
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="limits that are fixed numbers in an older Transformers",
+)
 @pytest.mark.parametrize("name", list(CLAMPS))
 def test_clamps_are_active(name: str) -> None:
     class_name, attribute = CLAMPS[name]

@@ -144,7 +144,7 @@ COMPOSITE_FAMILIES: dict[str, Family] = {
         {
             "num_key_value_heads": 4,
             "qk_rope_head_dim": 0,
-            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+            "layer_types": LINEAR,
             "mlp_layer_types": SPARSE,
             "index_kpool": 2,
         },
@@ -186,11 +186,12 @@ COMPOSITE_FAMILIES: dict[str, Family] = {
         model="MiniMaxM3SparseForConditionalGeneration",
         settings={
             "text_config": {
+                "model_type": "minimax_m3_vl_text",
                 "mlp_layer_types": SPARSE,
                 "dense_intermediate_size": 96,
                 "rotary_dim": 8,
             },
-            "vision_config": {},
+            "vision_config": {"model_type": "minimax_m3_vl_vision"},
             "image_token_index": IMAGE,
             "video_token_index": VIDEO,
             "projector_hidden_size": 32,

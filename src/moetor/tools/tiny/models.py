@@ -85,16 +85,24 @@ def _settings(config_class: Any, shared: Settings, own: Settings) -> dict[str, A
     """The shared settings that the configuration has, and the family's own, part by part."""
     known = {field.name for field in fields(config_class)}
     settings = {name: value for name, value in shared.items() if name in known} | dict(own)
-    for key, sub_class in config_class.sub_configs.items():
-        part = settings.get(key)
-        if isinstance(part, Mapping):
-            shared_by_part = TEXT_SETTINGS if key == "text_config" else TOWER_SETTINGS
-            settings[key] = _settings(_sub_class(sub_class, part), shared_by_part, part)
+    parts = {
+        key: settings[key]
+        for key in config_class.sub_configs
+        if isinstance(settings.get(key), Mapping)
+    }
+    # A composite cannot tell the class of a part that may be of any family: it gets objects.
+    # Where it can, it gets settings; some composites of older releases take nothing else.
+    make_objects = any("model_type" in part for part in parts.values())
+    for key, part in parts.items():
+        part_class = _part_class(config_class.sub_configs[key], part)
+        shared_by_part = TEXT_SETTINGS if key == "text_config" else TOWER_SETTINGS
+        own_by_part = {name: value for name, value in part.items() if name != "model_type"}
+        given = _settings(part_class, shared_by_part, own_by_part)
+        settings[key] = part_class(**given) if make_objects else given
     return settings
 
 
-def _sub_class(declared: Any, settings: Settings) -> Any:
-    """The class of a sub-configuration; a composite of any family's parts declares `AutoConfig`."""
+def _part_class(declared: Any, settings: Settings) -> Any:
     if "model_type" not in settings:
         return declared
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
