@@ -47,7 +47,8 @@ group limit of the family at work. Written by `python -m moetor.tools.compatibil
 COMPATIBILITY.md`; a check in the tests fails when it is out of date.
 
 - **blocks**: number of MoE blocks at level *block* (the whole block is one fused layer), *experts*
-  (the experts alone are fused, the family's own code routes) and *none* (left as it is).
+  (the experts alone are fused, the family's own code routes) and *none* (left as it is); in
+  float32, and where bfloat16 reaches another level the note says so.
 - **routing**: as recognised; *callable*: the family's own router is called, the rest is fused.
 - **float32**: largest deviation of the logits from those of the model before fusing, over the
   largest logit.

@@ -29,13 +29,20 @@ def family_of(name: str) -> Family:
     return FAMILIES[name]
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def tiny_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    settings: Settings | None = None,
+) -> Any:
     """A tiny random model of a family, in eval mode, with nothing degenerate.
 
     Args:
         name: of the family, as in `FAMILIES`.
         dtype: of the parameters; those that the family keeps in float32 stay so.
         seed: of the weights.
+        settings: of the configuration, on top of those of the family: another variant of it.
 
     Returns:
         A `PreTrainedModel`.
@@ -48,20 +55,21 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     model_class = family_class(name, "modeling", family.model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class._from_config(tiny_config(name), dtype=torch.float32)
+        model = model_class._from_config(tiny_config(name, settings), dtype=torch.float32)
     randomise(model, seed)
     if dtype != torch.float32:
-        rounded = model_class._from_config(tiny_config(name), dtype=dtype)
+        rounded = model_class._from_config(tiny_config(name, settings), dtype=dtype)
         copy_rounded(model, rounded)
         model = rounded
     return model.eval().requires_grad_(False)
 
 
-def tiny_config(name: str) -> Any:
-    """The configuration of a family's tiny model."""
+def tiny_config(name: str, settings: Settings | None = None) -> Any:
+    """The configuration of a family's tiny model, with further settings on top."""
     family = family_of(name)
     config_class = family_class(name, "configuration", family.config)
-    return config_class(**_settings(config_class, TEXT_SETTINGS, family.settings))
+    own = {**family.settings, **(settings or {})}
+    return config_class(**_settings(config_class, TEXT_SETTINGS, own))
 
 
 def family_class(name: str, kind: str, class_name: str) -> Any:
