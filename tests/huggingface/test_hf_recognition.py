@@ -200,7 +200,7 @@ class Mutation:
 
     Attributes:
         router, activation, experts: fields to change in the respective configuration.
-        recognised: fields of `RecognisedRouter` itself.
+        recognised: fields of its `RouterNames`.
     """
 
     tiny: Tiny
@@ -221,7 +221,8 @@ class Mutation:
             found = router(*args, **kwargs)
             assert isinstance(found, RecognisedRouter)
             config = replace(found.config, **self.router)
-            return replace(found, config=config, **self.recognised)
+            names = replace(found.names, **self.recognised)
+            return replace(found, config=config, names=names)
 
         def wrong_experts(module: nn.Module) -> Any:
             found = experts(module)

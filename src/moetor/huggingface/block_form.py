@@ -82,16 +82,9 @@ def recognise_block(
     hint: RouterConfig | None,
 ) -> BlockPlan | Unrecognised:
     """A plan for the whole block, or why there is none."""
-    if "forward" in block.__dict__ or "forward" in block.get_submodule(experts_name).__dict__:
-        return Unrecognised("its forward is wrapped by a hook (device map or tensor parallelism)")
-    extra = [
-        name
-        for name, parameter in list(inspect.signature(block.forward).parameters.items())[1:]
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    unknown = [name for name in extra if name not in EXTRA_INPUTS]
-    if unknown:
-        return Unrecognised(f"its block also takes {', '.join(unknown)}")
+    arguments = _arguments(block, experts_name)
+    if isinstance(arguments, Unrecognised):
+        return arguments
     children = _children(block, experts_name)
     if isinstance(children, Unrecognised):
         return children
@@ -109,8 +102,8 @@ def recognise_block(
     if isinstance(router, Unrecognised):
         return router
     bias = None
-    if isinstance(router, RecognisedRouter) and router.selection_bias_on_block:
-        bias = router.selection_bias
+    if isinstance(router, RecognisedRouter) and router.names.selection_bias_on_block:
+        bias = router.names.selection_bias
     stray = [name for name in (*block._parameters, *block._buffers) if name != bias]
     if stray:
         return Unrecognised(
@@ -136,9 +129,22 @@ def recognise_block(
         router=router,
         children=children,
         config=config,
-        inputs=tuple(extra),
+        inputs=arguments,
         shared_weights=_shared_weights(block, children, router),
     )
+
+
+def _arguments(block: nn.Module, experts_name: str) -> tuple[str, ...] | Unrecognised:
+    """Names of what the block takes besides hidden states, or why it cannot be called by us."""
+    if "forward" in block.__dict__ or "forward" in block.get_submodule(experts_name).__dict__:
+        return Unrecognised("its forward is wrapped by a hook (device map or tensor parallelism)")
+    extra = tuple(
+        name
+        for name, parameter in list(inspect.signature(block.forward).parameters.items())[1:]
+        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    )
+    unknown = [name for name in extra if name not in EXTRA_INPUTS]
+    return Unrecognised(f"its block also takes {', '.join(unknown)}") if unknown else extra
 
 
 def router_label(plan: BlockPlan) -> str:

@@ -17,7 +17,13 @@ from moetor.huggingface.block_form import (
 )
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.fusing import FuseLevel, check_request, left_alone_report, top_k_of
-from moetor.huggingface.loading import find_device, find_dtype, load_config, model_class
+from moetor.huggingface.loading import (
+    find_device,
+    find_dtype,
+    first_line,
+    load_config,
+    model_class,
+)
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.kernels.base import KernelQuery
 from moetor.kernels.select import KernelChoice, select_kernel
@@ -72,11 +78,9 @@ def build_skeleton(model: str, config: object, *, trust_remote_code: bool) -> nn
                 made = maker.from_config(config, trust_remote_code=trust_remote_code)
             else:
                 made = maker(config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ImportError) as error:
-        text = str(error).strip().splitlines()
-        reason = text[0] if text else type(error).__name__
+    except Exception as error:  # a configuration can be wrong in as many ways as there are models
         raise CheckpointError(
-            f"no model can be built from the config of {model!r}: {reason}"
+            f"no model can be built from the config of {model!r}: {first_line(error)}"
         ) from error
     skeleton: nn.Module = made.eval()
     return skeleton

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from moetor.demo import model_path
-from moetor.errors import CheckpointError, ConfigError
+from moetor.errors import CheckpointError, ConfigError, MoetorError
 
 DEMO = "demo"
 DTYPES = {
@@ -33,6 +35,7 @@ _CONTEXT_ATTRIBUTES = (
     "seq_length",
 )
 _BYTES_OF = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+_LINE = 200
 LoadProgress = Callable[[int, int], None]
 """`progress(done, total)` in weights."""
 
@@ -47,13 +50,13 @@ def resolve(model: str) -> str:
     if model == DEMO:
         return str(model_path())
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(
                 f"{model!r} has no config.json; give the folder of a Transformers checkpoint"
             )
         return str(path)
-    if path.exists():
+    if model and path.exists():
         raise CheckpointError(f"{model!r} is a file; give the folder that holds config.json")
     local = model.startswith((".", "/", "~")) or model.count("/") != 1
     if local or not all(model.split("/")):
@@ -85,9 +88,13 @@ def load_tokenizer(
         CheckpointError: it cannot be found or read.
     """
     with _one_sentence(model):
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             resolve(model), revision=revision, trust_remote_code=trust_remote_code
         )
+    # Without files, some classes make a tokenizer that turns every text into nothing.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise CheckpointError(f"{model!r} holds no tokenizer, such as a tokenizer.json")
+    return tokenizer
 
 
 def load_model(
@@ -112,7 +119,7 @@ def load_model(
         ConfigError: unknown dtype or device.
     """
     source = resolve(model)
-    target = find_device(device)
+    target, wanted = find_device(device), find_dtype(dtype) or "auto"
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     if Path(source).is_dir():
         check_files(Path(source))
@@ -120,11 +127,17 @@ def load_model(
         loaded, info = model_class(config).from_pretrained(
             source,
             config=config,
-            dtype=find_dtype(dtype) or "auto",
+            dtype=wanted,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             revision=revision,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+        )
+    for name, found, asked in sorted(info["mismatched_keys"]):
+        raise CheckpointError(
+            f"{model!r} has tensor {name} of shape {tuple(found)} where its configuration asks for "
+            f"{tuple(asked)}"
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -199,9 +212,11 @@ def check_files(folder: Path) -> None:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a safetensors index: {error}") from error
-        files = [folder / name for name in names]
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{index} is not a safetensors index: {first_line(error)}"
+            ) from error
         absent = [file.name for file in files if not file.is_file()]
         if absent:
             raise CheckpointError(
@@ -223,36 +238,61 @@ def check_safetensors(file: Path) -> None:
     Raises:
         CheckpointError: the header is not one, or the file is shorter or longer than it says.
     """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if length > size - 8:
             raise CheckpointError(f"{file} is truncated or no safetensors file ({size} bytes)")
-        try:
-            header = json.loads(stream.read(length))
-            tensors = {name: item for name, item in header.items() if name != "__metadata__"}
-            ends = [int(item["data_offsets"][1]) for item in tensors.values()]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} has a corrupt safetensors header") from error
-    expected = 8 + length + max(ends, default=0)
+        text = stream.read(length)
+    try:
+        entries = [_Entry.read(*item) for item in json.loads(text).items()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a corrupt safetensors header") from error
+    tensors = [entry for entry in entries if entry.name != "__metadata__"]
+    expected = 8 + length + max((entry.end for entry in tensors), default=0)
     if expected != size:
         raise CheckpointError(
             f"{file} has {size} bytes where its header asks for {expected}; it is "
             f"{'truncated' if size < expected else 'corrupt'}, download it again"
         )
-    for name, item in tensors.items():
-        _check_extent(file, name, item)
+    for entry in tensors:
+        if not entry.fits:
+            raise CheckpointError(
+                f"{file}: tensor {entry.name} does not have the bytes of its shape"
+            )
 
 
-def _check_extent(file: Path, name: str, item: dict[str, Any]) -> None:
-    width = _BYTES_OF.get(item.get("dtype", ""))
-    start, end = item["data_offsets"]
-    count = 1
-    for length in item.get("shape", ()):
-        count *= length
-    if start > end or (width is not None and end - start != count * width):
-        raise CheckpointError(f"{file}: tensor {name} does not have the bytes of its shape")
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of a safetensors header."""
+
+    name: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    start: int = 0
+    end: int = 0
+
+    @classmethod
+    def read(cls, name: str, item: Any) -> _Entry:
+        """Raises one of Python's own errors where the entry is none."""
+        if name == "__metadata__":
+            return cls(name)
+        (start, end), shape = item["data_offsets"], tuple(item["shape"])
+        if not all(isinstance(number, int) and number >= 0 for number in (start, end, *shape)):
+            raise ValueError(f"{name} has sizes that are no sizes")
+        if not isinstance(item["dtype"], str):
+            raise TypeError(f"{name} has a dtype that is no name")
+        return cls(name, item["dtype"], shape, start, end)
+
+    @property
+    def fits(self) -> bool:
+        """Whether its bytes are those of its shape."""
+        width = _BYTES_OF.get(self.dtype)
+        bytes_there = self.end - self.start
+        return bytes_there >= 0 and (width is None or bytes_there == width * math.prod(self.shape))
 
 
 @contextmanager
@@ -263,26 +303,35 @@ def _one_sentence(model: str) -> Iterator[None]:
     hub_logger.setLevel(logging.ERROR)  # its retries, one warning each
     try:
         yield
-    except CheckpointError:
+    except MoetorError:
         raise
     except ImportError as error:
         raise CheckpointError(
-            f"{model!r} needs a package that is missing: {_first(error)}"
+            f"{model!r} needs a package that is missing: {first_line(error)}"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # safetensors and strict configurations have classes of their own
         if "couldn't connect" in str(error) or "connection" in str(error).lower():
             raise CheckpointError(
                 f"{model!r} is no local folder, not in the cache, and the hub cannot be reached; "
                 "check the name or the network"
             ) from error
-        raise CheckpointError(f"{model!r} cannot be loaded: {_first(error)}") from error
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{model!r} needs Python code that it brings along; read that code, and pass "
+                "trust_remote_code=True to run it"
+            ) from error
+        raise CheckpointError(f"{model!r} cannot be loaded: {first_line(error)}") from error
     finally:
         hub_logger.setLevel(level)
 
 
-def _first(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of bounded length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    text = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else " ".join(lines[:2])
+    return text.rstrip(".:") if len(text) <= _LINE else text[:_LINE] + " ..."
 
 
 @contextmanager

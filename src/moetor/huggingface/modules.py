@@ -41,8 +41,8 @@ class GateForward:
 
     def __init__(self, router: nn.Module, recognised: RecognisedRouter) -> None:
         self.router = router
-        self.weight = recognised.weight
-        self.bias = recognised.bias
+        self.weight = recognised.names.weight
+        self.bias = recognised.names.bias
         self.precision: Precision = recognised.config.gate_precision
         self.logits_precision: Precision = recognised.logits_precision
 
@@ -241,10 +241,10 @@ class FusedMoEBlock(MoELayer):
     def selection_bias(self) -> Tensor | None:
         """The family's own bias tensor, on its router or on its block."""
         router = self.plan_router
-        if isinstance(router, KeptRouter) or router.selection_bias is None:
+        if isinstance(router, KeptRouter) or router.names.selection_bias is None:
             return None
-        owner = self if router.selection_bias_on_block else self.router_module
-        return lookup(owner, router.selection_bias).flatten()
+        owner = self if router.names.selection_bias_on_block else self.router_module
+        return lookup(owner, router.names.selection_bias).flatten()
 
     # A family's block takes no router logits, but what its router needs, and may return more.
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ tuples. Shape letters: T tokens, K top_k, E router logits, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -107,24 +107,35 @@ class KeptRouter:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RouterNames:
+    """Where a router's tensors are.
+
+    Attributes:
+        weight, bias: names of the gate's parameters below the router module.
+        selection_bias: name of the bias tensor below its owner, or None.
+        selection_bias_on_block: whether that owner is the block, which passes the bias to the
+            router.
+    """
+
+    weight: str
+    bias: str | None
+    selection_bias: str | None = None
+    selection_bias_on_block: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecognisedRouter:
     """A router whose formula is known.
 
     Attributes:
         config: the formula.
-        weight, bias: names of the gate's parameters below the router module.
-        selection_bias: name of the bias tensor below its owner, or None.
+        names: of its tensors.
         logits_precision: of the logits that the module returns (Granite casts them to float32).
-        selection_bias_on_block: whether that owner is the block, which passes the bias to the
-            router.
     """
 
     config: RouterConfig
-    weight: str
-    bias: str | None
-    selection_bias: str | None = None
-    selection_bias_on_block: bool = False
-    logits_precision: Precision = "model"
+    names: RouterNames
+    logits_precision: Precision
 
 
 def recognise_router(
@@ -150,50 +161,51 @@ def recognise_router(
     gate = _gate_parameters(router)
     if isinstance(gate, Unrecognised):
         return _kept(router, hidden_size, gate)
-    weight_name, bias_name = gate
-    weight = lookup(router, weight_name)
+    weight = lookup(router, gate.weight)
     if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
         return Unrecognised(
             f"its router {type(router).__name__} has a gate of shape {tuple(weight.shape)}, not "
             f"[{num_experts} or more, {hidden_size}]"
         )
-    selection, on_block = _selection_bias(router, block)
-    trials = []
-    for shift in BIAS_SHIFTS if selection is not None else BIAS_SHIFTS[:1]:
-        twin = random_twin(router, shift)
-        bias_E = None
-        if selection is not None:
-            bias_E = lookup(block if on_block else twin, selection).flatten()
-            if on_block:
-                bias_E = random_like(bias_E, BIAS_STD, shift)
-        answer = try_router(twin, hidden_size, bias_E if on_block else None)
-        if isinstance(answer, Unrecognised):
-            return answer
-        if answer.inputs or answer.answers > 3:
-            why = Unrecognised("its router takes more than hidden states")
-            return _kept(router, hidden_size, why)
-        gate_bias = None if bias_name is None else lookup(twin, bias_name)
-        trials.append(Trial(lookup(twin, weight_name), gate_bias, bias_E, answer))
-    in_float32 = trials[0].answer.logits_dtype == torch.float32
+    names = replace(gate, **_selection_bias(router, block))
+    trials = _trials(router, block, names, hidden_size)
+    if isinstance(trials, Unrecognised):
+        return trials
+    biased = names.selection_bias is not None
     zero_experts = weight.shape[0] - num_experts
-    configs = _candidates(router, block, num_experts, zero_experts, selection is not None)
+    configs = _candidates(router, block, num_experts, zero_experts, biased)
     for config in dict.fromkeys(configs if hint is None else (hint, *configs)):
-        if config.num_logits != weight.shape[0] or config.selection_bias != (selection is not None):
+        if config.num_logits != weight.shape[0] or config.selection_bias != biased:
             continue
         if all(reproduces(config, trial) for trial in trials):
+            in_float32 = trials[0].answer.logits_dtype == torch.float32
             return RecognisedRouter(
-                config=config,
-                weight=weight_name,
-                bias=bias_name,
-                selection_bias=selection,
-                selection_bias_on_block=on_block,
-                logits_precision="float32" if in_float32 else "model",
+                config=config, names=names, logits_precision="float32" if in_float32 else "model"
             )
-    return _kept(
-        router,
-        hidden_size,
-        Unrecognised(f"no description reproduces its router {type(router).__name__}"),
-    )
+    why = f"no description reproduces its router {type(router).__name__}"
+    return _kept(router, hidden_size, Unrecognised(why))
+
+
+def _trials(
+    router: nn.Module, block: nn.Module, names: RouterNames, hidden_size: int
+) -> list[Trial] | Unrecognised:
+    """The router's answers with random values, once for each mean of its biases."""
+    trials = []
+    biased = names.selection_bias is not None
+    for shift in BIAS_SHIFTS if biased else BIAS_SHIFTS[:1]:
+        twin = random_twin(router, shift)
+        selection_bias_E = block_bias = None
+        if names.selection_bias is not None and names.selection_bias_on_block:
+            own = lookup(block, names.selection_bias).flatten()
+            selection_bias_E = block_bias = random_like(own, BIAS_STD, shift)
+        elif names.selection_bias is not None:
+            selection_bias_E = lookup(twin, names.selection_bias).flatten()
+        answer = try_router(twin, hidden_size, block_bias)
+        if isinstance(answer, Unrecognised):
+            return answer
+        gate_bias = None if names.bias is None else lookup(twin, names.bias)
+        trials.append(Trial(lookup(twin, names.weight), gate_bias, selection_bias_E, answer))
+    return trials
 
 
 def _kept(router: nn.Module, hidden_size: int, why: Unrecognised) -> KeptRouter | Unrecognised:
@@ -212,7 +224,7 @@ def _kept(router: nn.Module, hidden_size: int, why: Unrecognised) -> KeptRouter 
     )
 
 
-def _gate_parameters(router: nn.Module) -> tuple[str, str | None] | Unrecognised:
+def _gate_parameters(router: nn.Module) -> RouterNames | Unrecognised:
     """Names of the gate's weight [E, H] and of its bias [E]."""
     named = dict(router.named_parameters())
     matrices = [name for name, parameter in named.items() if parameter.dim() == 2]
@@ -231,19 +243,19 @@ def _gate_parameters(router: nn.Module) -> tuple[str, str | None] | Unrecognised
             f"its router {type(router).__name__} holds parameters that no gate has: "
             f"{', '.join(rest)}"
         )
-    return matrices[0], bias if bias in named else None
+    return RouterNames(weight=matrices[0], bias=bias if bias in named else None)
 
 
-def _selection_bias(router: nn.Module, block: nn.Module) -> tuple[str | None, bool]:
-    """Name of the selection bias, and whether the block owns it."""
+def _selection_bias(router: nn.Module, block: nn.Module) -> dict[str, Any]:
+    """Name of the selection bias, and whether the block owns it, as fields of `RouterNames`."""
     for owner, on_block in ((router, False), (block, True)):
         for name in BIAS_NAMES:
             try:
                 lookup(owner, name)
             except (AttributeError, AssertionError):
                 continue
-            return name, on_block
-    return None, False
+            return {"selection_bias": name, "selection_bias_on_block": on_block}
+    return {}
 
 
 def _attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:

@@ -177,8 +177,13 @@ class Trial:
 
 
 def reproduces(config: RouterConfig, trial: Trial) -> bool:
-    """Whether the formula gives the router's own answer, slot order aside."""
+    """Whether the formula gives the router's own answer, slot order aside.
+
+    Never for a router that takes or gives more than a formula does.
+    """
     answer = trial.answer
+    if answer.inputs or answer.answers > 3:
+        return False
     logits = gate_product(answer.hidden_TH, trial.weight_EH, trial.bias_E, config.gate_precision)
     # As if identity experts were ordinary ones: the router itself does not tell them apart.
     plain = replace(config, num_experts=config.num_logits, num_zero_experts=0)

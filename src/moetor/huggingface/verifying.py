@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moetor.demo import heldout_text
 from moetor.errors import FusionMismatchError
-from moetor.huggingface.fusing import FuseLevel, Progress, fuse, unfuse
+from moetor.huggingface.fusing import FuseLevel, Progress, check_request, fuse, unfuse
 from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
+from moetor.huggingface.report import BlockReport
 from moetor.huggingface.trial import relative_error, tolerance
 
 # Tokens of the comparison of logits, and of the demo's perplexity.
@@ -96,60 +97,76 @@ def verify(
         FusionError: a live model is fused already or in training mode.
         KernelRefusedError: the kernel is unknown or refuses.
     """
-    live: nn.Module
+    check_request(level, kernel, None)
     if isinstance(model, str):
-        source = {"revision": revision, "trust_remote_code": trust_remote_code}
-        live = load_model(model, dtype=dtype, device=device, **source)  # type: ignore[arg-type]
+        live: nn.Module = load_model(
+            model,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     else:
         live = model
-    ids_BT = _random_ids(live)
-    original = _logits(live, ids_BT)
-    limit = tolerance(original.dtype)
-    text_ids = _demo_ids(live) if model == DEMO else None
-    before = None if text_ids is None else perplexity(live, text_ids)
+    measured = _Measured(live, _demo_ids(live) if model == DEMO else None)
+    limit = tolerance(next(live.parameters()).dtype)
     try:
         report = fuse(live, level=level, kernel=kernel, progress=progress)
     except FusionMismatchError as mismatch:
-        failed = BlockCheck(
-            name="",
-            level="",
-            kernel=None,
-            max_error=None,
-            tolerance=limit,
-            ok=False,
-            note=str(mismatch),
-        )
-        return VerifyReport(
-            blocks=(failed,),
-            logits_error=math.inf,
-            logits_tolerance=limit,
-            non_finite=non_finite(live),
-            perplexity=None,
-        )
-    checks = tuple(
-        BlockCheck(
-            name=block.name,
-            level=block.level,
-            kernel=block.kernel,
-            max_error=block.max_error,
-            tolerance=limit,
-            ok=block.max_error is None or block.max_error <= limit,
-            note=block.reason,
-        )
-        for block in report.blocks
-    )
+        return _mismatch_report(str(mismatch), limit, non_finite(live))
     try:
-        error = relative_error(_logits(live, ids_BT), original)
-        after = None if text_ids is None else perplexity(live, text_ids)
+        error, perplexities = measured.compare(live)
     finally:
         unfuse(live)
     return VerifyReport(
-        blocks=checks,
+        blocks=tuple(_check(block, limit) for block in report.blocks),
         logits_error=error,
         # Layers add their errors, and each layer's error passes through the next ones.
-        logits_tolerance=limit * max(1, len(checks)) ** 0.5,
+        logits_tolerance=limit * max(1, len(report.blocks)) ** 0.5,
         non_finite=non_finite(live),
-        perplexity=None if before is None or after is None else (before, after),
+        perplexity=perplexities,
+    )
+
+
+class _Measured:
+    """The original's logits and perplexity, to compare the fused model with."""
+
+    def __init__(self, model: nn.Module, text_ids_T: Tensor | None) -> None:
+        self.ids_BT = _random_ids(model)
+        self.logits = _logits(model, self.ids_BT)
+        self.text_ids_T = text_ids_T
+        self.perplexity = None if text_ids_T is None else perplexity(model, text_ids_T)
+
+    def compare(self, model: nn.Module) -> tuple[float, tuple[float, float] | None]:
+        """The error of the model's logits, and both perplexities where there is a text."""
+        error = relative_error(_logits(model, self.ids_BT), self.logits)
+        if self.text_ids_T is None or self.perplexity is None:
+            return error, None
+        return error, (self.perplexity, perplexity(model, self.text_ids_T))
+
+
+def _check(block: BlockReport, limit: float) -> BlockCheck:
+    return BlockCheck(
+        name=block.name,
+        level=block.level,
+        kernel=block.kernel,
+        max_error=block.max_error,
+        tolerance=limit,
+        ok=block.max_error is None or block.max_error <= limit,
+        note=block.reason,
+    )
+
+
+def _mismatch_report(note: str, limit: float, not_finite: tuple[str, ...]) -> VerifyReport:
+    failed = BlockCheck(
+        name="", level="", kernel=None, max_error=None, tolerance=limit, ok=False, note=note
+    )
+    return VerifyReport(
+        blocks=(failed,),
+        logits_error=math.inf,
+        logits_tolerance=limit,
+        non_finite=not_finite,
+        perplexity=None,
     )
 
 
