@@ -69,14 +69,14 @@ def try_block(
 
     Args:
         plans: compositions of one block.
-        compare: False tries them on few tokens, only to tell compositions apart, and gives no
-            error.
+        compare: False tries them on few tokens, only to tell compositions apart, takes the nearest
+            one and gives no error.
 
     Raises:
         FusionMismatchError: no plan reproduces the original.
     """
     tokens = TRIAL_TOKENS if compare else FEW_TOKENS
-    least = float("inf")
+    best: tuple[FusedMoEBlock, float] | None = None
     for plan in plans:
         experts = next(plan.block.get_submodule(plan.children.experts).parameters())
         hidden = random_hidden(tokens, plan.config.hidden_size, experts)
@@ -87,9 +87,13 @@ def try_block(
         fused, error = tried
         if error <= limit:
             return fused, error if compare else None
-        least = min(least, error)
+        if best is None or error < best[1]:
+            best = tried
+    assert best is not None, "there is at least one composition"
+    if not compare:
+        return best[0], None
     raise FusionMismatchError(
-        f"block {plan.path!r}: the fused block differs from the original by {least:.2e} of its "
+        f"block {plan.path!r}: the fused block differs from the original by {best[1]:.2e} of its "
         f"largest output, {limit:.1e} is allowed; nothing was changed. Use level='experts' for "
         "this model"
     )
