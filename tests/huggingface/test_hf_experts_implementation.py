@@ -327,17 +327,9 @@ def test_frozen_model_in_training_mode_runs() -> None:
 ORDERS = {
     "moetor-first": "import moetor\nfrom transformers import AutoModelForCausalLM",
     "transformers-first": "from transformers import AutoModelForCausalLM\nimport moetor",
-    "model-class-first": "from transformers import MixtralForCausalLM, AutoModelForCausalLM\n"
-    "import moetor",
     "moetor-then-base-class": "import moetor\nfrom transformers import PreTrainedModel\n"
     "from transformers import AutoModelForCausalLM",
-    "moetor-then-the-registry": "import moetor\nimport transformers.integrations.moe\n"
-    "from transformers import AutoModelForCausalLM",
     "moetor-then-fp8": "import moetor\nimport transformers.integrations.finegrained_fp8\n"
-    "from transformers import AutoModelForCausalLM",
-    "moetor-then-pipeline": "import moetor\nfrom transformers import pipeline\n"
-    "from transformers import AutoModelForCausalLM",
-    "everything-of-moetor-first": "from moetor import fuse, verify, explain, MoELayer\n"
     "from transformers import AutoModelForCausalLM",
 }
 _RUN = """
