@@ -108,6 +108,8 @@ def test_batch_invariant_rows_do_not_see_their_batch(
     dtype: torch.dtype,
     rng: torch.Generator,
 ) -> None:
+    if kernel.name == "reference" and max(size) > 13:
+        pytest.skip("it multiplies row by row: nothing depends on the size")
     config = replace(case.config, hidden_size=size[0], intermediate_size=size[1])
     case = replace(case, config=config, tokens=35)
     drawn = draw(case, dtype, rng)
