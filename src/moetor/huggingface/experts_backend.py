@@ -47,6 +47,11 @@ class BorrowedExperts:
         self.name = register_layer(self, type(module).__name__)
 
     @property
+    def ranks(self) -> int:
+        """1: Transformers itself reduces what its experts return."""
+        return 1
+
+    @property
     def routed_experts(self) -> Experts:
         """The experts with the parameters that the module holds now."""
         module = self.module()

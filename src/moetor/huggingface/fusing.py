@@ -269,10 +269,8 @@ def _prepare_experts(
         return None, left_alone_report(path, block, reason)
     top_k = top_k_of(block, config.num_experts)
     fused = FusedExperts(original, config, top_k, options.runner, experts_path)
-    error: float | None = None
     try:
-        if options.compare:
-            error = try_experts(original, fused, experts_path)
+        error = try_experts(original, fused, experts_path, compare=options.compare)
     except FusionMismatchError as mismatch:
         if options.level != "auto":
             raise

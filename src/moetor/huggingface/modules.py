@@ -352,13 +352,18 @@ class FusedExperts(nn.Module):
         return experts
 
     @property
+    def ranks(self) -> int:
+        """1: Transformers itself reduces what its experts return."""
+        return 1
+
+    @property
     def num_experts(self) -> int:
         """E, as the original offers it."""
         return self.routed_experts.config.num_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the original experts module."""
-        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
         out: Tensor = ops.transformers_moe_forward(hidden_TH, top_k_weights, top_k_index, self.name)
         return out.reshape(hidden_states.shape)
 

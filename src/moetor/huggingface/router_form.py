@@ -197,7 +197,7 @@ def _trials(
         selection_bias_E = block_bias = None
         if names.selection_bias is not None and names.selection_bias_on_block:
             own = lookup(block, names.selection_bias).flatten()
-            selection_bias_E = block_bias = random_like(own, BIAS_STD, shift)
+            selection_bias_E = block_bias = random_like(own, "selection bias", BIAS_STD, shift)
         elif names.selection_bias is not None:
             selection_bias_E = lookup(twin, names.selection_bias).flatten()
         answer = try_router(twin, hidden_size, block_bias)

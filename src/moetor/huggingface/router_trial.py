@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,10 +41,14 @@ def lookup(owner: nn.Module, path: str) -> Tensor:
     return value.detach()
 
 
-def random_like(tensor: Tensor, std: float, mean: float = 0.0) -> Tensor:
-    """Normal values of this spread in the tensor's shape, dtype and (except meta) device."""
+def random_like(tensor: Tensor, name: str, std: float, mean: float = 0.0) -> Tensor:
+    """Normal values of this spread in the tensor's shape, dtype and (except meta) device.
+
+    Args:
+        name: tensors of different names get different values, also where their sizes agree.
+    """
     device = "cpu" if tensor.device.type == "meta" else tensor.device
-    generator = torch.Generator().manual_seed(tensor.numel())
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     drawn = torch.randn(tensor.shape, generator=generator) * std + mean
     return drawn.to(device, tensor.dtype)
 
@@ -55,24 +60,24 @@ def random_twin(router: nn.Module, bias_shift: float) -> nn.Module:
         bias_shift: mean of everything but matrices.
     """
     twin = copy.deepcopy(router)
-    for owner in twin.modules():
+    for path, owner in twin.named_modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[name] = nn.Parameter(
-                    _filled(parameter, bias_shift), requires_grad=False
+                    _filled(parameter, f"{path}.{name}", bias_shift), requires_grad=False
                 )
         for name, buffer in owner._buffers.items():
             if buffer is not None and buffer.is_floating_point():
-                owner._buffers[name] = _filled(buffer, bias_shift)
+                owner._buffers[name] = _filled(buffer, f"{path}.{name}", bias_shift)
             elif buffer is not None and buffer.device.type == "meta":
                 owner._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
     return twin.eval()
 
 
-def _filled(tensor: Tensor, bias_shift: float) -> Tensor:
+def _filled(tensor: Tensor, name: str, bias_shift: float) -> Tensor:
     if tensor.dim() == 2 and tensor.shape[0] > 1:
-        return random_like(tensor, tensor.shape[-1] ** -0.5)
-    return random_like(tensor, BIAS_STD, bias_shift)
+        return random_like(tensor, name, tensor.shape[-1] ** -0.5)
+    return random_like(tensor, name, BIAS_STD, bias_shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +101,7 @@ def try_router(
     like = next(router.parameters(), None)
     if like is None:
         return Unrecognised(f"{me} holds no parameters")
-    hidden_TH = random_like(like.new_empty((_PROBE_TOKENS, hidden_size)), 1.0)
+    hidden_TH = random_like(like.new_empty((_PROBE_TOKENS, hidden_size)), "hidden states", 1.0)
     parameters = list(inspect.signature(router.forward).parameters.items())[1:]
     inputs = tuple(
         (outer, inner) for outer, inner in EXTRA_INPUTS.items() if inner in dict(parameters)

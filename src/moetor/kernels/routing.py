@@ -5,6 +5,7 @@ Shape letters: T tokens, K top_k, E logits (experts and identity experts), G gro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,14 +32,25 @@ class Routing(NamedTuple):
     identity_weights: Tensor | None = None
 
 
+def _elementwise(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
+    """A function of each element, with bits that do not depend on the other tokens.
+
+    On the CPU torch computes the last elements of a tensor with other instructions, so that a
+    token's score would depend on the number of tokens: chunks would show.
+    """
+    if logits.device.type != "cpu":
+        return function(logits)
+    return in_fixed_blocks(function, logits, logits.shape[-1])
+
+
 def _score(logits: Tensor, config: RouterConfig) -> Tensor:
     match config.scoring:
         case "softmax":
             return torch.softmax(logits, dim=-1)
         case "sigmoid":
-            return torch.sigmoid(logits)
+            return _elementwise(torch.sigmoid, logits)
         case "sqrt_softplus":
-            return torch.sqrt(F.softplus(logits))
+            return _elementwise(lambda x: torch.sqrt(F.softplus(x)), logits)
 
 
 def _limit_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -73,7 +85,7 @@ def route(
     dtype: torch.dtype,
     forced_ids: Tensor | None = None,
 ) -> Routing:
-    """Routes each token; the formula is that of `moetor.config.RouterConfig`.
+    """Routes each token by itself; the formula is that of `moetor.config.RouterConfig`.
 
     Args:
         logits_TE: [T, E], any floating dtype. Scores are computed in float32 (float64 for float64
@@ -88,7 +100,8 @@ def route(
     if config.logit_multiplier != 1.0:
         logits = logits * config.logit_multiplier
     if config.logit_softcap is not None:
-        logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        cap = config.logit_softcap
+        logits = _elementwise(lambda x: cap * torch.tanh(x / cap), logits)
     scores = logits if config.score_order == "after_topk" else _score(logits, config)
     if forced_ids is not None:
         ids = forced_ids.to(device=scores.device, dtype=torch.int64)
@@ -110,32 +123,3 @@ def route(
         weights = weights.to(dtype)
     weights, ids, identity = split_identity(weights.to(torch.float32), ids.to(torch.int32), config)
     return Routing(weights, ids, identity)
-
-
-def route_in_blocks(
-    logits_TE: Tensor,
-    config: RouterConfig,
-    selection_bias: Tensor | None,
-    dtype: torch.dtype,
-    forced_ids: Tensor | None = None,
-) -> Routing:
-    """`route`, with bits that do not depend on the other tokens."""
-    top_k = config.top_k
-
-    def packed(block_TX: Tensor) -> Tensor:
-        block_TE, forced = block_TX, None
-        if forced_ids is not None:
-            block_TE, forced = block_TX.split((config.num_logits, top_k), dim=1)
-        routing = route(block_TE.to(logits_TE.dtype), config, selection_bias, dtype, forced)
-        identity = routing.identity_weights
-        columns = [routing.topk_weights, routing.topk_ids]
-        columns += [] if identity is None else [identity.unsqueeze(-1)]
-        return torch.cat([column.double() for column in columns], dim=1)  # exact for all three
-
-    rows_TX = logits_TE
-    if forced_ids is not None:
-        rows_TX = torch.cat((logits_TE.double(), forced_ids.to(logits_TE.device).double()), dim=1)
-    packed_TX = in_fixed_blocks(packed, rows_TX, config.num_logits)
-    weights, ids, identity = packed_TX.tensor_split((top_k, 2 * top_k), dim=1)
-    share = identity[:, 0].float() if config.num_zero_experts else None
-    return Routing(weights.float(), ids.to(torch.int32), share)

@@ -221,6 +221,13 @@ class MoELayer(nn.Module):
         return found
 
     @property
+    def ranks(self) -> int:
+        """How many ranks' results `reduce_results` sums; 1 without it."""
+        if self.process_group is None or not self.config.runner.reduce_results:
+            return 1
+        return dist.get_world_size(self.process_group)
+
+    @property
     def input_transform(self) -> Callable[[Tensor], Tensor] | None:
         """Projection to the latent width, before the routed experts alone."""
         return self._modules.get(self.names.input_transform)
@@ -255,7 +262,6 @@ class MoELayer(nn.Module):
             logits_TE,
             self.selection_bias,
             dtype,
-            batch_invariant=self.config.runner.batch_invariant,
             forced_ids=forced_ids,
         )
 
@@ -364,6 +370,8 @@ class MoELayer(nn.Module):
         # A copy or an unpickled layer is another layer: the ops must find it, not its model.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.name = register_layer(self, self.name)
+        if self.shared is not None:
+            self.shared.bind(self)
 
 
 def pad_hidden(weights: ExpertWeights, transposed: bool, hidden_size: int) -> ExpertWeights:

@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,12 +73,22 @@ class SharedExperts:
         *,
         batch_invariant: bool = False,
     ) -> None:
-        self.owner = owner
+        self.bind(owner)
         self.mlp = mlp
         self.gate = gate
         self.config = config
         self.batch_invariant = batch_invariant
         self._stream: torch.cuda.Stream | None = None
+
+    def bind(self, owner: nn.Module) -> None:
+        """Names the layer whose modules these are; a copy of a layer binds its own."""
+        # Weak, or the two would keep each other, and the weights, until a garbage collection.
+        self._owner: weakref.ref[nn.Module] | None = weakref.ref(owner)
+
+    def _module(self, name: str) -> nn.Module:
+        owner = None if self._owner is None else self._owner()
+        assert owner is not None, "a layer lives while its shared experts are called"
+        return owner.get_submodule(name)
 
     def __call__(self, hidden_TH: Tensor, **inputs: Tensor) -> Tensor:
         """[T, H] to [T, H]; `inputs` [T, ...] are further arguments of the MLP."""
@@ -94,13 +105,14 @@ class SharedExperts:
         return in_fixed_blocks(run, torch.cat((hidden_TH, *flat.values()), dim=1), 2 * width)
 
     def _run(self, hidden_TH: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        out: Tensor = self.owner.get_submodule(self.mlp)(hidden_TH, **inputs)
+        out: Tensor = self._module(self.mlp)(hidden_TH, **inputs)
         if self.gate is not None:
-            out = F.sigmoid(self.owner.get_submodule(self.gate)(hidden_TH)) * out
+            out = F.sigmoid(self._module(self.gate)(hidden_TH)) * out
         return out
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stream": None}  # a stream belongs to one process
+        # A stream belongs to one process, and an owner is not copied along.
+        return {**self.__dict__, "_stream": None, "_owner": None}
 
     def combine(self, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
         """Routed and shared results as one."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from moetor.config import ExpertsConfig, RouterConfig
 from moetor.errors import ConfigError
 from moetor.kernels.base import ExpertWeights, KernelQuery
-from moetor.kernels.routing import Routing, route_in_blocks
+from moetor.kernels.routing import Routing, route
 from moetor.kernels.select import KernelChoice, select_kernel
 
 
@@ -122,8 +122,7 @@ class UnquantizedMonolithicMethod(MonolithicMethod):
     ) -> Tensor:
         """See `MonolithicMethod.apply`."""
         kernel = self.choice(config, router.top_k, hidden_TH.device, hidden_TH.dtype).kernel
-        # In blocks always: a runner may hand over the tokens in chunks, which must not show.
-        routing = route_in_blocks(logits_TE, router, selection_bias, hidden_TH.dtype)
+        routing = route(logits_TE, router, selection_bias, hidden_TH.dtype)
         return kernel(
             hidden_TH,
             routing.topk_weights,

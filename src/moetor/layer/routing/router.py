@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetor.config import RouterConfig
 from moetor.errors import InputError
-from moetor.kernels.routing import Routing, route, route_in_blocks, split_identity
+from moetor.kernels.routing import Routing, route, split_identity
 
 RouterFunction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """`(hidden [T, H], logits [T, E] or None) -> (weights [T, K], ids [T, K])`."""
@@ -51,7 +51,6 @@ class Router:
         selection_bias: Tensor | None,
         dtype: torch.dtype,
         *,
-        batch_invariant: bool = False,
         forced_ids: Tensor | None = None,
     ) -> Routing:
         """See `moetor.kernels.routing.route`.
@@ -65,8 +64,7 @@ class Router:
                 f"router logits of shape {tuple(logits_TE.shape)} were given; this router takes "
                 f"[tokens, {width}]"
             )
-        run = route_in_blocks if batch_invariant else route
-        return run(logits_TE, self.config, selection_bias, dtype, forced_ids)
+        return route(logits_TE, self.config, selection_bias, dtype, forced_ids)
 
 
 class CustomRouter:

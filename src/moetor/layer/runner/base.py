@@ -47,6 +47,10 @@ class ExpertsOwner(Protocol):
     def dispatcher(self) -> Dispatcher:
         """How tokens reach them."""
 
+    @property
+    def ranks(self) -> int:
+        """How many ranks' results are summed after the experts; 1 for no reduction."""
+
 
 class MoERunner(ABC):
     """The shared flow. A concrete runner says how the routed experts are run."""
@@ -89,7 +93,8 @@ class MoERunner(ABC):
         routed_TX = ops.transformers_moe_forward(
             hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
         )
-        return self._finish(layer, add_identity(routed_TX, hidden_TX, routing), shared_TH)
+        routed_TX = add_identity(routed_TX, hidden_TX, routing, layer.ranks)
+        return self._finish(layer, routed_TX, shared_TH)
 
     def run_routed(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """Body of `moetor::moe_forward`."""
@@ -191,9 +196,12 @@ def _reduce_together(
     return routed, shared
 
 
-def add_identity(out_TX: Tensor, hidden_TX: Tensor, routing: Routing) -> Tensor:
-    """Adds the share of the identity experts, which return their input (LongCat-Flash)."""
+def add_identity(out_TX: Tensor, hidden_TX: Tensor, routing: Routing, ranks: int) -> Tensor:
+    """Adds the share of the identity experts, which return their input (LongCat-Flash).
+
+    Every rank knows it whole: it adds its part alone, so that the reduction counts it once.
+    """
     if routing.identity_weights is None:
         return out_TX
-    share = hidden_TX.float() * routing.identity_weights.unsqueeze(-1)
+    share = hidden_TX.float() * (routing.identity_weights / ranks).unsqueeze(-1)
     return (out_TX.float() + share).to(out_TX.dtype)

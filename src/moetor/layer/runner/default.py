@@ -29,7 +29,7 @@ class DefaultRunner(MoERunner):
         if between is not None:
             between()
         out_TX = owner.dispatcher.combine(owner.routed_experts.run(sent, sent_routing))
-        return add_identity(out_TX, hidden_TX, routing)
+        return add_identity(out_TX, hidden_TX, routing, owner.ranks)
 
     def run_monolithic(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """See `MoERunner.run_monolithic`."""
