@@ -154,18 +154,7 @@ def test_dropped_slots() -> None:
 
 
 @pytest.mark.parametrize("view", ["strided", "transposed"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        "switched",
-        pytest.param(
-            "fused",
-            marks=pytest.mark.xfail(
-                strict=True, reason="fused experts hand a view with gaps to the kernel"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("how", ["switched", "fused"])
 def test_hidden_states_with_gaps(how: str, view: str) -> None:
     plain, ours = QWEN3.build(), QWEN3.build()
     if how == "switched":

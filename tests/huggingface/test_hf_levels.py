@@ -174,15 +174,7 @@ def test_other_families_in_bfloat16_run(tiny: Tiny) -> None:
     assert bool(torch.isfinite(logits_of(model)).all())
 
 
-def unproved(tiny: Tiny) -> Any:
-    marks = []
-    if tiny.id in ("cohere2_moe", "laguna"):
-        reason = "verify=False takes the first way to put a block together, not the right one"
-        marks = [pytest.mark.xfail(strict=True, reason=reason)]
-    return pytest.param(tiny, id=tiny.id, marks=marks)
-
-
-@pytest.mark.parametrize("tiny", [unproved(tiny) for tiny in (*FAMILIES, *OTHERS)])
+@pytest.mark.parametrize("tiny", [*FAMILIES, *OTHERS], ids=lambda tiny: tiny.id)
 def test_without_verification_the_result_is_the_same(tiny: Tiny) -> None:
     model = tiny.build()
     before = logits_of(model)
@@ -335,8 +327,6 @@ def test_level_block_refuses_what_it_cannot_do(make: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("make", AWKWARD)
 @pytest.mark.parametrize("level", ["auto", "experts"])
 def test_awkward_families_without_verification(make: Callable[[], Any], level: Any) -> None:
-    if make is _llama4:
-        pytest.xfail("verify=False takes the first composition, and experts of any signature")
     model = make().eval()
     randomise(model, seed=0)
     before = awkward_logits(model)

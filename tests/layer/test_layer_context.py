@@ -51,16 +51,7 @@ def test_a_taken_name_gets_a_number() -> None:
     assert [find_layer(layer.name) for layer in layers] == layers
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "plain",
-        pytest.param(
-            "shared",
-            marks=pytest.mark.xfail(strict=True, reason="SharedExperts and its layer hold another"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("form", ["plain", "shared"])
 def test_a_dead_layer_disappears_and_frees_its_name(form: str) -> None:
     """At once: weights must not wait for a garbage collector."""
     gc.collect()
@@ -111,6 +102,21 @@ def test_a_copy_is_a_layer_of_its_own(
     del layer
     gc.collect()
     assert torch.equal(other(given.hidden), changed)
+
+
+@pytest.mark.parametrize("form", ["plain", "shared"])
+def test_a_shallow_copy_leaves_the_original_whole(form: str, rng: torch.Generator) -> None:
+    config = make_config(**FORMS[form])
+    layer = build(config, draw_layer(config, torch.float32, rng))
+    given = draw_input(layer, 3, rng)
+    wanted = layer(given.hidden)
+    other = copy.copy(layer)
+    assert other.name != layer.name
+    assert torch.equal(other(given.hidden), wanted)
+    assert torch.equal(layer(given.hidden), wanted)
+    del other
+    gc.collect()
+    assert torch.equal(layer(given.hidden), wanted)
 
 
 def test_a_model_is_copied_with_its_layers(rng: torch.Generator) -> None:

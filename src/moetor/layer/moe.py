@@ -5,6 +5,7 @@ Shape letters: T tokens, E router logits, H hidden.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -371,6 +372,7 @@ class MoELayer(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.name = register_layer(self, self.name)
         if self.shared is not None:
+            self.shared = copy.copy(self.shared)  # a shallow copy came with the original's
             self.shared.bind(self)
 
 
