@@ -145,8 +145,10 @@ BFLOAT16_GAPS = (
     "ernie4_5_vl_moe",
     "flint",
     "hunyuan_v1_moe",
+    "inkling2",
     "mistral4",
     "mistral_large4",
+    "muse_spark",
 )
 
 
