@@ -12,7 +12,7 @@ from moetor.config import ExpertsConfig
 from moetor.errors import KernelRefusedError
 from moetor.kernels import select
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
-from moetor.kernels.select import Refusal, kernel_names, select_kernel
+from moetor.kernels.select import KERNELS, Refusal, kernel_names, select_kernel
 
 QUERY = KernelQuery(
     device="cpu",
@@ -139,4 +139,16 @@ def test_an_unknown_format_is_refused_by_every_kernel_with_a_reason() -> None:
     with pytest.raises(KernelRefusedError, match=r"^no kernel runs this case: ") as caught:
         select_kernel(query)
     for name in kernel_names()[1:]:
-        assert f"{name} reads unquantised weights, not runes" in str(caught.value)
+        why = "runs on NVIDIA GPUs" if name == "triton" else "reads unquantised weights, not runes"
+        assert f"{name} {why}" in str(caught.value)
+
+
+def test_a_kernel_without_proof_is_named_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own refusal comes first; where it has none, the missing proof is the reason."""
+    with pytest.raises(KernelRefusedError, match="runs on NVIDIA GPUs, not on cpu"):
+        select_kernel(QUERY, "triton")
+    triton = next(kernel for kernel in KERNELS if kernel.name == "triton")
+    monkeypatch.setattr(type(triton), "refusal", lambda *_: None)
+    with pytest.raises(KernelRefusedError, match="never yet on a GPU; kernels that can: native"):
+        select_kernel(QUERY, "triton")
+    assert select_kernel(QUERY).kernel.name != "triton"

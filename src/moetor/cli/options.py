@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # `moetor.kernels.select` has the kernels themselves; it imports torch, which `--help` must not.
-KernelName = Literal["auto", "native", "torch", "reference"]
+KernelName = Literal["auto", "native", "triton", "torch", "reference"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 MODEL, OUTPUT = "model", "output"

@@ -9,9 +9,20 @@ from moetor.kernels.base import ExpertsKernel, KernelQuery
 from moetor.kernels.grouped import GroupedKernel
 from moetor.kernels.native.kernel import NativeKernel
 from moetor.kernels.reference import ReferenceKernel
+from moetor.kernels.triton.fused import TritonKernel
 
 # In the order in which `auto` prefers them. The reference is never chosen by itself.
-KERNELS: tuple[ExpertsKernel, ...] = (NativeKernel(), GroupedKernel(), ReferenceKernel())
+KERNELS: tuple[ExpertsKernel, ...] = (
+    NativeKernel(),
+    TritonKernel(),
+    GroupedKernel(),
+    ReferenceKernel(),
+)
+
+# Named, so that it is known of, and refused until its tests have passed on a GPU.
+UNPROVEN = {
+    TritonKernel.name: "has passed its tests under Triton's interpreter alone, never yet on a GPU",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,10 @@ def kernel_names() -> tuple[str, ...]:
     return ("auto", *(kernel.name for kernel in KERNELS))
 
 
+def _refusal(kernel: ExpertsKernel, query: KernelQuery) -> str | None:
+    return kernel.refusal(query) or UNPROVEN.get(kernel.name)
+
+
 def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
     """The kernel for `query`.
 
@@ -48,7 +63,7 @@ def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
         raise KernelRefusedError(
             f"unknown kernel {requested!r}; the kernels are {', '.join(kernel_names())}"
         )
-    answers = [(kernel, kernel.refusal(query)) for kernel in KERNELS]
+    answers = [(kernel, _refusal(kernel, query)) for kernel in KERNELS]
     refusals = tuple(Refusal(kernel.name, why) for kernel, why in answers if why is not None)
     able = [kernel for kernel, why in answers if why is None]
     if requested != "auto":

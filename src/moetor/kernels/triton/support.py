@@ -1,0 +1,180 @@
+"""Whether the Triton kernels can run, and what they refuse, before anything is launched.
+
+Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of the first product.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from moetor.config import ExpertsConfig
+from moetor.errors import InputError, KernelRefusedError
+from moetor.kernels.base import ExpertWeights, KernelQuery
+from moetor.kernels.triton.choose import Device
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MIN_CAPABILITY = (8, 0)
+_MAX_TOP_K = 64
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Whether Triton is installed; it is not imported for that."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def gpu(index: int) -> Device:
+    """Facts of CUDA device number `index`."""
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        sms=properties.multi_processor_count,
+        shared=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined, unused-ignore]
+        capability=(properties.major, properties.minor),
+    )
+
+
+def device_of(tensor: Tensor) -> Device:
+    """Facts of the GPU that holds `tensor`."""
+    index = tensor.device.index
+    return gpu(torch.cuda.current_device() if index is None else index)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of `tensor`."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
+
+
+def unsupported_form(config: ExpertsConfig, top_k: int) -> str | None:
+    """Why no Triton kernel has this form, as half a sentence."""
+    if config.post_norm_eps is not None:
+        return "does not have the norm of each expert's output"
+    if config.activation.function is not None:
+        return f"cannot call a Python activation ({config.activation.label})"
+    if top_k > _MAX_TOP_K:
+        return f"takes at most {_MAX_TOP_K} slots per token, not {top_k}"
+    return None
+
+
+def device_refusal(device: str) -> str | None:
+    """Why no Triton kernel runs on `device` here, as half a sentence, or None."""
+    if device != "cuda":
+        return f"runs on NVIDIA GPUs, not on {device}"
+    if not have_triton():
+        return "needs Triton, which is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "is written for NVIDIA GPUs, and this torch is built for AMD's"
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU, and torch sees none"
+    capability = gpu(torch.cuda.current_device()).capability
+    if capability < _MIN_CAPABILITY:
+        return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def refusal(query: KernelQuery) -> str | None:
+    """Why no Triton kernel runs `query`, as half a sentence, or None."""
+    if query.device != "cuda":
+        return device_refusal(query.device)
+    if query.weight_format != "unquantized":
+        return f"reads unquantised weights, not {query.weight_format}"
+    if query.dtype not in DTYPES:
+        return f"computes in bfloat16, float16 or float32, not {query.dtype}"
+    return unsupported_form(query.experts, query.top_k) or device_refusal(query.device)
+
+
+def _check(
+    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.device != device:
+        raise InputError(f"{name} is on {tensor.device}, the hidden states are on {device}")
+    if tensor.dtype != dtype:
+        raise InputError(f"{name} is {tensor.dtype}, it must be {dtype}")
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {list(tensor.shape)}, it must be {list(shape)}")
+
+
+def check_inputs(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+) -> None:
+    """Refuses wrong shapes, dtypes and devices.
+
+    Raises:
+        InputError: naming the tensor, what it is and what it must be.
+    """
+    if hidden_TH.dtype not in DTYPES:
+        raise InputError(f"hidden states are {hidden_TH.dtype}, not bfloat16, float16 or float32")
+    if hidden_TH.dim() != 2 or topk_ids_TK.dim() != 2:
+        raise InputError(
+            f"hidden states {list(hidden_TH.shape)} and topk_ids {list(topk_ids_TK.shape)} "
+            "must be [T, H] and [T, K]"
+        )
+    (tokens, top_k), dtype = (hidden_TH.shape[0], topk_ids_TK.shape[1]), hidden_TH.dtype
+    device = hidden_TH.device
+    if top_k < 1:
+        raise InputError("topk_ids [T, K] must have at least one slot per token")
+    _check(hidden_TH, "hidden states", (tokens, config.hidden_size), dtype, device)
+    if not hidden_TH.is_contiguous():
+        raise InputError("hidden states must be contiguous")
+    _check(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32, device)
+    _check(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32, device)
+    _check(weights.gate_up, "gate_up", config.gate_up_shape, dtype, device)
+    _check(weights.down, "down", config.down_shape, dtype, device)
+    for bias, name, size in (
+        (weights.gate_up_bias, "gate_up_bias", config.up_size),
+        (weights.down_bias, "down_bias", config.hidden_size),
+    ):
+        if bias is not None:
+            _check(bias, name, (config.num_experts, size), dtype, device)
+        elif config.has_bias:
+            raise InputError(f"has_bias=True, and {name} is missing")
+
+
+def check_call(
+    kernel: str,
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+) -> None:
+    """What a call of `kernel` refuses before any launch.
+
+    Raises:
+        InputError: a tensor of the wrong shape, dtype or device.
+        KernelRefusedError: a form that the kernel does not have, or no Triton.
+    """
+    if hidden_TH.device.type != "cuda":
+        raise InputError(
+            f"hidden states are on {hidden_TH.device}; kernel {kernel!r} reads CUDA tensors"
+        )
+    check_inputs(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
+    query = KernelQuery(
+        device="cuda", dtype=hidden_TH.dtype, experts=config, top_k=topk_ids_TK.shape[1]
+    )
+    reason = refusal(query)
+    if reason is not None:
+        raise KernelRefusedError(f"kernel {kernel!r} {reason}; use kernel 'torch'")
+
+
+def output_stride(weight_EXY: Tensor, *, transposed: bool) -> tuple[int, int, int]:
+    """Strides of the expert, of a step along the product's output, of one along its depth."""
+    stride_e, first, second = weight_EXY.stride()
+    return (stride_e, second, first) if transposed else (stride_e, first, second)
+
+
+def flat(bias: Tensor | None, otherwise: Tensor) -> Tensor:
+    """A contiguous bias, or any tensor in its place where there is none."""
+    return otherwise if bias is None else bias.contiguous()

@@ -1,0 +1,168 @@
+"""The Triton kernels on the CPU, under Triton's interpreter: every form and edge case, small.
+
+The interpreter is chosen by an environment variable when a kernel is defined, so the table runs in
+a process of its own: `TRITON_INTERPRET=1 python tests/kernels/test_triton_interpreter.py SEED`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed (pip install triton)",
+)
+@pytest.mark.parametrize("path", ["small", "large", "descriptors", "map", "routing"])
+def test_under_the_interpreter(path: str, seed: int) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE), path, str(seed)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# --- what runs in that process -------------------------------------------------------------------
+
+
+def _cases(path: str) -> Iterator[tuple[str, object]]:
+    from layer.expert_cases import EDGES, FORMS
+    from moetor.kernels.triton.support import unsupported_form
+
+    for case in FORMS + EDGES:
+        if unsupported_form(case.config, case.top_k) is None:
+            config = case.config
+            if path == "descriptors":  # they need rows of a multiple of 16 bytes
+                config = replace(config, hidden_size=16, intermediate_size=24)
+            if case.tokens > 10:  # a loop over programs in Python: keep it short
+                config = replace(config, hidden_size=4, intermediate_size=4)
+            yield case.id, replace(case, config=config)
+
+
+def _run(path: str, drawn: object, config: object, dtype: torch.dtype) -> Tensor:
+    from moetor.kernels.base import ExpertWeights
+    from moetor.kernels.triton import choose
+    from moetor.kernels.triton.large import run_large
+    from moetor.kernels.triton.small import run_small
+
+    inputs = (
+        drawn.hidden,
+        drawn.topk_weights,
+        drawn.topk_ids,
+        ExpertWeights(**drawn.tensors._asdict()),
+        config,
+    )
+    tokens, top_k = drawn.topk_ids.shape
+    if path == "small":
+        if dtype == torch.float32:
+            plan = choose.small_plan(config, top_k, tokens, dtype.itemsize)
+        else:
+            plan = choose.SmallPlan(
+                up=choose.VectorTile(rows=4, depth=8, warps=1),
+                down=choose.VectorTile(rows=4, depth=8, warps=1),
+            )
+        return run_small(*inputs, plan)
+    tile = choose.Tile(
+        rows=16, columns=16, depth=16, warps=1, stages=1, group=2, tma=path == "descriptors"
+    )
+    device = choose.Device(sms=132, shared=232448, capability=(9, 0))
+    plan = choose.LargePlan(up=tile, down=tile)
+    if path == "large" and dtype == torch.float32:
+        plan = choose.large_plan(config, top_k, tokens, dtype.itemsize, device)
+    return run_large(*inputs, plan)
+
+
+def _check_map(rng: torch.Generator) -> None:
+    """Every kept slot in exactly one tile, of its expert, in token order."""
+    from moetor.config import ExpertsConfig
+    from moetor.kernels.triton.large import _make_tile_map
+
+    for experts, tokens, top_k, rows in [(1, 1, 1, 16), (5, 40, 3, 16), (3, 200, 2, 32)]:
+        config = ExpertsConfig(num_experts=experts, hidden_size=4, intermediate_size=4)
+        ids = torch.randint(0, experts + 1, (tokens, top_k), generator=rng, dtype=torch.int32)
+        made = _make_tile_map(ids, config, rows)
+        found: dict[int, list[int]] = {expert: [] for expert in range(experts)}
+        for expert, start, count in zip(*(field.tolist() for field in made[1:]), strict=True):
+            assert 0 <= count <= rows
+            found[expert] += made.order[start : start + count].tolist()
+        flat = ids.flatten().tolist()
+        for expert, slots in found.items():
+            assert slots == [slot for slot, other in enumerate(flat) if other == expert]
+
+
+def _check_routing(rng: torch.Generator) -> None:
+    """Every router against the oracle, by ids and by weights; NaN logits are seen."""
+    import oracle
+    from layer.routing_cases import CASES, draw
+    from moetor.config import RouterConfig
+    from moetor.kernels.triton.routing import run_route
+
+    for dtype in (torch.float32, torch.bfloat16):
+        relative = 32 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+        for case in CASES:
+            config = case.config
+            logits, bias = draw(case, dtype, rng)
+            judged = oracle.route(logits, config, bias, dtype)
+            found = run_route(logits, config, bias, dtype)
+            ids = [[min(one, config.num_experts) for one in row] for row in judged.ids]
+            assert [sorted(row) for row in found.topk_ids.tolist()] == [sorted(x) for x in ids], (
+                case.id
+            )
+            dense = torch.zeros(case.tokens, config.num_experts + 1, dtype=torch.float64)
+            dense.scatter_add_(1, found.topk_ids.long(), found.topk_weights.double())
+            if found.identity_weights is not None:
+                assert not dense[:, -1].any()
+                dense[:, -1] = found.identity_weights
+            wanted = judged.dense(config.num_logits)
+            identity = wanted[:, config.num_experts :].sum(dim=1, keepdim=True)
+            wanted = torch.cat((wanted[:, : config.num_experts], identity), dim=1)
+            limit = relative if config.weights_precision == "model" else 4e-6
+            assert ((dense - wanted).abs() <= limit * wanted).all(), case.id
+    # Ties: the smaller id. A NaN comes first and shows.
+    config = RouterConfig(num_experts=6, top_k=2, scoring="sigmoid")
+    logits = torch.tensor([[0.0, 1, 1, 1, 0, 0], [0.0, 1, float("nan"), 1, 0, 0]])
+    found = run_route(logits, config, None, torch.float32)
+    assert found.topk_ids.tolist() == [[1, 2], [2, 1]]
+    assert found.topk_weights[1].isnan().tolist() == [True, False]
+
+
+def _main(path: str, seed: int) -> None:
+    from layer.expert_cases import draw
+    from oracle import assert_close
+
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
+    rng = torch.Generator().manual_seed(seed)
+    if path in ("map", "routing"):
+        (_check_map if path == "map" else _check_routing)(rng)
+        return
+    # The interpreter of Triton 3.6 multiplies the bit patterns of bfloat16 in tl.dot.
+    second = torch.bfloat16 if path == "small" else torch.float16
+    for dtype in (torch.float32, second):
+        for name, case in _cases(path):
+            drawn = draw(case, dtype, rng)
+            out = _run(path, drawn, case.config, dtype)
+            try:
+                assert out.dtype == dtype
+                assert_close(out, drawn.expected(case.config))
+            except AssertionError as error:
+                raise AssertionError(f"{path} {name} {dtype}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
+    _main(sys.argv[1], int(sys.argv[2]))
