@@ -78,6 +78,8 @@ class RouterConfig:
         logit_multiplier, logit_softcap: applied to the logits first.
         num_zero_experts: identity experts with ids E.. (LongCat-Flash): they return their input.
         gate_precision: dtype of the gate product, float32 or that of the hidden states.
+        score_precision: dtype of the scores and of all that follows, float32 or that of the logits
+            (Mistral 4), in which scores may tie.
         weights_precision: `model` rounds the weights to the hidden states' dtype, as many families
             do.
     """
@@ -99,6 +101,7 @@ class RouterConfig:
     logit_softcap: float | None = None
     num_zero_experts: int = 0
     gate_precision: Precision = "model"
+    score_precision: Precision = "float32"
     weights_precision: Precision = "float32"
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ class RouterConfig:
         _check_choice(me, "group_score", self.group_score, ("max", "top2_sum"))
         _check_choice(me, "group_mask", self.group_mask, ("zero", "-inf"))
         _check_choice(me, "gate_precision", self.gate_precision, ("float32", "model"))
+        _check_choice(me, "score_precision", self.score_precision, ("float32", "model"))
         _check_choice(me, "weights_precision", self.weights_precision, ("float32", "model"))
         if self.num_zero_experts < 0:
             raise ConfigError(

@@ -137,29 +137,6 @@ def test_what_is_not_fused_is_left_alone(family: str) -> None:
     assert torch.equal(outcome.fused, outcome.before)
 
 
-# The router's weight stays float32 in a bfloat16 model, or its scores are rounded to bfloat16
-# before it chooses.
-BFLOAT16_GAPS = (
-    "beam",
-    "ernie4_5_moe",
-    "ernie4_5_vl_moe",
-    "flint",
-    "hunyuan_v1_moe",
-    "inkling2",
-    "mistral4",
-    "mistral_large4",
-    "muse_spark",
-)
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=pytest.mark.xfail(strict=False)) if name in BFLOAT16_GAPS else name
-        for name in FAMILIES
-    ],
-    indirect=True,
-)
 def test_bfloat16(family: str) -> None:
     """The same levels as in float32, and no more error than the model that is not fused has."""
     rounded = tiny_model(family, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,3 +140,20 @@ def test_gives_the_same_bits_twice(rng: torch.Generator) -> None:
         second = route(logits, case.config, bias, torch.bfloat16)
         for a, b in zip(first, second, strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_in_the_model_s_dtype(dtype: torch.dtype, rng: torch.Generator) -> None:
+    """Every step after the gate rounds to the logits' dtype, as Mistral 4 computes."""
+    config = RouterConfig(
+        num_experts=16, top_k=3, renormalize=True, scaling_factor=1.7, score_precision="model"
+    )
+    logits = torch.randn((64, 16), generator=rng).to(dtype)
+    kept, ids = logits.softmax(-1).topk(3, dim=-1)
+    weights = kept / kept.sum(-1, keepdim=True) * 1.7
+    assert weights.dtype == dtype
+    found = route(logits, config, None, dtype)
+    assert torch.equal(found.topk_ids.long(), ids)
+    assert torch.equal(found.topk_weights, weights.float())
+    wide = route(logits, replace(config, score_precision="float32"), None, dtype)
+    assert not torch.equal(wide.topk_weights, found.topk_weights)

@@ -48,8 +48,8 @@ LEFT_ALONE = {
 
 
 def has_parameters(module: nn.Module) -> bool:
-    """Whether the module or a part of it holds any parameter."""
-    return next(module.parameters(), None) is not None
+    """Whether the module or a part of it holds a parameter with any element."""
+    return any(parameter.numel() for parameter in module.parameters())
 
 
 def find_left_alone(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -97,6 +97,7 @@ def recognise_block(
         block,
         num_experts=experts.num_experts,
         hidden_size=hidden_size,
+        dtype=next(block.get_submodule(experts_name).parameters()).dtype,
         hint=hint,
     )
     if isinstance(router, Unrecognised):
@@ -199,6 +200,11 @@ def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognis
         inputs=present(INPUT_NAMES),
         outputs=present(OUTPUT_NAMES),
         final=present(FINAL_NAMES),
+        idle=tuple(
+            name
+            for name, child in children.items()
+            if not has_parameters(child) and next(child.parameters(), None) is not None
+        ),
     )
     others = [name for name in present(tuple(children)) if name not in found.names]
     if others:

@@ -96,6 +96,7 @@ class BlockChildren:
     Attributes:
         inputs, outputs: applied around the routed experts alone, in this order (latent MoE).
         final: applied to the block's output.
+        idle: with parameters of size zero, such as shared experts of width 0: held for their names.
     """
 
     router: str
@@ -105,13 +106,14 @@ class BlockChildren:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     final: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
         """All of them."""
         single = (self.router, self.experts, self.shared, self.shared_gate)
         some = (name for name in single if name is not None)
-        return frozenset((*some, *self.inputs, *self.outputs, *self.final))
+        return frozenset((*some, *self.inputs, *self.outputs, *self.final, *self.idle))
 
 
 @dataclass(frozen=True, kw_only=True)

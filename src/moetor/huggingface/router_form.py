@@ -144,6 +144,7 @@ def recognise_router(
     *,
     num_experts: int,
     hidden_size: int,
+    dtype: torch.dtype,
     hint: RouterConfig | None = None,
 ) -> RecognisedRouter | KeptRouter | Unrecognised:
     """The formula of `router`; or that it can only be called; or why not even that.
@@ -154,13 +155,14 @@ def recognise_router(
     Args:
         num_experts: E, the experts with weights; a wider gate has identity experts.
         hidden_size: H of the block.
+        dtype: of its hidden states.
         hint: tried first; the answer for the block before usually fits.
     """
     if "forward" in router.__dict__:
         return Unrecognised("its router's forward is wrapped by a hook")
     gate = _gate_parameters(router)
     if isinstance(gate, Unrecognised):
-        return _kept(router, hidden_size, gate)
+        return _kept(router, hidden_size, dtype, gate)
     weight = lookup(router, gate.weight)
     if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
         return Unrecognised(
@@ -168,26 +170,34 @@ def recognise_router(
             f"[{num_experts} or more, {hidden_size}]"
         )
     names = replace(gate, **_selection_bias(router, block))
-    trials = _trials(router, block, names, hidden_size)
+    trials = _trials(router, block, names, hidden_size, dtype)
     if isinstance(trials, Unrecognised):
         return trials
     biased = names.selection_bias is not None
     zero_experts = weight.shape[0] - num_experts
     configs = _candidates(router, block, num_experts, zero_experts, biased)
-    for config in dict.fromkeys(configs if hint is None else (hint, *configs)):
-        if config.num_logits != weight.shape[0] or config.selection_bias != biased:
-            continue
-        if all(reproduces(config, trial) for trial in trials):
+    tried = [
+        config
+        for config in dict.fromkeys(configs if hint is None else (hint, *configs))
+        if config.num_logits == weight.shape[0] and config.selection_bias == biased
+    ]
+    # To the bit first: in half precision that tells in which dtype a router computes its scores.
+    for exact, config in product((True, False), tried):
+        if all(reproduces(config, trial, exact=exact) for trial in trials):
             in_float32 = trials[0].answer.logits_dtype == torch.float32
             return RecognisedRouter(
                 config=config, names=names, logits_precision="float32" if in_float32 else "model"
             )
     why = f"no description reproduces its router {type(router).__name__}"
-    return _kept(router, hidden_size, Unrecognised(why))
+    return _kept(router, hidden_size, dtype, Unrecognised(why))
 
 
 def _trials(
-    router: nn.Module, block: nn.Module, names: RouterNames, hidden_size: int
+    router: nn.Module,
+    block: nn.Module,
+    names: RouterNames,
+    hidden_size: int,
+    dtype: torch.dtype,
 ) -> list[Trial] | Unrecognised:
     """The router's answers with random values, once for each mean of its biases."""
     trials = []
@@ -200,7 +210,7 @@ def _trials(
             selection_bias_E = block_bias = random_like(own, "selection bias", BIAS_STD, shift)
         elif names.selection_bias is not None:
             selection_bias_E = lookup(twin, names.selection_bias).flatten()
-        answer = try_router(twin, hidden_size, block_bias)
+        answer = try_router(twin, hidden_size, dtype, block_bias)
         if isinstance(answer, Unrecognised):
             return answer
         gate_bias = None if names.bias is None else lookup(twin, names.bias)
@@ -208,9 +218,11 @@ def _trials(
     return trials
 
 
-def _kept(router: nn.Module, hidden_size: int, why: Unrecognised) -> KeptRouter | Unrecognised:
+def _kept(
+    router: nn.Module, hidden_size: int, dtype: torch.dtype, why: Unrecognised
+) -> KeptRouter | Unrecognised:
     """The router as a callable, when it answers as a router does."""
-    answer = try_router(random_twin(router, 0.0), hidden_size, None)
+    answer = try_router(random_twin(router, 0.0), hidden_size, dtype, None)
     if isinstance(answer, Unrecognised):
         return Unrecognised(f"{why.reason}, and {answer.reason}")
     if answer.answers < 3:
@@ -286,10 +298,10 @@ def _candidates(
     softcap = _attribute((router,), SOFTCAP_ATTRIBUTES) or None
     multiplier = _attribute((router,), MULTIPLIER_ATTRIBUTES) or 1.0
     scales = dict.fromkeys((float(1.0 if scale is None else scale), 1.0, 1.0 / top_k))
-    precisions: tuple[tuple[Any, Any], ...] = tuple(
-        product(("model", "float32"), ("float32", "model"))
+    precisions: tuple[tuple[Any, Any, Any], ...] = tuple(
+        product(("float32", "model"), ("model", "float32"), ("float32", "model"))
     )
-    for form, factor, (gate, weights) in product(ROUTER_FORMS, scales, precisions):
+    for form, factor, (scores, gate, weights) in product(ROUTER_FORMS, scales, precisions):
         grouped = form.groups is not None and groups > 1
         try:
             yield RouterConfig(
@@ -310,6 +322,7 @@ def _candidates(
                 group_mask=form.groups[1] if grouped and form.groups else "zero",
                 selection_bias=selection_bias,
                 gate_precision=gate,
+                score_precision=scores,
                 weights_precision=weights,
             )
         except ConfigError:

@@ -89,14 +89,15 @@ def route(
 
     Args:
         logits_TE: [T, E], any floating dtype. Scores are computed in float32 (float64 for float64
-            logits).
+            logits), or in the logits' dtype where the configuration says so.
         selection_bias: [E], added to the scores for the choice alone (`before_topk`), or to the
             logits (`after_topk`).
         dtype: of the hidden states, to which `weights_precision="model"` rounds.
         forced_ids: [T, K], used instead of the choice; the weights are still the formula's.
     """
-    wide = torch.float64 if logits_TE.dtype == torch.float64 else torch.float32
-    logits = logits_TE.to(wide)
+    logits = logits_TE
+    if config.score_precision == "float32" and logits.dtype != torch.float64:
+        logits = logits.to(torch.float32)
     if config.logit_multiplier != 1.0:
         logits = logits * config.logit_multiplier
     if config.logit_softcap is not None:
@@ -106,7 +107,7 @@ def route(
     if forced_ids is not None:
         ids = forced_ids.to(device=scores.device, dtype=torch.int64)
     else:
-        choice = scores if selection_bias is None else scores + selection_bias.to(wide)
+        choice = scores if selection_bias is None else scores + selection_bias
         if config.num_groups > 1:
             choice = _limit_groups(choice, config)
         ids = choice.topk(config.top_k, dim=-1).indices

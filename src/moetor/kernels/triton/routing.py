@@ -26,6 +26,8 @@ def routing_refusal(config: RouterConfig, device: str, dtype: torch.dtype) -> st
         return f"routes among at most {_MAX_LOGITS} experts, not {config.num_logits}"
     if config.top_k > _MAX_TOP_K:
         return f"takes at most {_MAX_TOP_K} slots per token, not {config.top_k}"
+    if config.score_precision != "float32":
+        return "scores in float32, not in the dtype of the logits"
     if dtype not in support.DTYPES:
         return f"reads logits in bfloat16, float16 or float32, not {dtype}"
     return support.device_refusal(device)
