@@ -200,7 +200,9 @@ def test_frozen_parameters_in_training_mode() -> None:
 
 
 def _wrong(config: Any) -> Any:
-    return dataclasses.replace(config, renormalize=not config.renormalize)
+    if config.score_order == "after_topk":  # a softmax of the kept sums to one in any case
+        return dataclasses.replace(config, scaling_factor=2 * config.scaling_factor)
+    return dataclasses.replace(config, logit_multiplier=1.3)
 
 
 def break_recognition(monkeypatch: pytest.MonkeyPatch, only: Any) -> None:

@@ -36,6 +36,7 @@ from moetor.config import RouterConfig
 from moetor.errors import FusionMismatchError
 from moetor.huggingface import block_form
 from moetor.huggingface.router_form import RecognisedRouter
+from moetor.layer.routing.router import Router
 
 EXPERTS_OPTION = {
     "Mixtral": "num_local_experts",
@@ -98,10 +99,11 @@ def test_real_hidden_size(tiny: Tiny, experts: int, tmp_path: Any) -> None:
     config.architectures = [tiny.model_class.__name__]
     config.save_pretrained(tmp_path)
     labels = {block.router for block in moetor.explain(str(tmp_path)).blocks}
-    wanted = expected_router(tiny, num_experts=experts)
-    from moetor.layer.routing.router import Router
-
-    assert labels == {Router(wanted).label}
+    assert tiny.router is not None
+    own = replace(tiny.router, num_experts=experts)
+    # Softmax over the kept logits, or over all and renormalised, are one and the same.
+    assert len(labels) == 1
+    assert labels <= {Router(own).label, Router(canonical(own)).label}
 
 
 @families
