@@ -148,6 +148,7 @@ CASES = (
             Activation(limit=0.5),
             Activation(limit=0.5, limit_place="after"),
             Activation(softcap=2.0),
+            Activation(softcap=2.0, up_softcap=0.5),
             CLAMPED,
         )
     ),
@@ -229,8 +230,8 @@ def oracle_activation(up_J: Tensor, config: ExpertsConfig) -> Tensor:
         gate, up = up_J[..., : config.intermediate_size], up_J[..., config.intermediate_size :]
     gate, up = gate.clamp(max=before), up.clamp(-before, before)
     if act.softcap is not None:
-        cap = act.softcap
-        return cap * torch.tanh(gate / cap) * sigmoid(gate) * cap * torch.tanh(up / cap)
+        cap, up_cap = act.softcap, act.up_softcap or act.softcap
+        return cap * torch.tanh(gate / cap) * sigmoid(gate) * up_cap * torch.tanh(up / up_cap)
     return functions[act.name](gate).clamp(max=after) * (up.clamp(-after, after) + act.up_shift)
 
 

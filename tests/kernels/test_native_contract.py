@@ -225,13 +225,6 @@ REFUSED = (
         replace(QUERY, experts=replace(CONFIG, activation=Activation(function=torch.sin))),
         "Python activation",
     ),
-    (
-        replace(
-            QUERY,
-            experts=replace(CONFIG, activation=Activation(softcap=2.0, up_softcap=5.0)),
-        ),
-        "caps gate and up alike",
-    ),
 )
 
 

@@ -26,8 +26,6 @@ _kept = threading.local()
 def _unsupported_form(config: ExpertsConfig) -> str | None:
     if config.post_norm_eps is not None:
         return "does not have the norm of each expert's output"
-    if config.activation.up_softcap not in (None, config.activation.softcap):
-        return "caps gate and up alike, not each by its own"
     if config.activation.function is not None:
         return f"cannot call a Python activation ({config.activation.label})"
     return None
@@ -180,6 +178,7 @@ def native_experts(
         limit=activation.limit or 0.0,
         up_shift=activation.up_shift,
         softcap=activation.softcap or 0.0,
+        up_softcap=activation.up_softcap or activation.softcap or 0.0,
     )
     workspace = _workspace(native.workspace_bytes(arguments))
     arguments.workspace, arguments.workspace_bytes = workspace.data_ptr(), workspace.numel()

@@ -49,7 +49,10 @@ class Arguments(ctypes.Structure):
                 *("down_columns", "weight_on_input", "activation", "limit_place"),
             )
         ),
-        *((name, ctypes.c_float) for name in ("alpha", "limit", "up_shift", "softcap")),
+        *(
+            (name, ctypes.c_float)
+            for name in ("alpha", "limit", "up_shift", "softcap", "up_softcap")
+        ),
     ]
 
 

@@ -88,7 +88,7 @@ inline void activate_span(const MoetorExperts& a, const float* gate, const float
     if (a.limit_place == kLimitBefore) u = V::min(limit, V::max(minus_limit, u));
     if (a.softcap != 0.0f) {  // softcap(g) * sigmoid(g) * softcap(u)
       const auto cap = V::set(a.softcap), capped_g = V::mul(cap, tanh<V>(V::div(g, cap)));
-      const auto capped_u = V::mul(cap, tanh<V>(V::div(u, cap)));
+      const auto up_cap = V::set(a.up_softcap), capped_u = V::mul(up_cap, tanh<V>(V::div(u, up_cap)));
       V::store(out + i, V::mul(V::mul(capped_g, sigmoid<V>(g)), capped_u));
       continue;
     }

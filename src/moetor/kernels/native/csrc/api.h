@@ -34,7 +34,7 @@ struct MoetorExperts {
   int32_t dtype, isa, threads;
   int32_t gated, interleaved, gate_up_columns, down_columns, weight_on_input;
   int32_t activation, limit_place;
-  float alpha, limit, up_shift, softcap;  // softcap 0: none
+  float alpha, limit, up_shift, softcap, up_softcap;  // softcap 0: none of the two
 };
 
 // 1 when this processor and this system can run `isa`.
