@@ -65,5 +65,13 @@ def test_hardware_is_plain_values() -> None:
     assert found["gpu"] is None
     assert isinstance(found["cpu"], str)
     assert hardware.available_memory("cpu") > 0
-    share = hardware.OtherUse().share()
-    assert share is None or 0 <= share <= 1.5
+
+
+def test_the_use_by_others_is_a_share_of_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = iter([(100.0, 50.0, 7.0), (110.0, 62.0, 9.0), (110.01, 99.0, 9.0)])
+    monkeypatch.setattr(hardware.OtherUse, "_clocks", staticmethod(lambda: next(clocks)))
+    monkeypatch.setattr(hardware.os, "cpu_count", lambda: 4)
+    watch = hardware.OtherUse()
+    assert watch.share() == pytest.approx((12 - 2) / (10 * 4))
+    watch._start = (110.0, 62.0, 9.0)
+    assert watch.share() is None, "too short to tell"

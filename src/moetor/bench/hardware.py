@@ -87,12 +87,14 @@ class OtherUse:
 
     def share(self) -> float | None:
         """Fraction of all cores' time that went elsewhere, other virtual machines included; None
-        where the system does not say."""
+        where the system does not say, or over fewer than ten of its clock's ticks."""
         now = self._clocks()
         if self._start is None or now is None:
             return None
         wall, busy, own = (after - before for before, after in zip(self._start, now, strict=True))
-        return max(0.0, busy - own) / (max(wall, 1e-9) * (os.cpu_count() or 1))
+        if wall < 10 / os.sysconf("SC_CLK_TCK"):
+            return None
+        return max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
     @staticmethod
     def _clocks() -> tuple[float, float, float] | None:
