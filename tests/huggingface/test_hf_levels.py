@@ -372,3 +372,16 @@ def test_any_module_that_holds_blocks() -> None:
     with pytest.raises(FusionError, match="fused already"):
         moetor.fuse(model)
     assert type(model.model.layers[1].mlp) is type(twin.model.layers[1].mlp)
+
+
+def test_sizes_that_the_original_cannot_run() -> None:
+    """The default of Transformers wants multiples of 16 bytes: with nothing to compare with, the
+    block stays, and the report passes on what Transformers says.
+    """
+    model = QWEN3.build()
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(RuntimeError, match="16 bytes"):
+        logits_of(model)
+    report = moetor.fuse(model)
+    check_report(report)
+    assert all(block.level == "block" or "16 bytes" in block.reason for block in report.blocks)

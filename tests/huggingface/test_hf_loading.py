@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import DEEPSEEK_V3, FAMILIES, QWEN2, Tiny, logits_of, same_tensors, tensors_of
+from tiny import (
+    DEEPSEEK_V3,
+    FAMILIES,
+    GRANITE,
+    MIXTRAL,
+    OLMOE,
+    QWEN2,
+    Tiny,
+    logits_of,
+    same_tensors,
+    tensors_of,
+)
 
 import moetor
 from moetor.errors import CheckpointError, ConfigError, MoetorError
@@ -303,6 +314,30 @@ def test_bad_config(damage: Callable[[Path], None], ask: Callable[..., Any], who
     assert str(whole) in one_line(caught.value)
 
 
+@pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.id)
+@pytest.mark.parametrize("ask", [loading.load_config, moetor.explain, moetor.verify])
+def test_more_experts_per_token_than_experts(
+    tiny: Tiny, ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    experts = 10 if tiny is QWEN2 else 8
+    tiny.config(num_experts_per_tok=experts + 1).save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=rf"{experts + 1} experts per token and has {experts}"
+    ):
+        ask(str(tmp_path))
+    tiny.config(num_experts_per_tok=experts).save_pretrained(tmp_path)
+    loading.load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("experts", [0, 1])
+def test_dense_member_of_a_sparse_family(experts: int, tmp_path: Path) -> None:
+    """Its number of experts per token means nothing."""
+    config = GRANITE.config(num_local_experts=8)
+    config.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda c: c.update(num_local_experts=experts))
+    assert loading.load_config(str(tmp_path)).num_local_experts == experts
+
+
 def _truncated(folder: Path) -> None:
     file = folder / WEIGHTS
     file.write_bytes(file.read_bytes()[:-1])
@@ -576,10 +611,17 @@ def test_bad_tokenizer(whole: Path) -> None:
     assert str(whole) in one_line(caught.value)
 
 
-def test_no_tokenizer(whole: Path) -> None:
+@pytest.mark.parametrize("tiny", [QWEN2, MIXTRAL, OLMOE], ids=lambda tiny: tiny.id)
+@pytest.mark.parametrize("settings", [True, False], ids=["settings-alone", "nothing"])
+def test_no_tokenizer(tiny: Tiny, settings: bool, tmp_path: Path) -> None:
+    """Some classes would make one without a vocabulary, which turns every prompt into nothing."""
+    tiny.config().save_pretrained(tmp_path)
+    if settings:
+        (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(CheckpointError) as caught:
-        loading.load_tokenizer(str(whole))
-    assert str(whole) in one_line(caught.value)
+        loading.load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in one_line(caught.value)
+    assert settings or "holds no tokenizer" in str(caught.value)
 
 
 def test_remote_code_is_not_run_unasked(whole: Path) -> None:

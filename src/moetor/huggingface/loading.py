@@ -34,6 +34,9 @@ _CONTEXT_ATTRIBUTES = (
     "n_positions",
     "seq_length",
 )
+_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 _BYTES_OF = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 _LINE = 200
 LoadProgress = Callable[[int, int], None]
@@ -71,12 +74,25 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
     """The model's configuration.
 
     Raises:
-        CheckpointError: it cannot be found or read.
+        CheckpointError: it cannot be found or read, or asks for more experts per token than it has.
     """
     with _one_sentence(model):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             resolve(model), revision=revision, trust_remote_code=trust_remote_code
         )
+        sizes = config.get_text_config().to_dict()
+    experts, top_k = (_stated(sizes, names) for names in (_EXPERTS_NAMES, _TOP_K_NAMES))
+    # One expert or none is how some families say that they are dense.
+    if 1 < experts < top_k:
+        raise CheckpointError(
+            f"the config of {model!r} asks for {top_k} experts per token and has {experts}"
+        )
+    return config
+
+
+def _stated(sizes: dict[str, Any], names: tuple[str, ...]) -> int:
+    found = (sizes.get(name) for name in names)
+    return next((value for value in found if isinstance(value, int)), 0)
 
 
 def load_tokenizer(
@@ -87,13 +103,18 @@ def load_tokenizer(
     Raises:
         CheckpointError: it cannot be found or read.
     """
+    source = resolve(model)
+    absent = CheckpointError(f"{model!r} holds no tokenizer, such as a tokenizer.json")
+    folder = Path(source)
+    if folder.is_dir() and not any(next(folder.glob(one), None) for one in _TOKENIZER_FILES):
+        raise absent
     with _one_sentence(model):
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(model), revision=revision, trust_remote_code=trust_remote_code
+            source, revision=revision, trust_remote_code=trust_remote_code
         )
-    # Without files, some classes make a tokenizer that turns every text into nothing.
+    # Without its vocabulary, some classes make a tokenizer that turns every text into nothing.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise CheckpointError(f"{model!r} holds no tokenizer, such as a tokenizer.json")
+        raise absent
     return tokenizer
 
 
