@@ -19,10 +19,6 @@ KERNELS: tuple[ExpertsKernel, ...] = (
     ReferenceKernel(),
 )
 
-# Named, so that it is known of, and refused until its tests have passed on a GPU.
-UNPROVEN = {
-    TritonKernel.name: "has passed its tests under Triton's interpreter alone, never yet on a GPU",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +42,6 @@ def kernel_names() -> tuple[str, ...]:
     return ("auto", *(kernel.name for kernel in KERNELS))
 
 
-def _refusal(kernel: ExpertsKernel, query: KernelQuery) -> str | None:
-    return kernel.refusal(query) or UNPROVEN.get(kernel.name)
-
-
 def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
     """The kernel for `query`.
 
@@ -63,7 +55,7 @@ def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
         raise KernelRefusedError(
             f"unknown kernel {requested!r}; the kernels are {', '.join(kernel_names())}"
         )
-    answers = [(kernel, _refusal(kernel, query)) for kernel in KERNELS]
+    answers = [(kernel, kernel.refusal(query)) for kernel in KERNELS]
     refusals = tuple(Refusal(kernel.name, why) for kernel, why in answers if why is not None)
     able = [kernel for kernel, why in answers if why is None]
     if requested != "auto":
