@@ -3,12 +3,16 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from moetor.bench import layer, peers
+from moetor.bench import case, layer, peers
+from moetor.bench.request import LayerBenchRequest
+from moetor.bench.rotation import Step
+from moetor.bench.shapes import parse_shapes
 from moetor.cli.main import main
 
 TINY = ["bench", "layer", "--shape", "4,2,32,16", "--dtype", "float32"]
@@ -19,7 +23,7 @@ ROW = {
 }
 IMPLEMENTATION = {
     *("name", "library", "median_us", "p10_us", "p90_us", "samples", "cuda_graph", "gb_per_s"),
-    *("tflop_per_s", "share_of_floor", "times_ours"),
+    *("tflop_per_s", "share_of_floor", "times_ours", "rested_us", "rested_share_of_floor"),
 }
 
 
@@ -35,7 +39,7 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     record = _record(tmp_path, "--tokens", "1,5", "--kernel", "torch", "--threads", "1")
     assert set(record) == {
         *("command", "date", "git", "versions", "hardware", "format", "settings", "ceilings"),
-        *("rows", "skipped"),
+        *("rows", "skipped", "failures", "unmeasured"),
     }
     assert set(record["versions"]) == {"python", "torch", "transformers", "moetor"}
     assert record["hardware"]["threads"] == 1
@@ -79,7 +83,7 @@ def test_a_peer_that_copies_too_much_is_left_out(
     monkeypatch.setattr(peers, "_CPU_COPY_BYTES", 1000)
     record = _record(tmp_path, "--tokens", "1")
     (skipped,) = record["skipped"]
-    assert (skipped["shape"], skipped["tokens"], skipped["peer"]) == ("4,2,32,16", 1, "batched_mm")
+    assert (skipped["shape"], skipped["tokens"], skipped["name"]) == ("4,2,32,16", 1, "batched_mm")
     assert "copies the weights of 2 experts" in skipped["reason"]
     assert "batched_mm left out: copies the weights" in capsys.readouterr().out
     names = [found["name"] for found in record["rows"][0]["implementations"]]
@@ -88,7 +92,7 @@ def test_a_peer_that_copies_too_much_is_left_out(
 
 @pytest.mark.usefixtures("quick")
 def test_a_slow_peer_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "_CALL_LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(case, "_CALL_LIMIT_SECONDS", 0.0)
     record = _record(tmp_path, "--tokens", "1", "--peers", "eager")
     assert "s a call" in record["skipped"][0]["reason"]
 
@@ -124,7 +128,7 @@ def test_a_disturbed_row_is_measured_again(
         def share(self) -> float:
             return next(left)
 
-    monkeypatch.setattr(layer, "OtherUse", Use)
+    monkeypatch.setattr(case, "OtherUse", Use)
     record = _record(tmp_path, "--tokens", "1", "--peers", "none")
     assert record["rows"][0]["other_use"] == kept
     assert next(left, None) is None
@@ -135,14 +139,67 @@ def test_a_disturbed_row_is_measured_again(
 def test_a_wrong_kernel_is_not_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(layer.TOLERANCES, torch.float32, 0.0)
+    monkeypatch.setitem(case.TOLERANCES, torch.float32, 0.0)
     path = tmp_path / "out.json"
     flags = ["--tokens", "3", "--kernel", "torch", "--json", str(path)]
     assert main([*TINY, *flags]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert "is wrong on shape 4,2,32,16 at 3 tokens" in err
-    assert not path.exists()
+    assert "4,2,32,16, T=3: kernel 'torch' is wrong" in err
+    record = json.loads(path.read_text())
+    assert record["rows"] == []
+    assert len(record["failures"]) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_row_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = case.Case._ours
+
+    def ours(self: case.Case, step: Step) -> torch.Tensor:
+        if self.tokens == 2:
+            raise RuntimeError("the compiler gave up\nwith a page of detail")
+        return real(self, step)
+
+    monkeypatch.setattr(case.Case, "_ours", ours)
+    path = tmp_path / "out.json"
+    flags = ["--tokens", "1,2,3", "--peers", "none", "--json", str(path)]
+    assert main([*TINY, *flags]) == 1
+    record = json.loads(path.read_text())
+    assert [row["tokens"] for row in record["rows"]] == [1, 3]
+    assert record["failures"] == ["4,2,32,16, T=2: the compiler gave up"]
+    assert "the compiler gave up" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_no_row_is_begun_after_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ticks = iter([0.0, 1.0, 1.0, 11.0, 11.0])
+    monkeypatch.setattr(layer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    record = _record(tmp_path, "--tokens", "1,2,3", "--peers", "none", "--seconds", "10")
+    assert [row["tokens"] for row in record["rows"]] == [1]
+    assert [row["tokens"] for row in record["unmeasured"]] == [2, 3]
+    assert "--seconds 10 were over: 4,2,32,16 T=2, 4,2,32,16 T=3" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_measured_is_kept_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = LayerBenchRequest(
+        shapes=parse_shapes(["4,2,32,16"]),
+        tokens=(1, 2),
+        dtype=torch.float32,
+        device="cpu",
+        threads=1,
+        kernel="torch",
+        peers=(),
+        routing="uniform",
+        seed=0,
+    )
+    kept: list[int] = []
+    layer.bench_layers(request, keep=lambda report: kept.append(len(report.times)))
+    assert kept == [1, 2]
 
 
 def _refused(capsys: pytest.CaptureFixture[str], status: int, *flags: str) -> str:
@@ -161,7 +218,10 @@ def _refused(capsys: pytest.CaptureFixture[str], status: int, *flags: str) -> st
         (["--tokens", "0"], "tokens=0"),
         (["--tokens", "1,many"], "many"),
         (["--kernel", "fastest"], "auto, native"),
-        (["--peers", "vllm"], "eager, grouped_mm, batched_mm"),
+        (["--peers", "sglang"], "eager, grouped_mm, batched_mm, vllm, dense"),
+        (["--variants", "plans"], "device cuda"),
+        (["--variants", "all"], "small, large, plans"),
+        (["--seconds", "0"], "--seconds 0"),
         (["--peers", "none,eager"], "none"),
         (["--dtype", "int8"], "bfloat16"),
         (["--device", "tpu"], "cuda"),

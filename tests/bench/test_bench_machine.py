@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -75,3 +80,17 @@ def test_the_use_by_others_is_a_share_of_all_cores(monkeypatch: pytest.MonkeyPat
     assert watch.share() == pytest.approx((12 - 2) / (10 * 4))
     watch._start = (110.0, 62.0, 9.0)
     assert watch.share() is None, "too short to tell"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed (pip install triton)",
+)
+def test_the_gpu_reader_reads_every_element() -> None:
+    code = (
+        "import torch; from moetor.bench.gpu_read import read_all; "
+        "data = torch.arange(4096.0); out = read_all(data, 256, 4); "
+        "assert torch.equal(out, data.view(4, 1024).sum(dim=1)), out"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

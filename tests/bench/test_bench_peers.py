@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from moetor.bench.peers import PEERS, make_peer, refusal
+from moetor.bench.peers import TransformersPeer, make_peer, refusal
 from moetor.bench.shapes import SHAPES, LayerShape, parse_shapes
 from moetor.bench.weights import make_weights
 from moetor.errors import UnsupportedError
+from moetor.kernels.base import ExpertWeights
 from moetor.kernels.reference import ReferenceKernel
 
 PLAIN = parse_shapes(["4,2,32,16"])[0]
@@ -23,7 +28,7 @@ GPT_OSS = LayerShape(
 
 
 @pytest.mark.parametrize("shape", [PLAIN, GPT_OSS], ids=lambda shape: shape.name)
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm"])
 def test_peers_compute_what_the_reference_does(name: str, shape: LayerShape) -> None:
     (weights,) = make_weights(shape, 1, torch.float32, "cpu", seed=0)
     hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
@@ -31,13 +36,15 @@ def test_peers_compute_what_the_reference_does(name: str, shape: LayerShape) -> 
     slots = torch.rand(6, 2, generator=torch.Generator().manual_seed(2))
     expected = ReferenceKernel()(hidden, slots, ids, weights, shape.experts)
     with torch.inference_mode():
-        found = make_peer(name, shape, weights)(hidden, slots, ids.long())
+        found = make_peer(name, shape, weights)(hidden, slots, ids)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_peers_hold_the_same_tensors() -> None:
     (weights,) = make_weights(GPT_OSS, 1, torch.float32, "cpu", seed=0)
-    module = make_peer("eager", GPT_OSS, weights)._module
+    peer = make_peer("eager", GPT_OSS, weights)
+    assert isinstance(peer, TransformersPeer)
+    module = peer._module
     pointers = {name: tensor.data_ptr() for name, tensor in module.named_parameters()}
     assert pointers["gate_up_proj"] == weights.gate_up.data_ptr()
     assert pointers["down_proj"] == weights.down.data_ptr()
@@ -73,3 +80,72 @@ def test_weights_differ_between_rows_experts_and_sets() -> None:
     assert not torch.equal(first.gate_up, second.gate_up)
     assert first.gate_up.float().std() == pytest.approx(32**-0.5, rel=0.1)
     assert first.gate_up_bias is None
+
+
+def test_vllm_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = SHAPES["olmoe"]
+    assert "not on cpu" in str(refusal("vllm", plain, 1, 2, "cpu", 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert refusal("vllm", plain, 1, 2, "cuda", 0) == "vLLM is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert refusal("vllm", plain, 1, 2, "cuda", 0) is None
+    assert refusal("vllm", SHAPES["gpt-oss-20b"], 1, 2, "cuda", 0) is None
+    ungated = replace(plain, experts=replace(plain.experts, gated=False))
+    assert "form" in str(refusal("vllm", ungated, 1, 2, "cuda", 0))
+
+
+class Vllm:
+    """Stands where vLLM is not installed: the same call, computed by the reference."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        self.form = replace(shape.experts, transposed=False)
+
+    def fused_experts(
+        self,
+        hidden: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        slots: torch.Tensor,
+        ids: torch.Tensor,
+        activation: str = "silu",
+        quant_config: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        assert activation == ("swigluoai" if self.form.has_bias else "silu")
+        bias = quant_config or {}
+        weights = ExpertWeights(up, down, bias.get("w1_bias"), bias.get("w2_bias"))
+        return ReferenceKernel()(hidden, slots, ids, weights, self.form)
+
+
+@pytest.mark.parametrize("shape", [PLAIN, GPT_OSS], ids=lambda shape: shape.name)
+def test_vllm_is_given_weights_in_its_own_order(
+    shape: LayerShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = "vllm.model_executor.layers.fused_moe"
+    vllm = ModuleType(root)
+    vllm.fused_experts = Vllm(shape).fused_experts  # type: ignore[attr-defined]
+    activation, config = ModuleType("activation"), ModuleType("config")
+    activation.MoEActivation = SimpleNamespace(  # type: ignore[attr-defined]
+        SWIGLUOAI="swigluoai"
+    )
+    config.biased_moe_quant_config = dict  # type: ignore[attr-defined]
+    for name, module in ((root, vllm), (f"{root}.activation", activation)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, f"{root}.config", config)
+    (weights,) = make_weights(shape, 1, torch.float32, "cpu", seed=0)
+    hidden, slots = torch.randn(2, 32), torch.rand(2, 2)
+    ids = torch.tensor([[0, 1], [1, 3]], dtype=torch.int32)
+    expected = ReferenceKernel()(hidden, slots, ids, weights, shape.experts)
+    torch.testing.assert_close(make_peer("vllm", shape, weights)(hidden, slots, ids), expected)
+
+
+def test_dense_products_have_a_layers_arithmetic() -> None:
+    (weights,) = make_weights(PLAIN, 1, torch.float32, "cpu", seed=0)
+    hidden, slots = torch.randn(6, 32), torch.rand(6, 2)
+    ids = torch.zeros(6, 2, dtype=torch.int32)
+    peer = make_peer("dense", PLAIN, weights)
+    with FlopCounterMode(display=False) as counter:
+        out = peer(hidden, slots, ids)
+    assert out.shape == (12, 32)
+    assert counter.get_total_flops() == 12 * 2 * PLAIN.experts.params_per_expert
+    assert refusal("dense", PLAIN, 4, 2, "cuda", 0) is not None
+    assert refusal("dense", PLAIN, 128, 2, "cuda", 0) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import math
 import subprocess
 import tempfile
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,8 +85,8 @@ class Ceilings:
 def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     """Measures in a few seconds, with the threads that torch has now.
 
-    The arithmetic ceiling is the better of `dtype` and float32: a processor without units for a
-    16-bit type multiplies it no faster than float32, and a kernel may widen its operands.
+    The arithmetic ceiling of a CPU is the better of `dtype` and float32: a processor without units
+    for a 16-bit type multiplies it no faster than float32, and a kernel may widen its operands.
 
     Raises:
         UnsupportedError: too little memory to read from.
@@ -94,10 +96,8 @@ def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
     else:
         read, method = _cpu_read()
     size = _CUDA_GEMM_SIZE if device == "cuda" else _CPU_GEMM_SIZE
-    rates = {
-        str(kind).removeprefix("torch."): _gemm(device, kind, size)
-        for kind in dict.fromkeys((dtype, torch.float32))
-    }
+    kinds = (dtype,) if device == "cuda" else dict.fromkeys((dtype, torch.float32))
+    rates = {str(kind).removeprefix("torch."): _gemm(device, kind, size) for kind in kinds}
     return Ceilings(
         read_bytes_per_s=read, read_method=method, gemm_flops_per_s=rates, gemm_size=size
     )
@@ -180,17 +180,23 @@ def _gemm(device: str, dtype: torch.dtype, size: int) -> float:
 
 
 def _cuda_read() -> tuple[float, str]:
-    size = min(_CUDA_READ_BYTES, available_memory("cuda") // 2) // _MIB * _MIB
+    size = min(_CUDA_READ_BYTES, available_memory("cuda") // 2) // (64 * _MIB) * (64 * _MIB)
     data = torch.ones(size // 2, device="cuda", dtype=torch.bfloat16)
-    matrix, vector = data.view(-1, 8192), torch.ones(8192, device="cuda", dtype=torch.bfloat16)
     ways: dict[str, Callable[[], object]] = {
-        "sum as float32": data.view(torch.float32).sum,
-        "sum as int64": data.view(torch.int64).sum,
-        "matrix times vector": lambda: matrix @ vector,
+        "torch sum as float32": data.view(torch.float32).sum,
+        "torch sum as int64": data.view(torch.int64).sum,
     }
-    best = {way: min(_cuda_timed(run) for _ in range(3 * _ROUNDS)) for way, run in ways.items()}
+    if importlib.util.find_spec("triton") is not None:
+        from moetor.bench.gpu_read import PATTERNS, read_all
+
+        for block, steps in PATTERNS:
+            ways[f"Triton, {steps} x {block}"] = partial(read_all, data, block, steps)
+    best = dict.fromkeys(ways, math.inf)
+    for _ in range(3 * _ROUNDS):
+        for way, run in ways.items():
+            best[way] = min(best[way], _cuda_timed(run))
     fastest = min(best, key=lambda way: best[way])
-    return size / best[fastest], f"{size / 2**30:.1f} GiB, torch {fastest}"
+    return size / best[fastest], f"{size / 2**30:.1f} GiB, {fastest}"
 
 
 def _timed(run: Callable[[], object]) -> float:

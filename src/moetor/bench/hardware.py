@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,21 @@ _FLAGS = (
     *("avx512_fp16", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "bf16", "i8mm"),
     *("sve", "sve2"),
 )
+
+
+# Beside torch and Transformers, what may take part where it is installed.
+_OPTIONAL = ("triton", "vllm")
+
+
+def describe_run(device: str, threads: int) -> dict[str, Any]:
+    """The head of a result's JSON: command, date, commit, versions, hardware."""
+    return {
+        "command": shlex.join(("moetor", *sys.argv[1:])),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": describe_versions(device),
+        "hardware": describe_hardware(device, threads),
+    }
 
 
 def describe_hardware(device: str, threads: int) -> dict[str, Any]:
@@ -46,11 +65,17 @@ def describe_hardware(device: str, threads: int) -> dict[str, Any]:
     return found
 
 
-def describe_versions() -> dict[str, str]:
+def describe_versions(device: str) -> dict[str, str]:
     """Versions of what takes part in a measurement."""
     from transformers import __version__ as transformers_version
 
-    return {
+    optional = {}
+    for name in _OPTIONAL if device == "cuda" else ():
+        try:
+            optional[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return optional | {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers_version,

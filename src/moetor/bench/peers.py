@@ -1,46 +1,67 @@
-"""Transformers' own experts, run on the very tensors that our kernel reads.
+"""Other implementations, run on the very tensors that our kernel reads: Transformers' own experts
+here, the rest in `moetor.bench.gpu_peers`.
 
 Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from moetor.bench.gpu_peers import DensePeer, VllmPeer, dense_refusal, vllm_refusal
 from moetor.bench.shapes import LayerShape
 from moetor.config import Activation
 from moetor.errors import UnsupportedError
 from moetor.kernels.base import ExpertWeights
 
-PeerName = Literal["eager", "grouped_mm", "batched_mm"]
+PeerName = Literal["eager", "grouped_mm", "batched_mm", "vllm", "dense"]
 PEERS: tuple[str, ...] = get_args(PeerName)
-# `batched_mm` copies an expert's weights for every slot; beyond this a call takes seconds.
-_CPU_COPY_BYTES = 2 * 2**30
+LIBRARIES = dict.fromkeys(PEERS, "transformers") | {"vllm": "vllm", "dense": "torch"}
+# `batched_mm` copies an expert's weights for every slot; beyond this a call takes seconds, on a GPU
+# tens of milliseconds.
+_CPU_COPY_BYTES, _CUDA_COPY_BYTES = 2 * 2**30, 16 * 2**30
+
+PeerCall = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(hidden [T, H], weights [T, K] float32, ids [T, K] int32) -> [T, H]`."""
 
 
-class Peer:
-    """One implementation over one set of weights: `(hidden [T, H], weights [T, K], ids [T, K]) ->
-    [T, H]`, in Transformers' dtypes (weights as the hidden states, ids int64)."""
+class TransformersPeer:
+    """One of Transformers' implementations over one set of weights.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
+    Its routers answer with weights in the hidden states' dtype and int64 ids; both are converted
+    once for each routing, outside of what is timed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._converted: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, hidden_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor) -> Tensor:
         """The weighted sum of the routed experts."""
-        out: Tensor = self._module(hidden_TH, topk_ids_TK, topk_weights_TK)
+        key = id(topk_ids_TK)
+        if key not in self._converted:
+            # The tensor is kept with its copies: its id must stay its own.
+            weights = topk_weights_TK.to(hidden_TH.dtype)
+            self._converted[key] = (topk_ids_TK, topk_ids_TK.long(), weights)
+        _, ids, weights = self._converted[key]
+        out: Tensor = self._module(hidden_TH, ids, weights)
         return out
 
 
-def make_peer(name: str, shape: LayerShape, weights: ExpertWeights) -> Peer:
-    """Transformers' module of the shape's form, holding `weights` themselves.
+def make_peer(name: str, shape: LayerShape, weights: ExpertWeights) -> PeerCall:
+    """The implementation called `name`, holding `weights` themselves.
 
     Raises:
         UnsupportedError: Transformers' modules known here do not have this form.
     """
+    if name == "vllm":
+        return VllmPeer(shape, weights)
+    if name == "dense":
+        return DensePeer(shape, weights)
     module = _empty_module(shape, name)
     for parameter, tensor in (
         ("gate_up_proj", weights.gate_up),
@@ -50,7 +71,7 @@ def make_peer(name: str, shape: LayerShape, weights: ExpertWeights) -> Peer:
     ):
         if tensor is not None:
             setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
-    return Peer(name, module.eval())
+    return TransformersPeer(module.eval())
 
 
 def _empty_module(shape: LayerShape, implementation: str) -> nn.Module:
@@ -103,10 +124,14 @@ def refusal(
         itemsize: bytes of a weight.
         free_bytes: memory that a call may take.
     """
+    if name == "vllm":
+        return vllm_refusal(shape, device)
+    if name == "dense":
+        return dense_refusal(shape, tokens)
     if name != "batched_mm":
         return None
     copied = tokens * shape.top_k * shape.experts.params_per_expert * itemsize
-    limit = min(free_bytes, _CPU_COPY_BYTES) if device == "cpu" else free_bytes
+    limit = min(free_bytes, _CPU_COPY_BYTES if device == "cpu" else _CUDA_COPY_BYTES)
     if copied <= limit:
         return None
     return (

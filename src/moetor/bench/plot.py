@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from moetor.bench.layer import LayerReport, LayerTimes
+from moetor.bench.case import LayerTimes
+from moetor.bench.layer import LayerReport
 from moetor.bench.report import row_floor, share_of_floor
 from moetor.bench.shapes import SHAPES, LayerShape
 from moetor.errors import UnsupportedError
@@ -14,7 +15,13 @@ from moetor.errors import UnsupportedError
 _PANELS_PER_ROW = 3
 # Colour-blind safe (Okabe and Ito); a name keeps its colour in every picture.
 _OURS = ("#D55E00", "o")
-_PEERS = {"eager": ("#0072B2", "s"), "grouped_mm": ("#009E73", "^"), "batched_mm": ("#8C6BB1", "D")}
+_PEERS = {
+    "eager": ("#0072B2", "s", "Transformers eager"),
+    "grouped_mm": ("#009E73", "^", "Transformers grouped_mm"),
+    "batched_mm": ("#8C6BB1", "D", "Transformers batched_mm"),
+    "vllm": ("#E69F00", "v", "vLLM fused_experts"),
+    "dense": ("#999999", "x", "dense products of the same size (torch)"),
+}
 
 
 def check_plotting() -> None:
@@ -40,14 +47,16 @@ def plot_report(report: LayerReport, path: Path) -> None:
     figure = Figure(figsize=(4.2 * across + 0.4, 3.3 * down + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    shares = [_point(report, times, name)[1] for times in report.times for name in times.timings]
+    shares = [
+        _point(report, times, name)[1] for times in report.times for name in _drawn(report, times)
+    ]
     lines: dict[str, Any] = {}
     for number, panel in enumerate(panels):
         if number >= len(shapes):
             panel.set_visible(False)
             continue
         lines |= _draw_panel(panel, report, shapes[number])
-        panel.set_ylim(0, max(1.1, 1.05 * max(shares)))
+        panel.set_ylim(0, max([1.1, *(1.05 * share for share in shares)]))
         if number % across == 0:
             panel.set_ylabel("share of floor")
     columns = 2 * min(2, across)
@@ -64,11 +73,10 @@ def _draw_panel(panel: Any, report: LayerReport, shape: LayerShape) -> dict[str,
     rows = [times for times in report.times if times.shape.name == shape.name]
     rows.sort(key=lambda times: times.tokens)
     lines = {}
-    for name in dict.fromkeys(name for times in rows for name in times.timings):
+    for name in dict.fromkeys(name for times in rows for name in _drawn(report, times)):
         points = [_point(report, times, name) for times in rows if name in times.timings]
         ours = name not in report.request.peers
-        color, marker = _OURS if ours else _PEERS[name]
-        label = f"moetor {name}" if ours else f"Transformers {name}"
+        color, marker, label = (*_OURS, f"moetor {name}") if ours else _PEERS[name]
         (lines[label],) = panel.plot(
             [tokens for tokens, _ in points],
             [share for _, share in points],
@@ -90,6 +98,11 @@ def _draw_panel(panel: Any, report: LayerReport, shape: LayerShape) -> dict[str,
     panel.axhline(1, color="black", linewidth=1, linestyle=":")
     panel.grid(alpha=0.3)
     return lines
+
+
+def _drawn(report: LayerReport, times: LayerTimes) -> list[str]:
+    """Our kernel and the peers, without other plans of ours."""
+    return [name for name in times.timings if name in (times.kernel, *report.request.peers)]
 
 
 def _point(report: LayerReport, times: LayerTimes, name: str) -> tuple[int, float]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from moetor.bench.case import QUIET, LayerTimes
 from moetor.bench.ceilings import Ceilings
 from moetor.bench.floor import Floor, layer_floor
-from moetor.bench.layer import QUIET, LayerReport, LayerTimes
+from moetor.bench.layer import LayerReport
+from moetor.bench.peers import LIBRARIES
 from moetor.bench.timing import Timing
 
-FORMAT = "moetor-bench-layer/1"
+FORMAT = "moetor-bench-layer/2"
 
 
 def row_floor(times: LayerTimes, ceilings: Ceilings) -> Floor:
@@ -24,36 +26,45 @@ def share_of_floor(floor: Floor, timing: Timing) -> float:
 
 
 def table(report: LayerReport) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows; each peer's column says how many times as long as ours it takes."""
+    """Column names and rows: one for our kernel and each other plan of it; each peer's column says
+    how many times as long as that row's it takes."""
     peers = report.request.peers
     columns = ["shape", "T", "kernel", "us", "p10-p90", "rate", "bound", "floor us", "of floor"]
+    if report.request.device == "cuda":
+        columns += ["rested us", "of floor"]
     columns += [f"vs {peer}" for peer in peers]
-    rows = []
-    for times in report.times:
-        ours, floor = times.timings[times.kernel], row_floor(times, report.ceilings)
-        if floor.bound == "bytes":
-            rate = f"{times.work.read_bytes / ours.median / 1e9:.3g} GB/s"
-        else:
-            rate = f"{times.work.flops / ours.median / 1e12:.3g} TFLOP/s"
-        ratios = [
-            f"{times.timings[peer].median / ours.median:.2f}x" if peer in times.timings else ""
-            for peer in peers
-        ]
-        rows.append(
-            [
-                times.shape.name,
-                str(times.tokens),
-                times.kernel,
-                _micros(ours.median),
-                f"{_micros(ours.p10)}-{_micros(ours.p90)}",
-                rate,
-                floor.bound,
-                _micros(floor.seconds),
-                f"{share_of_floor(floor, ours):.0%}",
-                *ratios,
-            ]
-        )
+    rows = [
+        _table_row(report, times, name)
+        for times in report.times
+        for name in times.timings
+        if name not in peers
+    ]
     return columns, rows
+
+
+def _table_row(report: LayerReport, times: LayerTimes, name: str) -> list[str]:
+    timing, floor = times.timings[name], row_floor(times, report.ceilings)
+    if floor.bound == "bytes":
+        rate = f"{times.work.read_bytes / timing.median / 1e9:.3g} GB/s"
+    else:
+        rate = f"{times.work.flops / timing.median / 1e12:.3g} TFLOP/s"
+    row = [
+        times.shape.name,
+        str(times.tokens),
+        name,
+        _micros(timing.median),
+        f"{_micros(timing.p10)}-{_micros(timing.p90)}",
+        rate,
+        floor.bound,
+        _micros(floor.seconds),
+        f"{share_of_floor(floor, timing):.0%}",
+    ]
+    if timing.rested is not None:
+        row += [_micros(timing.rested), f"{floor.seconds / timing.rested:.0%}"]
+    return row + [
+        f"{times.timings[peer].median / timing.median:.2f}x" if peer in times.timings else ""
+        for peer in report.request.peers
+    ]
 
 
 def notes(report: LayerReport) -> list[str]:
@@ -82,7 +93,10 @@ def notes(report: LayerReport) -> list[str]:
         launched = [name for name, timing in times.timings.items() if timing.cuda_graph is False]
         if launched:
             lines.append(f"{place}: launched without a CUDA graph: {', '.join(launched)}")
-        lines += [f"{place}: {peer} left out: {why}" for peer, why in times.skipped.items()]
+        lines += [f"{place}: {name} left out: {why}" for name, why in times.skipped.items()]
+    if report.unmeasured:
+        rows = ", ".join(f"{shape} T={tokens}" for shape, tokens in report.unmeasured)
+        lines.append(f"not measured, --seconds {report.request.seconds:g} were over: {rows}")
     return lines
 
 
@@ -99,6 +113,8 @@ def to_dict(report: LayerReport) -> dict[str, Any]:
             "threads": request.threads,
             "kernel": request.kernel,
             "peers": list(request.peers),
+            "variants": list(request.variants),
+            "seconds": request.seconds,
             "routing": request.routing,
             "seed": request.seed,
         },
@@ -109,10 +125,12 @@ def to_dict(report: LayerReport) -> dict[str, Any]:
         },
         "rows": [_row(times, report.ceilings) for times in report.times],
         "skipped": [
-            {"shape": times.shape.name, "tokens": times.tokens, "peer": peer, "reason": reason}
+            {"shape": times.shape.name, "tokens": times.tokens, "name": name, "reason": reason}
             for times in report.times
-            for peer, reason in times.skipped.items()
+            for name, reason in times.skipped.items()
         ],
+        "failures": list(report.failures),
+        "unmeasured": [{"shape": shape, "tokens": tokens} for shape, tokens in report.unmeasured],
     }
 
 
@@ -149,7 +167,7 @@ def _row(times: LayerTimes, ceilings: Ceilings) -> dict[str, Any]:
 def _implementation(name: str, timing: Timing, times: LayerTimes, floor: Floor) -> dict[str, Any]:
     return {
         "name": name,
-        "library": "moetor" if name == times.kernel else "transformers",
+        "library": LIBRARIES.get(name, "moetor"),
         "median_us": timing.median * 1e6,
         "p10_us": timing.p10 * 1e6,
         "p90_us": timing.p90 * 1e6,
@@ -158,6 +176,8 @@ def _implementation(name: str, timing: Timing, times: LayerTimes, floor: Floor) 
         "gb_per_s": times.work.read_bytes / timing.median / 1e9,
         "tflop_per_s": times.work.flops / timing.median / 1e12,
         "share_of_floor": share_of_floor(floor, timing),
+        "rested_us": None if timing.rested is None else timing.rested * 1e6,
+        "rested_share_of_floor": None if timing.rested is None else floor.seconds / timing.rested,
         "times_ours": timing.median / times.timings[times.kernel].median,
     }
 

@@ -22,6 +22,8 @@ from moetor.bench.rotation import Step
 
 MIN_SECONDS, MIN_SAMPLES = 0.3, 5
 _WARM_UP_SECONDS = 0.3
+# A GPU at its power limit runs large products up to a fifth slower than one that has just paused.
+RESTED_SAMPLES, REST_SECONDS = 5, 0.04
 
 StepCall = Callable[[Step], Tensor]
 
@@ -31,8 +33,10 @@ class Timing:
     """Seconds per call.
 
     Attributes:
+        median, p10, p90: of calls back to back (`sustained`).
         samples: how many were taken.
         cuda_graph: whether calls were replayed from a CUDA graph; None on the CPU.
+        rested: median of a GPU's calls after a pause each; None on the CPU.
     """
 
     median: float
@@ -40,6 +44,7 @@ class Timing:
     p90: float
     samples: int
     cuda_graph: bool | None
+    rested: float | None = None
 
 
 class Sampler(ABC):
@@ -54,6 +59,10 @@ class Sampler(ABC):
     @abstractmethod
     def sample(self) -> float:
         """Seconds per call, once."""
+
+    def rested_sample(self) -> float | None:
+        """The same after a pause, on a device whose clock follows its load; else None."""
+        return None
 
 
 class CpuSampler(Sampler):
@@ -90,11 +99,19 @@ class CudaSampler(Sampler):
 
     A graph of the whole pass keeps the host out of the result: launching from Python takes longer
     than a small call does.
+
+    Args:
+        passes: how often the graph walks through the steps; a graph of few short calls would
+            measure its own start.
+        capture: False for a variant that waits for the device inside, which a graph cannot hold.
     """
 
-    def __init__(self, call: StepCall, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, call: StepCall, steps: Sequence[Step], *, passes: int = 1, capture: bool = True
+    ) -> None:
         self._call = call
-        self._steps = steps
+        self._capture = capture
+        self._steps = list(steps) * passes
         self._run: Callable[[], None] = self._all_steps
         self.cuda_graph = False
 
@@ -107,21 +124,26 @@ class CudaSampler(Sampler):
                 self._all_steps()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
+        if self._capture:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._all_steps()
-        except RuntimeError:
-            # It waits for the device inside (eager Transformers asks which experts were hit), which
-            # a graph cannot hold; the report says that it was launched call by call.
-            torch.cuda.synchronize()
-        else:
             self._run = graph.replay
             self.cuda_graph = True
-        return min(self.sample() for _ in range(3)) * len(self._steps)
+        return 2 * min(self.sample() for _ in range(3)) * len(self._steps)
 
     def sample(self) -> float:
-        """One pass, divided by its number of calls."""
+        """One pass, divided by its number of calls, right behind an untimed one."""
+        self._run()
+        return self._timed()
+
+    def rested_sample(self) -> float | None:
+        """One pass after a pause."""
+        torch.cuda.synchronize()
+        time.sleep(REST_SECONDS)
+        return self._timed()
+
+    def _timed(self) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         self._run()
@@ -150,7 +172,15 @@ def measure(samplers: Mapping[str, Sampler], estimates: Mapping[str, float]) -> 
     taken: dict[str, list[float]] = {name: [] for name in samplers}
     for name in spread(counts):
         taken[name].append(samplers[name].sample())
-    return {name: summarize(taken[name], samplers[name].cuda_graph) for name in samplers}
+    rested: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(RESTED_SAMPLES):
+        for name, sampler in samplers.items():
+            seconds = sampler.rested_sample()
+            if seconds is not None:
+                rested[name].append(seconds)
+    return {
+        name: summarize(taken[name], samplers[name].cuda_graph, rested[name]) for name in samplers
+    }
 
 
 def spread(counts: Mapping[str, int]) -> list[str]:
@@ -166,7 +196,9 @@ def spread(counts: Mapping[str, int]) -> list[str]:
     return [name for _, name in sorted(places)]
 
 
-def summarize(seconds: Sequence[float], cuda_graph: bool | None = None) -> Timing:
+def summarize(
+    seconds: Sequence[float], cuda_graph: bool | None = None, rested: Sequence[float] = ()
+) -> Timing:
     """Median and the 10th and 90th percentiles, interpolated between samples."""
     deciles = statistics.quantiles(seconds, n=10, method="inclusive")
     return Timing(
@@ -175,4 +207,5 @@ def summarize(seconds: Sequence[float], cuda_graph: bool | None = None) -> Timin
         p90=deciles[-1],
         samples=len(seconds),
         cuda_graph=cuda_graph,
+        rested=statistics.median(rested) if rested else None,
     )

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from moetor.bench.shapes import check_tokens, parse_shapes
 from moetor.cli.console import note, print_table, progress, quiet_transformers
@@ -16,7 +14,8 @@ from moetor.cli.flags import UsageError
 from moetor.errors import InputError
 
 if TYPE_CHECKING:
-    from moetor.bench.layer import LayerBenchRequest, LayerReport
+    from moetor.bench.layer import LayerReport
+    from moetor.bench.request import LayerBenchRequest
 
 WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
 
@@ -59,14 +58,27 @@ class LayerBenchOptions:
             "fastest that can",
         },
     )
-    peers: tuple[Literal["eager", "grouped_mm", "batched_mm", "none"], ...] = field(
-        default=("eager", "grouped_mm", "batched_mm"),
+    peers: tuple[Literal["eager", "grouped_mm", "batched_mm", "vllm", "dense", "none"], ...] = (
+        field(
+            default=("eager", "grouped_mm", "batched_mm"),
+            metadata={
+                "group": WHAT,
+                "metavar": "NAME,...",
+                "help": "what to compare with: Transformers' eager, grouped_mm, batched_mm; vllm, "
+                "its fused_experts where it is installed; dense, torch's products of the same "
+                "total size with one weight, where arithmetic bounds; or none. One that cannot "
+                "run, or would take gigabytes or far too long, is left out, and the output says "
+                "why",
+            },
+        )
+    )
+    variants: tuple[Literal["small", "large", "plans"], ...] = field(
+        default=(),
         metadata={
             "group": WHAT,
-            "metavar": "NAME,...",
-            "help": "Transformers' implementations to compare with: eager, grouped_mm, "
-            "batched_mm, or none; one that would take gigabytes or far too long is left out, and "
-            "the output says why",
+            "metavar": "KIND,...",
+            "help": "with --device cuda, also time the Triton kernels' small path, their large "
+            "path, and other plans of both",
         },
     )
     device: Literal["cpu", "cuda"] = field(
@@ -82,6 +94,14 @@ class LayerBenchOptions:
             "group": HOW,
             "help": "how tokens choose experts: all equally often, a few much more often (weight "
             "1/rank), or all tokens of a call the same K",
+        },
+    )
+    seconds: float | None = field(
+        default=None,
+        metadata={
+            "group": HOW,
+            "metavar": "S",
+            "help": "begin no row after so many; the output says what was not measured",
         },
     )
     seed: int = field(
@@ -114,6 +134,13 @@ class LayerBenchOptions:
             )
         if "none" in self.peers and len(self.peers) > 1:
             raise InputError("--peers none stands alone; it compares with nothing")
+        if self.seconds is not None and not self.seconds > 0:
+            raise InputError(f"--seconds {self.seconds:g} must be positive")
+        if self.variants and self.device != "cuda":
+            raise InputError(
+                f"--variants {','.join(self.variants)}: plans of the Triton kernels, which run on "
+                f"NVIDIA GPUs; they need --device cuda, not {self.device}"
+            )
         if self.plot is not None and self.plot.suffix.lower() != ".png":
             raise InputError(f"--plot {self.plot}: the picture is a PNG; name it FILE.png")
         for flag, path in (("--json", self.json), ("--plot", self.plot)):
@@ -124,7 +151,8 @@ class LayerBenchOptions:
 
 
 def run(options: LayerBenchOptions) -> int:
-    """Measure, print, write the files, and return the exit status."""
+    """Measure, print, write the files, and return the exit status: 1 where our kernel failed on a
+    row or was wrong, which leaves that row out."""
     request = _request(options)
     if options.plot is not None:
         from moetor.bench.plot import check_plotting
@@ -134,22 +162,26 @@ def run(options: LayerBenchOptions) -> int:
 
     quiet_transformers()
     with progress("measuring", "steps") as measured:
-        report = bench_layers(request, measured)
-    _print(report)
+        report = bench_layers(request, measured, partial(_keep, options.json))
+    if report.times or report.unmeasured:
+        _print(report)
     if options.json is not None:
-        _write_json(report, options.json)
+        _keep(options.json, report)
+        note(f"wrote {options.json}")
     if options.plot is not None:
         from moetor.bench.plot import plot_report
 
         plot_report(report, options.plot)
         note(f"wrote {options.plot}")
-    return 0
+    for failure in report.failures:
+        note(f"not reported: {failure}")
+    return 1 if report.failures else 0
 
 
 def _request(options: LayerBenchOptions) -> LayerBenchRequest:
     import torch
 
-    from moetor.bench.layer import LayerBenchRequest
+    from moetor.bench.request import LayerBenchRequest
     from moetor.kernels.select import kernel_names
 
     if options.kernel not in kernel_names():
@@ -164,6 +196,8 @@ def _request(options: LayerBenchOptions) -> LayerBenchRequest:
         peers=tuple(dict.fromkeys(peer for peer in options.peers if peer != "none")),
         routing=options.routing,
         seed=options.seed,
+        variants=tuple(dict.fromkeys(options.variants)),
+        seconds=options.seconds,
     )
 
 
@@ -176,20 +210,14 @@ def _print(report: LayerReport) -> None:
         print(line)
 
 
-def _write_json(report: LayerReport, path: Path) -> None:
+def _keep(path: Path | None, report: LayerReport) -> None:
+    """Writes what there is so far, so that a run that is cut off leaves its rows."""
+    if path is None:
+        return
     import json
 
-    from moetor.bench.hardware import describe_hardware, describe_versions, git_state
+    from moetor.bench.hardware import describe_run
     from moetor.bench.report import to_dict
 
-    threads = report.threads
-    record: dict[str, Any] = {
-        "command": shlex.join(("moetor", *sys.argv[1:])),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(),
-        "versions": describe_versions(),
-        "hardware": describe_hardware(report.request.device, threads),
-    }
-    record |= to_dict(report)
+    record = describe_run(report.request.device, report.threads) | to_dict(report)
     path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    note(f"wrote {path}")

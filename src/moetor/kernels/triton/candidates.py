@@ -1,0 +1,77 @@
+"""Plans around a chosen one, a few dozen at most: what measuring may find to be faster. Imports no
+Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from moetor.kernels.triton.choose import Device, LargePlan, SmallPlan, Tile, VectorTile
+
+# (rows, depth, warps, stages) of the vector products over rows of the weight.
+_UP = ((4, 256, 4, 1), (8, 256, 4, 1), (4, 512, 4, 1), (8, 512, 8, 1), (2, 1024, 4, 1),
+       (4, 1024, 4, 1), (4, 512, 2, 1), (4, 512, 4, 3), (2, 512, 4, 1))  # fmt: skip
+_DOWN = ((1, 512, 4, 1), (2, 512, 4, 1), (4, 256, 4, 1), (4, 128, 4, 1), (8, 128, 4, 1),
+         (1, 256, 4, 1), (2, 256, 2, 1), (2, 256, 4, 3), (2, 256, 8, 1))  # fmt: skip
+
+
+def small_candidates(plan: SmallPlan, *, transposed: bool) -> Iterator[tuple[str, SmallPlan]]:
+    """Other tiles of the small path, each with a name that says what differs.
+
+    Args:
+        transposed: the weights' storage; its tiles are another kind, and only `overlap` is varied.
+    """
+    yield "overlap" if not plan.overlap else "no overlap", replace(plan, overlap=not plan.overlap)
+    if transposed:
+        return
+    for rows, depth, warps, stages in _UP:
+        tile = VectorTile(rows=rows, depth=depth, warps=warps, stages=stages)
+        if tile != plan.up:
+            yield f"up {rows}x{depth} w{warps} s{stages}", replace(plan, up=tile)
+    for rows, depth, warps, stages in _DOWN:
+        tile = VectorTile(rows=rows, depth=depth, warps=warps, stages=stages)
+        if tile != plan.down:
+            yield f"down {rows}x{depth} w{warps} s{stages}", replace(plan, down=tile)
+
+
+def large_candidates(
+    plan: LargePlan, device: Device, *, gated: bool, itemsize: int
+) -> Iterator[tuple[str, LargePlan]]:
+    """The chosen tiles with one thing changed; none needs more shared memory than there is."""
+    for name, changed in _large_changes(plan):
+        widths = ((changed.up, 2 if gated else 1), (changed.down, 1))
+        if changed != plan and all(
+            tile.shared_bytes(width=halves * tile.columns, itemsize=itemsize) <= device.shared
+            for tile, halves in widths
+        ):
+            yield name, changed
+
+
+def _large_changes(plan: LargePlan) -> Iterator[tuple[str, LargePlan]]:
+    def both(**changes: Any) -> LargePlan:
+        return LargePlan(up=replace(plan.up, **changes), down=replace(plan.down, **changes))
+
+    rows = plan.up.rows
+    for other in (rows // 2, rows * 2):
+        if 16 <= other <= 128:
+            yield f"BM{other}", both(rows=other)
+    yield f"tma={not plan.up.tma}", both(tma=not plan.up.tma)
+    yield "group 1", both(group=1)
+    yield "group 32", both(group=32)
+    yield "stages-1", both(stages=max(1, plan.up.stages - 1))
+    if rows <= 32:
+        yield "stages+2", both(stages=plan.up.stages + 2)
+        yield "BK64 s6", both(depth=64, stages=6)
+        yield "BN*2", LargePlan(up=_wider(plan.up), down=_wider(plan.down))
+    if rows == 128:
+        yield "BN/2 w4", LargePlan(up=_narrower(plan.up), down=_narrower(plan.down))
+        yield "down BN128", replace(plan, down=replace(plan.down, columns=128))
+
+
+def _wider(tile: Tile) -> Tile:
+    return replace(tile, columns=2 * tile.columns, stages=3)
+
+
+def _narrower(tile: Tile) -> Tile:
+    return replace(tile, columns=max(16, tile.columns // 2), warps=4)
