@@ -240,11 +240,11 @@ def test_routing_weights_are_applied_in_float32(
     assert torch.equal(out, torch.tensor([[2.0**-12]], dtype=torch.bfloat16))
 
 
-def test_refuses_a_quantised_format_alone(kernel: ExpertsKernel) -> None:
+def test_refuses_an_unknown_format_alone(kernel: ExpertsKernel) -> None:
     query = KernelQuery(
-        device="cpu", dtype=torch.float32, experts=FORMS[0].config, top_k=2, weight_format="fp8"
+        device="cpu", dtype=torch.float32, experts=FORMS[0].config, top_k=2, weight_format="runes"
     )
-    assert kernel.refusal(query) == "reads unquantised weights, not fp8"
+    assert kernel.refusal(query) == "knows no weight format runes"
     for case in FORMS:
         assert kernel.refusal(replace(query, experts=case.config, weight_format="unquantized")) is (
             None

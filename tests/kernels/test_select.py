@@ -139,5 +139,8 @@ def test_an_unknown_format_is_refused_by_every_kernel_with_a_reason() -> None:
     with pytest.raises(KernelRefusedError, match=r"^no kernel runs this case: ") as caught:
         select_kernel(query)
     for name in kernel_names()[1:]:
-        why = "runs on NVIDIA GPUs" if name == "triton" else "reads unquantised weights, not runes"
+        why = {
+            "triton": "runs on NVIDIA GPUs",
+            "native": "reads unquantised weights, not runes",
+        }.get(name, "knows no weight format runes")
         assert f"{name} {why}" in str(caught.value)

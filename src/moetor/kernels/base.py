@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
+from moetor.errors import InputError
+from moetor.kernels.formats import QuantizedExpertWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,21 @@ class ExpertWeights:
     post_norm: Tensor | None = None
 
 
+Weights = ExpertWeights | QuantizedExpertWeights
+"""What a kernel may be given: which of the two follows from the query's `weight_format`."""
+
+
+def unquantized(weights: Weights) -> ExpertWeights:
+    """The weights of a kernel that reads no quantised ones.
+
+    Raises:
+        InputError: they are quantised.
+    """
+    if isinstance(weights, QuantizedExpertWeights):
+        raise InputError(f"this kernel reads unquantised weights, not {weights.weight_format}")
+    return weights
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelQuery:
     """The case for which a kernel is sought.
@@ -39,7 +56,9 @@ class KernelQuery:
         experts: sizes and form.
         top_k: K.
         tokens: T where it is known, None for any.
-        weight_format: `unquantized`, or the name of a quantised format.
+        weight_format: `unquantized`, or the name of a quantised format: that of a `WeightFormat`,
+            or `A+B` where the two products' formats differ.
+        activation_format: an `ActivationFormat`: how the inputs of both products are rounded.
         batch_invariant: whether a token's bits must not depend on its neighbours.
     """
 
@@ -49,6 +68,7 @@ class KernelQuery:
     top_k: int
     tokens: int | None = None
     weight_format: str = "unquantized"
+    activation_format: str = "unquantized"
     batch_invariant: bool = False
 
 
@@ -67,7 +87,7 @@ class ExpertsKernel(ABC):
         hidden_TH: Tensor,
         topk_weights_TK: Tensor,
         topk_ids_TK: Tensor,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
         *,
         batch_invariant: bool = False,
@@ -78,7 +98,7 @@ class ExpertsKernel(ABC):
             hidden_TH: contiguous; never written to.
             topk_weights_TK: float32.
             topk_ids_TK: int32 in [0, E]; E is a dropped slot and contributes nothing.
-            weights: as stored; `config` says how.
+            weights: as stored; `config` says how. Quantised weights are stored canonically.
 
         Returns:
             A new tensor [T, H]. Products accumulate in float32, the K contributions are summed in

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from moetor.config import ExpertsConfig
 from moetor.kernels.activations import activate
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.base import ExpertsKernel, KernelQuery, Weights
+from moetor.kernels.dequantize import dequantize_expert, round_activations
+from moetor.kernels.formats import (
+    ActivationFormat,
+    QuantizedExpertWeights,
+    QuantizedMatrix,
+    format_refusal,
+)
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.norm import post_expert_norm
 
@@ -22,29 +29,51 @@ def _product(x_SX: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: b
     return F.linear(x_SX, weight.T if transposed else weight, bias)
 
 
-def _expert(
-    hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
+def _quantized_product(
+    x_SD: Tensor,
+    matrix: QuantizedMatrix,
+    expert: int,
+    bias: Tensor | None,
+    activations: ActivationFormat,
 ) -> Tensor:
+    """The product in float32 (float64 for float64 rows): a dequantised weight has more digits than
+    a half-precision one.
+    """
+    wide_SD = x_SD if x_SD.dtype == torch.float64 else x_SD.float()
+    scale = None if matrix.input_scales is None else matrix.input_scales[expert]
+    rounded_SD = round_activations(wide_SD, activations, scale)
+    weight_ND = dequantize_expert(matrix, expert, wide_SD.dtype)
+    return F.linear(rounded_SD, weight_ND, None if bias is None else bias.to(wide_SD.dtype))
+
+
+def _expert(hidden_SH: Tensor, expert: int, weights: Weights, config: ExpertsConfig) -> Tensor:
     gate_up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias[expert]
     down_bias = None if weights.down_bias is None else weights.down_bias[expert]
-    up_SJ = _product(hidden_SH, weights.gate_up[expert], gate_up_bias, transposed=config.transposed)
+
+    def product(x_SX: Tensor, weight: Tensor | QuantizedMatrix, bias: Tensor | None) -> Tensor:
+        if isinstance(weights, QuantizedExpertWeights):
+            assert isinstance(weight, QuantizedMatrix), "both products are quantised"
+            return _quantized_product(x_SX, weight, expert, bias, weights.activation_format)
+        assert isinstance(weight, Tensor), "neither is"
+        return _product(x_SX, weight[expert], bias, transposed=config.transposed)
+
+    up_SJ = product(hidden_SH, weights.gate_up, gate_up_bias)
     act_SI = activate(
         up_SJ if hidden_SH.dtype == torch.float64 else up_SJ.float(),
         config.activation,
         gated=config.gated,
         interleaved=config.interleaved,
     ).to(hidden_SH.dtype)
-    out_SH = _product(act_SI, weights.down[expert], down_bias, transposed=config.transposed)
+    out_SH = product(act_SI, weights.down, down_bias)
     if config.post_norm_eps is not None:
         assert weights.post_norm is not None, "a form with post_norm_eps comes with its weight"
         wide = out_SH if out_SH.dtype == torch.float64 else out_SH.float()
-        normed = post_expert_norm(wide, weights.post_norm.to(wide.dtype), config)
-        out_SH = normed.to(out_SH.dtype)
-    return out_SH
+        out_SH = post_expert_norm(wide, weights.post_norm.to(wide.dtype), config)
+    return out_SH.to(hidden_SH.dtype)
 
 
 def _expert_in_fixed_blocks(
-    hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
+    hidden_SH: Tensor, expert: int, weights: Weights, config: ExpertsConfig
 ) -> Tensor:
     width = max(config.up_size, config.hidden_size)
     return in_fixed_blocks(lambda block: _expert(block, expert, weights, config), hidden_SH, width)
@@ -58,17 +87,15 @@ class GroupedKernel(ExpertsKernel):
     name = "torch"
 
     def refusal(self, query: KernelQuery) -> str | None:
-        """Only a quantised format is refused."""
-        if query.weight_format != "unquantized":
-            return f"reads unquantised weights, not {query.weight_format}"
-        return None
+        """Only a weight format that is none is refused."""
+        return format_refusal(query.weight_format)
 
     def __call__(
         self,
         hidden_TH: Tensor,
         topk_weights_TK: Tensor,
         topk_ids_TK: Tensor,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
         *,
         batch_invariant: bool = False,

@@ -12,23 +12,41 @@ from torch import Tensor
 
 from moetor.config import ExpertsConfig
 from moetor.kernels.activations import activate
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights
+from moetor.kernels.dequantize import dequantize_expert, round_activations
+from moetor.kernels.formats import QuantizedExpertWeights, QuantizedMatrix, format_refusal
 from moetor.kernels.norm import post_expert_norm
 
 
-def one_expert(
-    hidden_SH: Tensor, expert: int, weights: ExpertWeights, config: ExpertsConfig
+def _quantized_product(
+    x_SD: Tensor, matrix: QuantizedMatrix, expert: int, weights: QuantizedExpertWeights
 ) -> Tensor:
-    """Expert number `expert` on rows [S, H], in the dtype of the rows; neither weighted nor
-    summed.
+    scale = None if matrix.input_scales is None else matrix.input_scales[expert]
+    rounded_SD = round_activations(x_SD, weights.activation_format, scale)
+    return rounded_SD @ dequantize_expert(matrix, expert, x_SD.dtype).T
+
+
+def _product(x_SD: Tensor, weight_EXY: Tensor, expert: int, *, transposed: bool) -> Tensor:
+    weight = weight_EXY[expert].to(x_SD.dtype)
+    return x_SD @ (weight if transposed else weight.T)
+
+
+def one_expert(hidden_SH: Tensor, expert: int, weights: Weights, config: ExpertsConfig) -> Tensor:
+    """Expert number `expert` on rows [S, H], in the dtype of the rows (float32 or float64); neither
+    weighted nor summed.
     """
     dtype = hidden_SH.dtype
-    gate_up, down = weights.gate_up[expert].to(dtype), weights.down[expert].to(dtype)
-    up_SJ = hidden_SH @ (gate_up if config.transposed else gate_up.T)
+    if isinstance(weights, ExpertWeights):
+        up_SJ = _product(hidden_SH, weights.gate_up, expert, transposed=config.transposed)
+    else:
+        up_SJ = _quantized_product(hidden_SH, weights.gate_up, expert, weights)
     if weights.gate_up_bias is not None:
         up_SJ = up_SJ + weights.gate_up_bias[expert].to(dtype)
     act_SI = activate(up_SJ, config.activation, gated=config.gated, interleaved=config.interleaved)
-    out_SH = act_SI @ (down if config.transposed else down.T)
+    if isinstance(weights, ExpertWeights):
+        out_SH = _product(act_SI, weights.down, expert, transposed=config.transposed)
+    else:
+        out_SH = _quantized_product(act_SI, weights.down, expert, weights)
     if weights.down_bias is not None:
         out_SH = out_SH + weights.down_bias[expert].to(dtype)
     if config.post_norm_eps is not None:
@@ -45,17 +63,15 @@ class ReferenceKernel(ExpertsKernel):
     name = "reference"
 
     def refusal(self, query: KernelQuery) -> str | None:
-        """Only a quantised format is refused."""
-        if query.weight_format != "unquantized":
-            return f"reads unquantised weights, not {query.weight_format}"
-        return None
+        """Only a weight format that is none is refused."""
+        return format_refusal(query.weight_format)
 
     def __call__(
         self,
         hidden_TH: Tensor,
         topk_weights_TK: Tensor,
         topk_ids_TK: Tensor,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
         *,
         batch_invariant: bool = False,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetor.config import ExpertsConfig
 from moetor.errors import InputError, KernelRefusedError
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights, unquantized
 from moetor.kernels.native import library
 from moetor.kernels.native.build import BuildError
 
@@ -221,14 +221,15 @@ class NativeKernel(ExpertsKernel):
         hidden_TH: Tensor,
         topk_weights_TK: Tensor,
         topk_ids_TK: Tensor,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
         """See `ExpertsKernel` and `native_experts`. It is batch invariant with or without
         `batch_invariant`."""
-        return native_experts(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
+        plain = unquantized(weights)
+        return native_experts(hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype

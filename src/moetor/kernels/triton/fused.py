@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.base import ExpertsKernel, KernelQuery, Weights
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import use_small
 from moetor.kernels.triton.large import TritonLargeKernel
@@ -34,7 +34,7 @@ class TritonKernel(ExpertsKernel):
         hidden_TH: Tensor,
         topk_weights_TK: Tensor,
         topk_ids_TK: Tensor,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
         *,
         batch_invariant: bool = False,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights, unquantized
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import (
     LargePlan,
@@ -242,14 +242,15 @@ class TritonLargeKernel(ExpertsKernel):
         hidden_TH: Tensor,
         topk_weights_TK: Tensor,
         topk_ids_TK: Tensor,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
         """See `ExpertsKernel`. With `batch_invariant` one plan serves every number of tokens;
         gradients are not recorded."""
-        support.check_call(self.name, hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
+        plain = unquantized(weights)
+        support.check_call(self.name, hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
         tokens, top_k = topk_ids_TK.shape
         plan = large_plan(
             config,
@@ -258,7 +259,7 @@ class TritonLargeKernel(ExpertsKernel):
             hidden_TH.element_size(),
             support.device_of(hidden_TH),
         )
-        return run_large(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config, plan)
+        return run_large(hidden_TH, topk_weights_TK, topk_ids_TK, plain, config, plan)
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
