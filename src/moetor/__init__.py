@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         verify,
     )
     from moetor.layer import ChunkedRunner, DefaultRunner, MoELayer, MoERunner, SimulatedRouter
+    from moetor.parallel.config import EplbConfig, ParallelConfig
 
 __version__ = "0.1.0"
 
@@ -56,6 +57,7 @@ _HOMES = {
         "verify",
     ),
     "moetor.layer": ("ChunkedRunner", "DefaultRunner", "MoELayer", "MoERunner", "SimulatedRouter"),
+    "moetor.parallel.config": ("EplbConfig", "ParallelConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -64,11 +66,13 @@ __all__ = [
     "BlockReport",
     "ChunkedRunner",
     "DefaultRunner",
+    "EplbConfig",
     "ExpertsConfig",
     "FusionReport",
     "MoEConfig",
     "MoELayer",
     "MoERunner",
+    "ParallelConfig",
     "RouterConfig",
     "RunnerConfig",
     "SharedExpertsConfig",

@@ -22,7 +22,7 @@ ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 ClampPlace = Literal["before", "after"]
 PostNormOrder = Literal["normalise_first", "scale_first"]
 SharedCombine = Literal["sum", "mean"]
-RunnerName = Literal["default", "chunked"]
+RunnerName = Literal["default", "chunked", "dual_batch"]
 
 
 class SharedExpertsOrder(StrEnum):
@@ -355,7 +355,9 @@ class RunnerConfig:
     """How a layer is driven.
 
     Attributes:
-        name: `default`, or `chunked` (workspace bounded by `workspace_bytes`).
+        name: `default`, `chunked` (workspace bounded by `workspace_bytes`), or `dual_batch` (two
+            halves of the tokens, one's communication under the other's computation).
+        dual_batch_min_tokens: fewer tokens than this, on the rank with the most, are not halved.
         workspace_bytes: upper bound of the routed experts' temporary memory per chunk, in bytes.
         kernel: a kernel's name, honoured or refused; only `auto` may choose.
         batch_invariant: a token's bits do not depend on what else is in the batch.
@@ -367,16 +369,18 @@ class RunnerConfig:
 
     name: RunnerName = "default"
     workspace_bytes: int = 256 * 2**20
+    dual_batch_min_tokens: int = 1024
     kernel: str = "auto"
     batch_invariant: bool = False
     reduce_results: bool = False
     hidden_multiple: int = 1
 
     def __post_init__(self) -> None:
-        _check_choice("RunnerConfig", "name", self.name, ("default", "chunked"))
+        _check_choice("RunnerConfig", "name", self.name, ("default", "chunked", "dual_batch"))
         _check_positive(
             "RunnerConfig",
             workspace_bytes=self.workspace_bytes,
+            dual_batch_min_tokens=self.dual_batch_min_tokens,
             hidden_multiple=self.hidden_multiple,
         )
 

@@ -47,3 +47,7 @@ class CheckpointError(MoetorError, ValueError):
 
 class VersionError(MoetorError, ImportError):
     """torch or transformers lies outside the supported range; names the range."""
+
+
+class ParallelError(MoetorError, RuntimeError):
+    """Ranks disagree, died or did not answer in time; names the rank."""

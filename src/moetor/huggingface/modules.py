@@ -23,7 +23,8 @@ from moetor.layer.experts import Experts
 from moetor.layer.moe import ChildNames, LayerParts, MoELayer
 from moetor.layer.routing.router import as_routing
 from moetor.layer.runner import make_runner
-from moetor.parallel.dispatch import LocalDispatcher
+from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
+from moetor.parallel.layout import LayerLayout
 from moetor.quantization.method import make_method
 
 Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits", "hidden_and_state"]
@@ -342,7 +343,8 @@ class FusedExperts(nn.Module):
         self.__dict__["_original"] = original
         self._parameters = experts._parameters
         self._modules = experts._modules
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.parallel: LayerLayout | None = None
         self.runner = make_runner(runner)
         self.name = register_layer(self, path)
         self.train(original.training)

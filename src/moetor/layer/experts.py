@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, RouterConfig
-from moetor.errors import ConfigError
+from moetor.errors import ConfigError, UnsupportedError
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.routing import Routing
+from moetor.parallel.shard import ExpertShard
 from moetor.quantization.method import ModularMethod, MonolithicMethod
 
 POST_NORM_NAME = "post_expert_norm"
@@ -75,6 +76,26 @@ class Experts(nn.Module):
             down_bias=_detached(self.down_proj_bias),
             post_norm=self._post_norm_weight(),
         )
+
+    def keep_shard(self, shard: ExpertShard) -> None:
+        """Keeps this rank's part of the parameters, as copies, and forgets the rest.
+
+        Raises:
+            UnsupportedError: the weights are in a quantised format.
+        """
+        if self.method.weight_format != "unquantized":
+            raise UnsupportedError(
+                f"experts in the format {self.method.weight_format!r} cannot be split after they "
+                "are made; load them with their parallel configuration"
+            )
+        part = shard.take(self.weights, self.config)
+        self.config = shard.config(self.config)
+        self._check_shapes(self.config, part)
+        up = self.up_name
+        self._parameters[up] = _as_parameter(part.gate_up)
+        self._parameters["down_proj"] = _as_parameter(part.down)
+        self._parameters[f"{up}_bias"] = _as_parameter(part.gate_up_bias)
+        self._parameters["down_proj_bias"] = _as_parameter(part.down_bias)
 
     def adopt_post_norm(self, norm: nn.Module, offset: float) -> None:
         """Takes the weight of the norm after each expert from a module, `norm.weight + offset`,

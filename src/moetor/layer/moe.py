@@ -26,7 +26,9 @@ from moetor.layer.experts import Experts
 from moetor.layer.routing.router import CustomRouter, Router, RouterFunction
 from moetor.layer.runner import make_runner
 from moetor.layer.shared_experts import GatedMLP, SharedExperts
+from moetor.layer.token_split import TokenSplit
 from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
+from moetor.parallel.layout import LayerLayout
 from moetor.quantization.method import MonolithicMethod, make_method
 
 
@@ -130,6 +132,8 @@ class MoELayer(nn.Module):
         self.names = names or ChildNames()
         self.process_group = process_group
         self.dispatcher = dispatcher or LocalDispatcher()
+        self.token_split: TokenSplit | None = None
+        self.parallel: LayerLayout | None = None
         self.inner_size = config.experts.hidden_size
         self.runner = make_runner(config.runner)
         self.token_router: Router | CustomRouter = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class SharedExperts:
         batch_invariant: bool = False,
     ) -> None:
         self.bind(owner)
+        self.replicated = False
+        """Whether every rank that results are summed over has them whole."""
         self.mlp = mlp
         self.gate = gate
         self.config = config
@@ -84,6 +87,11 @@ class SharedExperts:
         """Names the layer whose modules these are; a copy of a layer binds its own."""
         # Weak, or the two would keep each other, and the weights, until a garbage collection.
         self._owner: weakref.ref[nn.Module] | None = weakref.ref(owner)
+
+    @property
+    def module(self) -> nn.Module:
+        """The MLP."""
+        return self._module(self.mlp)
 
     def _module(self, name: str) -> nn.Module:
         owner = None if self._owner is None else self._owner()
@@ -139,6 +147,10 @@ class SharedExperts:
                 "shared experts in the order 'internal_overlapped' run under a dispatcher's "
                 "communication, and this layer has none; use 'no_overlap'"
             )
+
+    def overlap(self) -> None:
+        """From now on they run while tokens travel."""
+        self.config = replace(self.config, order=SharedExpertsOrder.INTERNAL_OVERLAPPED)
 
     def start_on_second_stream(self, hidden_TH: Tensor) -> Callable[[], Tensor]:
         """Starts the MLP on a second stream; calling the result joins the streams and gives its

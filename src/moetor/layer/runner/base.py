@@ -22,7 +22,8 @@ from moetor.layer import ops
 from moetor.layer.context import get_forward_context
 from moetor.layer.routing.router import CustomRouter
 from moetor.layer.shared_experts import OVERLAP_MAX_TOKENS
-from moetor.parallel.dispatch import Dispatcher, all_reduce
+from moetor.parallel.collectives import all_reduce
+from moetor.parallel.dispatch import Dispatcher
 from moetor.quantization.method import MonolithicMethod
 
 if TYPE_CHECKING:
@@ -70,6 +71,12 @@ class MoERunner(ABC):
             raise InputError(
                 f"layer {layer.name!r} has no gate (internal_gate=False); pass router_logits"
             )
+        tokens = hidden_TH.shape[0]
+        if layer.token_split is not None:
+            hidden_TH, logits_TE = (
+                layer.token_split.own(hidden_TH),
+                layer.token_split.own(logits_TE),
+            )
         hidden_TX = self._prepare(layer, hidden_TH)
         shared_TH: Tensor | None = None
         if layer.shared is None:
@@ -78,7 +85,7 @@ class MoERunner(ABC):
             shared_TH, routed_TX = ops.moe_forward_shared(
                 hidden_TX, hidden_TH, logits_TE, layer.name
             )
-        return self._finish(layer, routed_TX, shared_TH)
+        return self._finish(layer, routed_TX, shared_TH, tokens)
 
     def forward_routed(
         self, layer: MoELayer, hidden_TH: Tensor, routing: Routing, **shared_inputs: Tensor
@@ -88,13 +95,20 @@ class MoERunner(ABC):
         Args:
             shared_inputs: further arguments of the shared experts.
         """
+        tokens = hidden_TH.shape[0]
+        if layer.token_split is not None:
+            hidden_TH = layer.token_split.own(hidden_TH)
+            routing = layer.token_split.own_routing(routing, layer.config.router.num_experts)
+            shared_inputs = {
+                name: layer.token_split.own(value) for name, value in shared_inputs.items()
+            }
         hidden_TX = self._prepare(layer, hidden_TH)
         shared_TH = None if layer.shared is None else layer.shared(hidden_TH, **shared_inputs)
         routed_TX = ops.transformers_moe_forward(
             hidden_TX, routing.topk_weights, routing.topk_ids, layer.name
         )
         routed_TX = add_identity(routed_TX, hidden_TX, routing, layer.ranks)
-        return self._finish(layer, routed_TX, shared_TH)
+        return self._finish(layer, routed_TX, shared_TH, tokens)
 
     def run_routed(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """Body of `moetor::moe_forward`."""
@@ -168,29 +182,42 @@ class MoERunner(ABC):
         return F.pad(hidden_TX, (0, missing)) if missing else hidden_TX.contiguous()
 
     @staticmethod
-    def _finish(layer: MoELayer, routed_TX: Tensor, shared_TH: Tensor | None) -> Tensor:
-        """One reduction for routed and shared together, at the latent width where there is one."""
+    def _finish(
+        layer: MoELayer, routed_TX: Tensor, shared_TH: Tensor | None, tokens: int
+    ) -> Tensor:
+        """One reduction, at the latent width where there is one: of routed and shared results
+        together, or of the routed ones alone where every rank has the whole shared experts.
+
+        Args:
+            tokens: of the call, before they were split over ranks.
+        """
         group = layer.process_group if layer.config.runner.reduce_results else None
+        partial = layer.shared is not None and not layer.shared.replicated
         routed_TX = routed_TX[:, : layer.inner_size]
         latent = layer.output_transform
-        if latent is not None:
-            if group is not None:
+        if group is not None and (latent is not None or not partial):
+            if partial:
                 routed_TX, shared_TH = _reduce_together(routed_TX, shared_TH, group)
+            else:
+                routed_TX = all_reduce(routed_TX, group)
+            group = None
+        if latent is not None:
             routed_TX = layer.by_rows(latent, routed_TX, layer.config.hidden_size)
         if shared_TH is not None:
             assert layer.shared is not None, "there is a shared result"
             routed_TX = layer.shared.combine(routed_TX, shared_TH)
-        if group is not None and latent is None:
+        if group is not None:
             routed_TX = all_reduce(routed_TX, group)
+        if layer.token_split is not None:
+            routed_TX = layer.token_split.gather(routed_TX, tokens)
         return routed_TX
 
 
 def _reduce_together(
     routed_TX: Tensor, shared_TH: Tensor | None, group: torch.distributed.ProcessGroup
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """One collective for two results of different width."""
-    if shared_TH is None:
-        return all_reduce(routed_TX, group), None
+    assert shared_TH is not None, "there are shared experts"
     both = all_reduce(torch.cat((routed_TX, shared_TH), dim=-1), group)
     routed, shared = both.split((routed_TX.shape[-1], shared_TH.shape[-1]), dim=-1)
     return routed, shared

@@ -13,7 +13,7 @@ from torch import Tensor
 from moetor.errors import ConfigError
 from moetor.kernels.routing import Routing
 from moetor.layer.runner.base import Between, ExpertsOwner
-from moetor.layer.runner.default import DefaultRunner
+from moetor.layer.runner.default import DefaultRunner, part_of
 
 if TYPE_CHECKING:
     from moetor.layer.moe import MoELayer
@@ -33,8 +33,9 @@ class ChunkedRunner(DefaultRunner):
         self.workspace_bytes = workspace_bytes
 
     def chunk_tokens(self, owner: ExpertsOwner) -> int:
-        """Tokens per chunk under the budget."""
-        return max(1, self.workspace_bytes // owner.routed_experts.workspace_bytes_per_token())
+        """Tokens per chunk under the budget, on this rank."""
+        per_token = owner.routed_experts.workspace_bytes_per_token() * owner.dispatcher.fan_in
+        return max(1, self.workspace_bytes // per_token)
 
     def run_experts(
         self,
@@ -44,29 +45,33 @@ class ChunkedRunner(DefaultRunner):
         *,
         between: Between | None = None,
     ) -> Tensor:
-        """See `MoERunner.run_experts`; `between` belongs to the first chunk."""
+        """See `MoERunner.run_experts`; `between` belongs to the first chunk.
+
+        Ranks that exchange tokens take equally many chunks, some of them empty.
+        """
         out_TX = torch.empty_like(hidden_TX)
-        for start, stop in self._chunks(owner, hidden_TX.shape[0]):
-            identity = routing.identity_weights
-            part = Routing(
-                routing.topk_weights[start:stop],
-                routing.topk_ids[start:stop],
-                None if identity is None else identity[start:stop],
-            )
-            out_TX[start:stop] = super().run_experts(
-                owner, hidden_TX[start:stop], part, between=between if start == 0 else None
+        rows = owner.dispatcher.common_rows(hidden_TX)
+        length = owner.dispatcher.agree_least(self.chunk_tokens(owner), hidden_TX.device)
+        for start, stop in _chunks(length, rows):
+            out_TX[start:stop] = self.run_rows(
+                owner,
+                hidden_TX[start:stop],
+                part_of(routing, start, stop),
+                stop - start,
+                between if start == 0 else None,
             )
         return out_TX
 
     def run_monolithic(self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor) -> Tensor:
         """See `MoERunner.run_monolithic`."""
         out_TX = torch.empty_like(hidden_TX)
-        for start, stop in self._chunks(layer, hidden_TX.shape[0]):
+        for start, stop in _chunks(self.chunk_tokens(layer), hidden_TX.shape[0]):
             out_TX[start:stop] = super().run_monolithic(
                 layer, hidden_TX[start:stop], logits_TE[start:stop]
             )
         return out_TX
 
-    def _chunks(self, owner: ExpertsOwner, tokens: int) -> list[tuple[int, int]]:
-        length = self.chunk_tokens(owner)
-        return [(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+
+def _chunks(length: int, rows: int) -> list[tuple[int, int]]:
+    """At least one, so that what runs between dispatch and combine runs without a token too."""
+    return [(start, min(start + length, rows)) for start in range(0, max(rows, 1), length)]
