@@ -28,11 +28,12 @@ RunnerName = Literal["default", "chunked", "dual_batch"]
 class SharedExpertsOrder(StrEnum):
     """When the shared experts run.
 
-    NO_OVERLAP: before the routed ones, on the same stream. INTERNAL_OVERLAPPED: by the dispatcher,
-    between dispatch and combine. MULTI_STREAM_OVERLAPPED: on a second stream, under a token
-    threshold.
+    AUTO: MULTI_STREAM_OVERLAPPED for a call on a GPU of at most `overlap_max_tokens` tokens, else
+    NO_OVERLAP. NO_OVERLAP: before the routed ones, on the same stream. INTERNAL_OVERLAPPED: by the
+    dispatcher, between dispatch and combine. MULTI_STREAM_OVERLAPPED: on a second stream.
     """
 
+    AUTO = "auto"
     NO_OVERLAP = "no_overlap"
     INTERNAL_OVERLAPPED = "internal_overlapped"
     MULTI_STREAM_OVERLAPPED = "multi_stream_overlapped"
@@ -333,6 +334,9 @@ class SharedExpertsConfig:
         combine: routed + shared, or their mean (Cohere 2 MoE).
         add_in_float32: add in float32 and cast once (HunYuan v3).
         order: when the shared experts run; a member's value as a string is taken too.
+        overlap_max_tokens: T up to which `auto` takes a second stream; 0: never. With more tokens
+            the routed experts fill the GPU and a second stream only competes with them. The default
+            is measured, by `moetor bench shared`.
     """
 
     intermediate_size: int
@@ -340,11 +344,16 @@ class SharedExpertsConfig:
     sigmoid_gate: bool = False
     combine: SharedCombine = "sum"
     add_in_float32: bool = False
-    order: SharedExpertsOrder = SharedExpertsOrder.NO_OVERLAP
+    order: SharedExpertsOrder = SharedExpertsOrder.AUTO
+    overlap_max_tokens: int = 256
 
     def __post_init__(self) -> None:
         me = "SharedExpertsConfig"
         _check_positive(me, intermediate_size=self.intermediate_size)
+        if self.overlap_max_tokens < 0:
+            raise ConfigError(
+                f"{me}: overlap_max_tokens={self.overlap_max_tokens} must not be negative"
+            )
         _check_choice(me, "combine", self.combine, ("sum", "mean"))
         _check_choice(me, "order", self.order, tuple(SharedExpertsOrder))
         object.__setattr__(self, "order", SharedExpertsOrder(self.order))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moetor.config import ExpertsConfig
+from moetor.config import ExpertsConfig, RouterConfig
 from moetor.errors import KernelRefusedError
-from moetor.kernels import select
+from moetor.kernels import routing, select
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
-from moetor.kernels.select import KERNELS, Refusal, kernel_names, select_kernel
+from moetor.kernels.select import Refusal, kernel_names, select_kernel, select_router
+from moetor.kernels.triton import routing as triton_routing
 
 QUERY = KernelQuery(
     device="cpu",
@@ -144,3 +146,31 @@ def test_an_unknown_format_is_refused_by_every_kernel_with_a_reason() -> None:
             "native": "reads unquantised weights, not runes",
         }.get(name, "knows no weight format runes")
         assert f"{name} {why}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "dtype", "words"),
+    [
+        ({}, "cpu", torch.float32, "not on cpu"),
+        ({"num_experts": 1025}, "cuda", torch.float32, "1024"),
+        ({"score_precision": "model"}, "cuda", torch.float32, "float32"),
+        ({}, "cuda", torch.float64, "float64"),
+    ],
+)
+def test_torch_routes_where_triton_does_not(
+    options: dict[str, Any], device: str, dtype: torch.dtype, words: str
+) -> None:
+    config = RouterConfig(**({"num_experts": 4, "top_k": 2} | options))
+    choice = select_router(config, device, dtype)
+    assert (choice.name, choice.route) == ("torch", routing.route)
+    assert choice.refusal is not None
+    assert words in choice.refusal
+
+
+def test_triton_routes_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "routing_refusal", lambda *asked: None)
+    config = RouterConfig(num_experts=5, top_k=2)
+    select_router.cache_clear()
+    choice = select_router(config, "cuda", torch.float32)
+    select_router.cache_clear()
+    assert (choice.name, choice.route, choice.refusal) == ("triton", triton_routing.route, None)

@@ -258,14 +258,20 @@ class Input:
 def draw_input(layer: MoELayer, tokens: int, rng: torch.Generator, *, scale: float = 1.0) -> Input:
     """Hidden states [T, H] (and logits, for a layer without a gate) whose choices are clear."""
     config, dtype = layer.config, layer.routed_experts.down_proj.dtype
+
+    def draw(rows: int) -> tuple[Tensor, Tensor]:
+        hidden = (scale * torch.randn(rows, config.hidden_size, generator=rng)).to(dtype)
+        return hidden, (2 * torch.randn(rows, config.router.num_logits, generator=rng)).to(dtype)
+
+    hidden, drawn = draw(tokens)
     for _ in range(1000):
-        hidden = (scale * torch.randn(tokens, config.hidden_size, generator=rng)).to(dtype)
-        logits = None
-        if not config.internal_gate:
-            logits = (2 * torch.randn(tokens, config.router.num_logits, generator=rng)).to(dtype)
+        logits = None if config.internal_gate else drawn
         judged = layer.logits(hidden, logits)
         assert judged is not None
         routing = oracle.route(judged, config.router, layer.selection_bias, dtype)
-        if min(routing.margin, default=1.0) > MARGIN:
+        unclear = [row for row, margin in enumerate(routing.margin) if margin <= MARGIN]
+        if not unclear:
             return Input(hidden, logits, routing)
+        hidden, drawn = hidden.clone(), drawn.clone()
+        hidden[unclear], drawn[unclear] = draw(len(unclear))
     raise AssertionError("no clear choice in 1000 attempts")

@@ -126,7 +126,10 @@ def test_strided_input_is_the_same_input(case: LayerCase, rng: torch.Generator) 
     plain = layer(given.hidden, given.logits)
     strided = given.hidden.T.contiguous().T
     assert not strided.is_contiguous()
-    torch.testing.assert_close(layer(strided, given.logits), plain, rtol=1e-12, atol=1e-12)
+    # A gate product in float32 may round otherwise for other strides.
+    tolerance = 2e-6 if case.config.router.gate_precision == "float32" else 1e-12
+    out = layer(strided, given.logits)
+    torch.testing.assert_close(out, plain, rtol=tolerance, atol=tolerance)
 
 
 def test_one_token_repeated_gives_one_result_repeated(rng: torch.Generator) -> None:

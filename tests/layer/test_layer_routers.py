@@ -18,8 +18,15 @@ from layer.layer_cases import (
     expected,
     make_config,
 )
+from moetor.config import RouterConfig
 from moetor.errors import ConfigError, InputError
+from moetor.kernels.routing import Routing, route
+from moetor.kernels.select import RouterChoice
 from moetor.layer import CustomRouter, MoELayer, Router, SimulatedRouter
+from moetor.layer.context import ForwardContext, forward_context
+from moetor.layer.recording import RoutingRecorder, RoutingReplay
+from moetor.layer.routing import router
+from moetor.quantization import method as quant_method
 from oracle import OracleRouting, assert_close
 
 
@@ -265,3 +272,36 @@ def test_a_layer_runs_on_simulated_routings(rng: torch.Generator, seed: int) -> 
     _, ids = SimulatedRouter(6, 2, "zipf", seed=seed)(hidden)
     routing = OracleRouting(ids.tolist(), [[0.5, 0.5]] * 7, [])
     assert_close(layer(hidden), expected(config, tensors, hidden, routing))
+
+
+@pytest.mark.parametrize("method", [None, "unquantized_monolithic"])
+def test_a_layer_routes_by_the_launch_that_was_chosen(
+    method: str | None, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    """Inside the op, except where ids are prescribed."""
+    launched: list[int] = []
+
+    def launch(logits: Tensor, *rest: Any) -> Routing:
+        launched.append(logits.shape[0])
+        return route(logits, *rest)
+
+    def choose(config: RouterConfig, device: str, dtype: torch.dtype) -> RouterChoice:
+        return RouterChoice("stub", launch, None)
+
+    monkeypatch.setattr(router, "select_router", choose)
+    monkeypatch.setattr(quant_method, "select_router", choose)
+    config = make_config(quantization=method)
+    layer = build(config, draw_layer(config, torch.float32, rng))
+    hidden = draw_input(layer, 5, rng).hidden
+    out = layer(hidden)
+    assert launched == [5]
+    if method is not None:
+        return
+    recorder = RoutingRecorder()
+    with forward_context(ForwardContext(recorder=recorder)):
+        assert torch.equal(layer(hidden), out)
+    ids = recorder.ids([layer.name])[:, 0]
+    assert launched == [5, 5]
+    with forward_context(ForwardContext(replay=RoutingReplay({layer.name: ids}))):
+        assert torch.equal(layer(hidden), out)
+    assert launched == [5, 5]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layer.layer_cases import (
     DEEPSEEK_V3,
@@ -189,6 +190,38 @@ def test_a_callable_router_takes_the_plain_order_alone() -> None:
     config = make_config(shared=ordered("internal_overlapped"))
     with pytest.raises(ConfigError, match=r"a callable routes outside of it\. Use 'no_overlap'"):
         MoELayer(config, router=SimulatedRouter(6, 2), dispatcher=Courier([]))
+
+
+@pytest.mark.parametrize(
+    ("device", "tokens", "limit", "wanted"),
+    [
+        ("cpu", 4, 256, "no_overlap"),
+        ("cuda", 1, 256, "multi_stream_overlapped"),
+        ("cuda", 256, 256, "multi_stream_overlapped"),
+        ("cuda", 257, 256, "no_overlap"),
+        ("cuda", 1, 0, "no_overlap"),
+        ("cuda", 0, 256, "no_overlap"),
+    ],
+)
+def test_the_automatic_order_looks_at_the_call(
+    device: str, tokens: int, limit: int, wanted: str
+) -> None:
+    config = SharedExpertsConfig(intermediate_size=7, overlap_max_tokens=limit)
+    shared = MoELayer(make_config(shared=config)).shared
+    assert shared is not None
+    with FakeTensorMode():
+        assert shared.order_for(torch.empty(tokens, 12, device=device)) == wanted
+
+
+def test_the_automatic_order_goes_with_a_callable_router() -> None:
+    config = make_config(shared=ordered("auto"))
+    layer = MoELayer(config, router=SimulatedRouter(6, 2)).eval()
+    assert layer(torch.randn(3, 12)).shape == (3, 12)
+
+
+def test_a_negative_limit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="overlap_max_tokens=-1"):
+        SharedExpertsConfig(intermediate_size=7, overlap_max_tokens=-1)
 
 
 def test_an_internal_overlap_needs_a_communication() -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from moetor.config import RouterConfig
 from moetor.errors import KernelRefusedError
 from moetor.kernels.base import ExpertsKernel, KernelQuery
 from moetor.kernels.grouped import GroupedKernel
 from moetor.kernels.native.kernel import NativeKernel
 from moetor.kernels.reference import ReferenceKernel
+from moetor.kernels.routing import Routing
+from moetor.kernels.routing import route as route_in_torch
 from moetor.kernels.triton.fused import TritonKernel
+from moetor.kernels.triton.routing import route as route_in_triton
+from moetor.kernels.triton.routing import routing_refusal
 
 # In the order in which `auto` prefers them. The reference is never chosen by itself.
 KERNELS: tuple[ExpertsKernel, ...] = (
@@ -18,7 +28,6 @@ KERNELS: tuple[ExpertsKernel, ...] = (
     GroupedKernel(),
     ReferenceKernel(),
 )
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +83,34 @@ def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
     chosen = able[0]
     before = {kernel.name for kernel in KERNELS[: KERNELS.index(chosen)]}
     return KernelChoice(chosen, tuple(refusal for refusal in refusals if refusal.kernel in before))
+
+
+RouteFunction = Callable[[Tensor, RouterConfig, Tensor | None, torch.dtype], Routing]
+"""`(logits [T, E], config, selection bias [E] or None, dtype of the hidden states) -> routing`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterChoice:
+    """What computes a router's formula.
+
+    Attributes:
+        name: `triton` (one launch) or `torch`.
+        refusal: why the preferred one does not, as half a sentence; None where it does.
+    """
+
+    name: str
+    route: RouteFunction
+    refusal: str | None
+
+
+@functools.cache
+def select_router(config: RouterConfig, device: str, dtype: torch.dtype) -> RouterChoice:
+    """What routes logits of `dtype` on `device`; one token never depends on another in either.
+
+    The two may order experts of equal scores otherwise, which are frequent where logits are of half
+    precision: the smaller id wins in Triton, torch promises none.
+    """
+    refusal = routing_refusal(config, device, dtype)
+    if refusal is None:
+        return RouterChoice("triton", route_in_triton, None)
+    return RouterChoice("torch", route_in_torch, refusal)

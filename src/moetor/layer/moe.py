@@ -31,6 +31,11 @@ from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
 from moetor.parallel.layout import LayerLayout
 from moetor.quantization.method import MonolithicMethod, make_method
 
+_ORDERS_OF_THE_OP = (
+    SharedExpertsOrder.INTERNAL_OVERLAPPED,
+    SharedExpertsOrder.MULTI_STREAM_OVERLAPPED,
+)
+
 
 class Gate(nn.Module):
     """The gate product [T, H] -> [T, E], with the selection bias that belongs to it.
@@ -256,12 +261,16 @@ class MoELayer(nn.Module):
 
         Only inside an op: a compiler cannot follow the forward context.
         """
-        return self.formula_routing(logits_TE, dtype, self._forced_ids(logits_TE.shape[0]))
+        forced_ids = self._forced_ids(logits_TE.shape[0])
+        if forced_ids is not None:
+            return self.formula_routing(logits_TE, dtype, forced_ids)
+        assert isinstance(self.token_router, Router), "a callable router has no formula"
+        return self.token_router.launch(logits_TE, self.selection_bias, dtype)
 
     def formula_routing(
         self, logits_TE: Tensor, dtype: torch.dtype, forced_ids: Tensor | None = None
     ) -> Routing:
-        """The routing of `logits_TE` by the configured formula."""
+        """The routing of `logits_TE` by the configured formula, in torch operations."""
         assert isinstance(self.token_router, Router), "a callable router has no formula"
         return self.token_router.route(
             logits_TE,
@@ -353,13 +362,10 @@ class MoELayer(nn.Module):
             self.add_module(self.names.shared_gate, gate)
         elif gate is not None:
             raise ConfigError("a shared gate was given, but shared.sigmoid_gate is False")
-        if (
-            isinstance(self.token_router, CustomRouter)
-            and config.order is not SharedExpertsOrder.NO_OVERLAP
-        ):
+        if isinstance(self.token_router, CustomRouter) and config.order in _ORDERS_OF_THE_OP:
             raise ConfigError(
                 f"shared experts in the order {str(config.order)!r} run inside the op that routes "
-                "by the formula; a callable routes outside of it. Use 'no_overlap'"
+                "by the formula; a callable routes outside of it. Use 'no_overlap' or 'auto'"
             )
         shared = SharedExperts(
             self,

@@ -93,7 +93,7 @@ def shard_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
         shared.replicated = group is None or not shard_dense(
             shared.module, layer.config.hidden_size, group.rank(), group.size()
         )
-        if layout.dispatcher.communicates and shared.config.order is SharedExpertsOrder.NO_OVERLAP:
+        if layout.dispatcher.communicates and shared.config.order is SharedExpertsOrder.AUTO:
             shared.overlap()
     return layout
 

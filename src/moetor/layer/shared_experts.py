@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden, I intermediate.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +21,11 @@ from moetor.kernels.activations import activate
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.parallel.dispatch import Dispatcher
 
-# Above this many tokens the routed experts fill the device and a second stream only competes with
-# them.
-OVERLAP_MAX_TOKENS = 256
+
+@functools.cache
+def _second_stream(index: int) -> torch.cuda.Stream:
+    """One for all layers of a GPU, so that what one of them frees there the next one takes."""
+    return torch.cuda.Stream(index)
 
 
 class GatedMLP(nn.Module):
@@ -81,7 +84,6 @@ class SharedExperts:
         self.gate = gate
         self.config = config
         self.batch_invariant = batch_invariant
-        self._stream: torch.cuda.Stream | None = None
 
     def bind(self, owner: nn.Module) -> None:
         """Names the layer whose modules these are; a copy of a layer binds its own."""
@@ -119,8 +121,7 @@ class SharedExperts:
         return out
 
     def __getstate__(self) -> dict[str, Any]:
-        # A stream belongs to one process, and an owner is not copied along.
-        return {**self.__dict__, "_stream": None, "_owner": None}
+        return {**self.__dict__, "_owner": None}  # an owner is not copied along
 
     def combine(self, routed_TH: Tensor, shared_TH: Tensor) -> Tensor:
         """Routed and shared results as one."""
@@ -152,21 +153,32 @@ class SharedExperts:
         """From now on they run while tokens travel."""
         self.config = replace(self.config, order=SharedExpertsOrder.INTERNAL_OVERLAPPED)
 
+    def order_for(self, hidden_TH: Tensor) -> SharedExpertsOrder:
+        """The configured order, with `auto` decided for this call."""
+        order = self.config.order
+        if order is not SharedExpertsOrder.AUTO:
+            return order
+        if hidden_TH.is_cuda and 0 < hidden_TH.shape[0] <= self.config.overlap_max_tokens:
+            return SharedExpertsOrder.MULTI_STREAM_OVERLAPPED
+        return SharedExpertsOrder.NO_OVERLAP
+
     def start_on_second_stream(self, hidden_TH: Tensor) -> Callable[[], Tensor]:
         """Starts the MLP on a second stream; calling the result joins the streams and gives its
         output.
+
+        The caller keeps `hidden_TH` until it has joined.
         """
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(hidden_TH.device)
-        stream, current = self._stream, torch.cuda.current_stream(hidden_TH.device)
+        current = torch.cuda.current_stream(hidden_TH.device)
+        stream = _second_stream(current.device_index)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             out = self(hidden_TH)
-        hidden_TH.record_stream(stream)
 
         def join() -> Tensor:
             current.wait_stream(stream)
-            out.record_stream(current)
+            # A captured graph orders every use itself, and holds on to recorded memory to its end.
+            if not torch.cuda.is_current_stream_capturing():
+                out.record_stream(current)
             return out
 
         return join

@@ -15,8 +15,8 @@ from torch import Tensor
 from moetor.config import ExpertsConfig, RouterConfig
 from moetor.errors import ConfigError
 from moetor.kernels.base import ExpertWeights, KernelQuery
-from moetor.kernels.routing import Routing, route
-from moetor.kernels.select import KernelChoice, select_kernel
+from moetor.kernels.routing import Routing
+from moetor.kernels.select import KernelChoice, select_kernel, select_router
 
 
 class QuantMethod(ABC):
@@ -106,7 +106,8 @@ class UnquantizedMethod(ModularMethod):
 
 
 class UnquantizedMonolithicMethod(MonolithicMethod):
-    """The same arithmetic behind one call that takes router logits."""
+    """The same arithmetic behind one call that takes router logits: on a GPU a routing launch and
+    the experts' launches, with nothing between them."""
 
     name = "unquantized_monolithic"
     weight_format = "unquantized"
@@ -122,7 +123,8 @@ class UnquantizedMonolithicMethod(MonolithicMethod):
     ) -> Tensor:
         """See `MonolithicMethod.apply`."""
         kernel = self.choice(config, router.top_k, hidden_TH.device, hidden_TH.dtype).kernel
-        routing = route(logits_TE, router, selection_bias, hidden_TH.dtype)
+        routes = select_router(router, logits_TE.device.type, logits_TE.dtype)
+        routing = routes.route(logits_TE, router, selection_bias, hidden_TH.dtype)
         return kernel(
             hidden_TH,
             routing.topk_weights,

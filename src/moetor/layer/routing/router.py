@@ -13,6 +13,7 @@ from torch import Tensor
 from moetor.config import RouterConfig
 from moetor.errors import InputError
 from moetor.kernels.routing import Routing, route, split_identity
+from moetor.kernels.select import select_router
 
 RouterFunction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """`(hidden [T, H], logits [T, E] or None) -> (weights [T, K], ids [T, K])`."""
@@ -53,18 +54,33 @@ class Router:
         *,
         forced_ids: Tensor | None = None,
     ) -> Routing:
-        """See `moetor.kernels.routing.route`.
+        """See `moetor.kernels.routing.route`: in torch operations, which a compiler can follow.
 
         Raises:
             InputError: the logits are not [T, E].
         """
+        self._check(logits_TE)
+        return route(logits_TE, self.config, selection_bias, dtype, forced_ids)
+
+    def launch(
+        self, logits_TE: Tensor, selection_bias: Tensor | None, dtype: torch.dtype
+    ) -> Routing:
+        """The same formula by the fastest way that there is on this device, inside an op.
+
+        Raises:
+            InputError: the logits are not [T, E].
+        """
+        self._check(logits_TE)
+        choice = select_router(self.config, logits_TE.device.type, logits_TE.dtype)
+        return choice.route(logits_TE, self.config, selection_bias, dtype)
+
+    def _check(self, logits_TE: Tensor) -> None:
         width = self.config.num_logits
         if logits_TE.dim() != 2 or logits_TE.shape[1] != width:
             raise InputError(
                 f"router logits of shape {tuple(logits_TE.shape)} were given; this router takes "
                 f"[tokens, {width}]"
             )
-        return route(logits_TE, self.config, selection_bias, dtype, forced_ids)
 
 
 class CustomRouter:

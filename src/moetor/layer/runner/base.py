@@ -21,7 +21,6 @@ from moetor.kernels.routing import Routing
 from moetor.layer import ops
 from moetor.layer.context import get_forward_context
 from moetor.layer.routing.router import CustomRouter
-from moetor.layer.shared_experts import OVERLAP_MAX_TOKENS
 from moetor.parallel.collectives import all_reduce
 from moetor.parallel.dispatch import Dispatcher
 from moetor.quantization.method import MonolithicMethod
@@ -120,16 +119,14 @@ class MoERunner(ABC):
         """Body of `moetor::moe_forward_shared`: the shared experts in their configured order."""
         shared = layer.shared
         assert shared is not None, "the op for layers with shared experts"
-        match shared.config.order:
+        match shared.order_for(shared_TH):
             case SharedExpertsOrder.INTERNAL_OVERLAPPED:
                 made: list[Tensor] = []
                 routed = self._run(
                     layer, hidden_TX, logits_TE, lambda: made.append(shared(shared_TH))
                 )
                 return made[0], routed
-            case SharedExpertsOrder.MULTI_STREAM_OVERLAPPED if (
-                hidden_TX.shape[0] <= OVERLAP_MAX_TOKENS
-            ):
+            case SharedExpertsOrder.MULTI_STREAM_OVERLAPPED:
                 join = shared.start_on_second_stream(shared_TH)
                 routed = self._run(layer, hidden_TX, logits_TE, None)
                 return join(), routed
