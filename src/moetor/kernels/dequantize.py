@@ -28,7 +28,7 @@ def pack_nibbles(codes_XP: Tensor) -> Tensor:
     """uint8 codes below 16, [..., P], to bytes [..., P / 2] in the order of `WeightFormat`. P is a
     multiple of 32.
     """
-    blocks = codes_XP.unflatten(-1, (-1, 2, _HALF))
+    blocks: Tensor = codes_XP.unflatten(-1, (-1, 2, _HALF))
     return (blocks[..., 0, :] | (blocks[..., 1, :] << 4)).flatten(-2)
 
 
@@ -78,7 +78,7 @@ def dequantize_expert(
     if rows > 1:
         spread = scales.repeat_interleave(rows, 0)[: matrix.rows]
         return weight_NP * spread.repeat_interleave(length, 1)[:, :depth]
-    grouped = weight_NP.unflatten(-1, (-1, length))
+    grouped: Tensor = weight_NP.unflatten(-1, (-1, length))
     if matrix.zero_points is not None:
         grouped = grouped - matrix.zero_points[expert].to(dtype).unsqueeze(-1)
     elif kind.element == "int4":
