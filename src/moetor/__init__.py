@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         RunnerConfig,
         SharedExpertsConfig,
     )
+    from moetor.engine import LLM, AsyncEngine, RequestOutput, SamplingParams
     from moetor.huggingface import (
         BlockReport,
         FusionReport,
@@ -45,6 +46,7 @@ _HOMES = {
         "RunnerConfig",
         "SharedExpertsConfig",
     ),
+    "moetor.engine": ("LLM", "AsyncEngine", "RequestOutput", "SamplingParams"),
     "moetor.huggingface": (
         "BlockReport",
         "FusionReport",
@@ -62,7 +64,9 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "LLM",
     "Activation",
+    "AsyncEngine",
     "BlockReport",
     "ChunkedRunner",
     "DefaultRunner",
@@ -73,8 +77,10 @@ __all__ = [
     "MoELayer",
     "MoERunner",
     "ParallelConfig",
+    "RequestOutput",
     "RouterConfig",
     "RunnerConfig",
+    "SamplingParams",
     "SharedExpertsConfig",
     "SimulatedRouter",
     "VerifyReport",

@@ -1,0 +1,244 @@
+"""Attention over the paged cache, as a function of Transformers' attention interface.
+
+Shape letters: T tokens, S sequences, Hq and Hkv heads, G = Hq / Hkv, D width of queries and keys,
+Dv of values, L keys of a sequence, M blocks of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moetor.engine.cache import Batch, LayerBlocks, active_cache, tokens_first
+from moetor.errors import UnsupportedError
+
+NAME = "moetor_paged"
+
+# Arguments that say nothing about the scores: what they ask for is the engine's business.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "is_causal",
+        "kwargs",
+        "layer_idx",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+# The widest that a group of decoding sequences is padded: to this many times its own tokens.
+_PADDING = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How queries and keys become weights.
+
+    Attributes:
+        scale: of the products.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
+        window, chunk: as in `LayerShape`.
+        sinks_H: a further logit for each head, whose weight goes to no value (gpt-oss).
+        expand: makes keys and values [S, Hq, L, ...] of what the cache holds [S, 1, L, ...]
+            (the latents of DeepSeek-V2, arXiv:2405.04434).
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    chunk: int | None = None
+    sinks_H: Tensor | None = None
+    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def paged_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of the new tokens over their own sequences' blocks.
+
+    Args:
+        query: [1, Hq, T, D], or [S, Hq, 1, D] where each row is a sequence.
+        key, value: the new ones; they are in the blocks already.
+        attention_mask: must be None: which keys a token sees follows from the cache.
+
+    Returns:
+        [1, T, Hq, Dv] or [S, 1, Hq, Dv], and no weights.
+
+    Raises:
+        UnsupportedError: the family asks for something that paged attention does not do.
+    """
+    cache = active_cache()
+    if cache is None or cache.batch is None:
+        raise UnsupportedError(f"attention {NAME!r} runs inside moetor's engine only")
+    if attention_mask is not None:
+        raise UnsupportedError("paged attention takes no mask of the model's own")
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in _WITHOUT_EFFECT]
+    if unknown:
+        raise UnsupportedError(f"paged attention does not know {', '.join(unknown)}")
+    blocks = cache.blocks[cache.current]
+    latent = key.shape[1] != blocks.shape.heads or key.shape[3] != blocks.shape.key_width
+    expand = getattr(module, "expand_kv", None) if latent else None
+    if latent and expand is None:
+        raise UnsupportedError("keys are repeated between the cache and the attention")
+    scores = Scores(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        window=sliding_window if sliding_window is not None else blocks.shape.window,
+        chunk=blocks.shape.chunk,
+        sinks_H=s_aux,
+        expand=expand,
+    )
+    out_THD = attend(tokens_first(query), blocks, cache.batch, scores, value.shape[-1])
+    return out_THD.view(query.shape[0], query.shape[2], *out_THD.shape[1:]), None
+
+
+def attend(
+    query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores, value_width: int
+) -> Tensor:
+    """[T, Hq, Dv] for queries [T, Hq, D]."""
+    if batch.lens is None or batch.query_lens is None:
+        raise UnsupportedError("inside a CUDA graph attention needs the Triton kernel")
+    out_THD = query_THD.new_empty((*query_THD.shape[:2], value_width))
+    for rows in _decode_groups(batch):
+        out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
+    first = batch.num_decodes
+    for row in range(batch.num_decodes, len(batch.lens)):
+        last = first + batch.query_lens[row]
+        out_THD[first:last] = _attend_prompt(query_THD[first:last], blocks, batch, row, scores)
+        first = last
+    return out_THD
+
+
+def _decode_groups(batch: Batch) -> list[list[int]]:
+    """The decoding sequences by similar length, so that padding stays small."""
+    assert batch.lens is not None
+    order = sorted(range(batch.num_decodes), key=batch.lens.__getitem__)
+    groups: list[list[int]] = []
+    tokens = 0
+    for row in order:
+        length = batch.lens[row]
+        if groups and length * (len(groups[-1]) + 1) <= _PADDING * (tokens + length):
+            groups[-1].append(row)
+            tokens += length
+        else:
+            groups.append([row])
+            tokens = length
+    return groups
+
+
+def _first_key(scores: Scores, position: int) -> int:
+    """The first key that a token at this position sees."""
+    if scores.window is not None:
+        return max(0, position + 1 - scores.window)
+    if scores.chunk is not None:
+        return position // scores.chunk * scores.chunk
+    return 0
+
+
+def _attend_decodes(
+    query_SHD: Tensor, blocks: LayerBlocks, batch: Batch, rows: list[int], scores: Scores
+) -> Tensor:
+    assert batch.lens is not None
+    size = blocks.keys.shape[1]
+    lens = [batch.lens[row] for row in rows]
+    starts = [_first_key(scores, length - 1) for length in lens]
+    firsts = [start // size for start in starts]
+    count = max(-(-length // size) - first for length, first in zip(lens, firsts, strict=True))
+    device = query_SHD.device
+    first_S1 = torch.tensor(firsts, device=device)[:, None]
+    columns_SM = first_S1 + torch.arange(count, device=device)
+    table = batch.block_table_SM[torch.tensor(rows, device=device)]
+    table_SM = table.gather(1, columns_SM.clamp_(max=table.shape[1] - 1)).long()
+    keys_SLHD = blocks.keys[table_SM].flatten(1, 2)
+    values_SLHD = blocks.values[table_SM].flatten(1, 2)
+    mask: Tensor | None = None
+    if len(set(lens)) > 1 or lens[0] % size or starts[0] % size:
+        place_SL = first_S1 * size + torch.arange(count * size, device=device)
+        begin_S1 = torch.tensor(starts, device=device)[:, None]
+        seen_SL = place_SL < torch.tensor(lens, device=device)[:, None]
+        mask = (seen_SL & (place_SL >= begin_S1))[:, None, None]
+    out = _weigh(query_SHD[:, :, None], keys_SLHD, values_SLHD, mask, scores)
+    return out[:, :, 0]
+
+
+def _attend_prompt(
+    query_THD: Tensor, blocks: LayerBlocks, batch: Batch, row: int, scores: Scores
+) -> Tensor:
+    assert batch.lens is not None
+    size, length, count = blocks.keys.shape[1], batch.lens[row], query_THD.shape[0]
+    past = length - count
+    first = _first_key(scores, past) // size
+    table_M = batch.block_table_SM[row, first : -(-length // size)].long()
+    keys_LHD = blocks.keys[table_M].flatten(0, 1)[: length - first * size]
+    values_LHD = blocks.values[table_M].flatten(0, 1)[: length - first * size]
+    device = query_THD.device
+    position_T1 = torch.arange(past, length, device=device)[:, None]
+    place_L = torch.arange(first * size, length, device=device)
+    seen_TL = place_L <= position_T1
+    if scores.window is not None:
+        seen_TL &= place_L > position_T1 - scores.window
+    if scores.chunk is not None:
+        seen_TL &= place_L // scores.chunk == position_T1 // scores.chunk
+    query_1HTD = query_THD.transpose(0, 1)[None]
+    out_1HTD = _weigh(query_1HTD, keys_LHD[None], values_LHD[None], seen_TL, scores)
+    return out_1HTD[0].transpose(0, 1)
+
+
+def _weigh(
+    query_SHTD: Tensor,
+    keys_SLHD: Tensor,
+    values_SLHD: Tensor,
+    mask: Tensor | None,
+    scores: Scores,
+) -> Tensor:
+    """[S, Hq, T, Dv] for queries [S, Hq, T, D]; `mask` is true where a key is seen."""
+    keys_SHLD, values_SHLD = keys_SLHD.transpose(1, 2), values_SLHD.transpose(1, 2)
+    if scores.expand is not None:
+        keys_SHLD, values_SHLD = scores.expand(keys_SHLD, values_SHLD)
+    if scores.softcap is None and scores.sinks_H is None:
+        return F.scaled_dot_product_attention(
+            query_SHTD, keys_SHLD, values_SHLD, mask, scale=scores.scale, enable_gqa=True
+        )
+    seqs, heads, tokens, width = query_SHTD.shape
+    groups = keys_SHLD.shape[1]
+    grouped = query_SHTD.view(seqs, groups, heads // groups, tokens, width)
+    raw = torch.einsum("shgtd,shld->shgtl", grouped, keys_SHLD).float() * scores.scale
+    if scores.softcap is not None:
+        raw = scores.softcap * torch.tanh(raw / scores.softcap)
+    if mask is not None:
+        raw = raw.masked_fill(~(mask[:, :, None] if mask.dim() == 4 else mask), -torch.inf)
+    if scores.sinks_H is not None:
+        sinks = scores.sinks_H.float().view(1, groups, heads // groups, 1, 1)
+        raw = torch.cat([raw, sinks.expand(seqs, -1, -1, tokens, 1)], dim=-1)
+        weights = raw.softmax(-1)[..., :-1]
+    else:
+        weights = raw.softmax(-1)
+    out = torch.einsum("shgtl,shld->shgtd", weights.to(values_SHLD.dtype), values_SHLD)
+    return out.reshape(seqs, heads, tokens, -1)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention_forward)

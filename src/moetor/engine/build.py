@@ -1,0 +1,160 @@
+"""From a model and settings to an engine that is ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moetor.engine.blocks import BlockManager
+from moetor.engine.config import EngineConfig
+from moetor.engine.core import EngineCore
+from moetor.engine.intake import Intake
+from moetor.engine.memory import free_memory, plan_cache
+from moetor.engine.model import ServedModel
+from moetor.engine.runner import Runner
+from moetor.engine.scheduler import Scheduler
+from moetor.engine.strategy import Strategy
+from moetor.engine.trial import choose_strategy
+from moetor.errors import ConfigError, UnsupportedError
+from moetor.huggingface import FusionReport, fuse, loading
+from moetor.huggingface.fusing import FuseLevel, fused_modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """The parts of an engine.
+
+    Attributes:
+        fusion_report: None where the model was fused before, or has no MoE block.
+    """
+
+    core: EngineCore
+    intake: Intake
+    served: ServedModel
+    strategy: Strategy
+    config: EngineConfig
+    tokenizer: Any
+    fusion_report: FusionReport | None
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSource:
+    """Which model, and how it is loaded: the arguments of `LLM`."""
+
+    model: Any
+    tokenizer: Any = None
+    dtype: str = "auto"
+    device: str = "auto"
+    quantization: str | None = None
+    kernel: str = "auto"
+    level: FuseLevel | Literal["none"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
+    """Loads, fuses, tries the strategies, plans the memory.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: a setting does not fit the model or the memory.
+        UnsupportedError: the model cannot be served.
+    """
+    model, tokenizer, report = _load(source, config)
+    served = ServedModel(model)
+    strategy = choose_strategy(served)
+    context = loading.context_length(model.config)
+    plan = plan_cache(
+        config, strategy, free_memory(served.device, config.gpu_memory_utilization), context
+    )
+    if not strategy.paged and config.kv_cache_blocks is None:
+        plan = plan_cache(config, strategy, 2**62, context)
+    runner = Runner(
+        served,
+        strategy,
+        num_blocks=plan.num_blocks,
+        block_size=config.block_size,
+        rows=config.max_num_seqs,
+        max_model_len=plan.max_model_len,
+    )
+    blocks = BlockManager(
+        plan.num_blocks,
+        config.block_size,
+        prefix_caching=config.enable_prefix_caching and strategy.prefix_caching,
+    )
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        chunked_prefill=strategy.chunked_prefill,
+    )
+    core = EngineCore(runner, scheduler, tokenizer, overlap=served.device.type == "cuda")
+    intake = Intake(
+        tokenizer,
+        vocab_size=served.vocab_size,
+        ends=end_tokens(model, tokenizer),
+        max_model_len=plan.max_model_len,
+        seed=config.seed,
+    )
+    return Engine(
+        core=core,
+        intake=intake,
+        served=served,
+        strategy=strategy,
+        config=config,
+        tokenizer=tokenizer,
+        fusion_report=report,
+        max_model_len=plan.max_model_len,
+    )
+
+
+def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionReport | None]:
+    """The model, its tokenizer and what was fused."""
+    if config.load_format == "dummy":
+        raise UnsupportedError("load_format 'dummy' is not possible yet; use auto")
+    if not isinstance(source.model, str):
+        asked = [n for n in ("dtype", "device") if getattr(source, n) != "auto"]
+        if asked:
+            raise ConfigError(
+                f"{' and '.join(asked)} cannot be chosen for a model that is loaded already; move "
+                "or cast the model first, or give its path"
+            )
+        return source.model.eval(), source.tokenizer, _fused(source.model, source)
+    options: dict[str, Any] = {
+        "revision": source.revision,
+        "trust_remote_code": source.trust_remote_code,
+    }
+    tokenizer = source.tokenizer
+    if tokenizer is None:
+        tokenizer = loading.load_tokenizer(source.model, **options)
+    model = loading.load_model(source.model, dtype=source.dtype, device=source.device, **options)
+    return model, tokenizer, _fused(model, source)
+
+
+def _fused(model: Any, source: ModelSource) -> FusionReport | None:
+    if source.level == "none" or fused_modules(model):
+        if source.quantization is not None or source.kernel != "auto":
+            raise ConfigError(
+                "quantization and kernel are those of fusing, and this model is "
+                + ("not fused with level 'none'" if source.level == "none" else "fused already")
+                + "; leave them out"
+            )
+        return None
+    return fuse(
+        model,
+        level=source.level,
+        kernel=source.kernel,
+        quantization=source.quantization,
+    )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: those of the model's generation settings, else the tokenizer's."""
+    settings = getattr(model, "generation_config", None)
+    ends = getattr(settings, "eos_token_id", None)
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.eos_token_id
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])

@@ -1,0 +1,301 @@
+"""The engine's loop body: schedule, launch, take the tokens in.
+
+On a CUDA device step n + 1 is scheduled and launched before the tokens of step n are waited for:
+the new tokens are fed back on the device, and what the host finds out late (an end token, a stop
+string) costs a token that is thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from moetor.engine.outputs import (
+    CompletionOutput,
+    EngineStats,
+    FinishReason,
+    Logprob,
+    RequestOutput,
+)
+from moetor.engine.runner import Launched, Runner, StepResult
+from moetor.engine.scheduler import Scheduler
+from moetor.engine.sequence import Request, Scheduled, Sequence, Step
+from moetor.engine.text import TextBuilder, decode_function
+
+
+class EngineCore:
+    """Requests in, outputs out, one step at a time. Not thread-safe.
+
+    Args:
+        runner, scheduler: of the model.
+        tokenizer: None leaves texts empty.
+        overlap: whether a step is launched before the one before it is read.
+    """
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, tokenizer: Any, *, overlap: bool
+    ) -> None:
+        self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.requests: dict[str, Request] = {}
+        self._overlap = overlap
+        self._flying: Launched | None = None
+        self._decoders: dict[bool, Any] = {}
+        self._pieces: dict[int, str] = {}
+        self._counts = dict.fromkeys(
+            ("prompt", "generated", "finished", "aborted", "failed", "steps"), 0
+        )
+        self._step_seconds = self._host_seconds = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.scheduler.idle and self._flying is None
+
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        self.requests[request.request_id] = request
+        if self.tokenizer is not None:
+            params = request.params
+            decode = self._decoder(params.skip_special_tokens)
+            for sequence in request.sequences:
+                sequence.text = TextBuilder(
+                    decode,
+                    request.prompt_ids,
+                    params.stop or (),
+                    include_stop=params.include_stop_str_in_output,
+                )
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """Ends a request and frees what it holds; None where there is none of this name."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return None
+        self._counts["aborted"] += 1
+        self._end(request, "abort")
+        return request
+
+    def fail_all(self, error: Exception) -> list[Request]:
+        """Ends every request with an error."""
+        self._flying = None
+        failed = list(self.requests.values())
+        for request in failed:
+            self._fail(request, error)
+        return failed
+
+    def step(self) -> list[Request]:
+        """One step; the requests that it changed. Where a step is lost, its requests end with the
+        error, and the others go on.
+        """
+        begin = time.perf_counter()
+        step = self.scheduler.schedule()
+        changed: dict[str, Request] = {}
+        launched: Launched | None = None
+        if step.parts:
+            try:
+                launched = self._launch(step)
+                self._note_errors(launched, changed)
+            except Exception as error:
+                self._lose(step, error, changed)
+        ready, self._flying = (self._flying, launched) if self._overlap else (launched, None)
+        if ready is not None:
+            try:
+                result = ready.result()
+            except Exception as error:
+                self._lose(ready.step, error, changed)
+            else:
+                self._take(ready, result, changed)
+                self._step_seconds = time.perf_counter() - begin
+                self._host_seconds = self._step_seconds - result.model_seconds
+        return list(changed.values())
+
+    def stats(self) -> EngineStats:
+        """The counters."""
+        scheduler, counts = self.scheduler, self._counts
+        blocks, done = scheduler.blocks, scheduler.counters
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_cache_usage=blocks.used / max(1, blocks.total),
+            blocks_used=blocks.used,
+            blocks_total=blocks.total,
+            rows_used=scheduler.rows_used,
+            prefix_hit_tokens=done.prefix_hit_tokens,
+            prefix_query_tokens=done.prefix_query_tokens,
+            prompt_tokens=counts["prompt"],
+            generated_tokens=counts["generated"],
+            requests_finished=counts["finished"],
+            requests_aborted=counts["aborted"],
+            requests_failed=counts["failed"],
+            preemptions=done.preemptions,
+            steps=counts["steps"],
+            step_seconds=self._step_seconds,
+            host_seconds=self._host_seconds,
+            graph_steps=self.runner.graph_steps,
+        )
+
+    def _launch(self, step: Step) -> Launched:
+        now = time.monotonic()
+        for part in step.parts:
+            metrics = part.sequence.request.metrics
+            if metrics.first_scheduled_time is None:
+                metrics.first_scheduled_time = now
+            self._counts["prompt"] += max(0, min(part.count, part.sequence.prompt_len - part.start))
+        self._counts["steps"] += 1
+        return self.runner.launch(step)
+
+    def _note_errors(self, launched: Launched, changed: dict[str, Request]) -> None:
+        for sequence, error in launched.errors.items():
+            request = sequence.request
+            if not request.finished:
+                self._fail(request, error)
+                changed[request.request_id] = request
+
+    def _lose(self, step: Step, error: Exception, changed: dict[str, Request]) -> None:
+        requests = (part.sequence.request for part in step.parts)
+        for request in {request.request_id: request for request in requests}.values():
+            if not request.finished:
+                self._fail(request, error)
+                changed[request.request_id] = request
+
+    def _take(self, launched: Launched, result: StepResult, changed: dict[str, Request]) -> None:
+        now = time.monotonic()
+        for part in launched.step.parts:
+            sequence = part.sequence
+            self._prompt_logprobs(part, result)
+            token = result.tokens.get(sequence)
+            if token is not None:
+                sequence.pending -= 1
+            if sequence.finished:
+                continue
+            if sequence.row is not None and self.runner.strategy.prefix_caching:
+                self.scheduler.blocks.file(
+                    sequence.blocks,
+                    sequence.hashes,
+                    sequence.token_ids,
+                    part.start + part.count,
+                )
+            if token is not None:
+                metrics = sequence.request.metrics
+                if metrics.first_token_time is None:
+                    metrics.first_token_time = now
+                self._append(sequence, token, result.logprobs.get(sequence))
+                changed[sequence.request.request_id] = sequence.request
+        for request in changed.values():
+            if request.finished and request.request_id in self.requests:
+                self._close(request)
+                self._counts["finished"] += 1
+
+    def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        params = sequence.params
+        sequence.token_ids.append(token)
+        self._counts["generated"] += 1
+        if logprobs is not None and sequence.logprobs is not None:
+            sequence.cumulative_logprob += logprobs[token].logprob
+            sequence.logprobs.append(self._with_text(logprobs))
+        count = sequence.known - sequence.prompt_len
+        if token in sequence.ends and count > params.min_tokens:
+            own = token in (params.stop_token_ids or ())
+            sequence.stop_reason = token if own else None
+            self._finish(sequence, "stop")
+            return
+        if params.stop and sequence.text is not None:
+            since = len(sequence.text.text)
+            sequence.text.extend([token])
+            if count >= sequence.limit:
+                sequence.text.finish()
+            stop = sequence.text.find_stop(since) if count >= params.min_tokens else None
+            if stop is not None:
+                sequence.stop_reason = stop
+                self._finish(sequence, "stop")
+                return
+        if count >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence, reason)
+        self.runner.forget(sequence)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        for sequence in request.sequences:
+            if not sequence.finished:
+                self._finish(sequence, reason)
+        self._close(request)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        lines = str(error).strip().splitlines() or [""]
+        request.error = f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+        self._counts["failed"] += 1
+        self._end(request, "error")
+
+    def _close(self, request: Request) -> None:
+        request.metrics.finished_time = time.monotonic()
+        self.requests.pop(request.request_id, None)
+
+    def _prompt_logprobs(self, part: Scheduled, result: StepResult) -> None:
+        found = result.prompt_logprobs.get(part.sequence)
+        held = part.sequence.request.prompt_logprobs
+        # Every sequence of the request has the same prompt; a preempted one computes it again.
+        if found is None or held is None or part.sequence.index or found[0] != len(held):
+            return
+        held.extend(self._with_text(entry) for entry in found[1])
+
+    def _with_text(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
+        if self.tokenizer is None:
+            return entry
+        return {
+            token: Logprob(found.logprob, found.rank, self._piece(token))
+            for token, found in entry.items()
+        }
+
+    def _piece(self, token: int) -> str:
+        if token not in self._pieces:
+            self._pieces[token] = self._decoder(False)([token])
+        return self._pieces[token]
+
+    def _decoder(self, skip_special_tokens: bool) -> Any:
+        if skip_special_tokens not in self._decoders:
+            self._decoders[skip_special_tokens] = decode_function(
+                self.tokenizer, skip_special_tokens=skip_special_tokens
+            )
+        return self._decoders[skip_special_tokens]
+
+    def output(self, request: Request) -> RequestOutput:
+        """The request's state now; what is new in it counts as handed out."""
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=request.prompt_ids,
+            outputs=[_completion(sequence) for sequence in request.sequences],
+            finished=request.finished,
+            metrics=request.metrics,
+            prompt_logprobs=request.prompt_logprobs,
+            error=request.error,
+        )
+
+
+def _completion(sequence: Sequence) -> CompletionOutput:
+    ids = sequence.output_ids
+    text, new = "", ""
+    if sequence.text is not None:
+        # The token that ended the text is no part of it.
+        ended = sequence.finish_reason == "stop" and ids[-1] in sequence.ends
+        shown = ids[:-1] if ended and not isinstance(sequence.stop_reason, str) else ids
+        sequence.text.extend(shown[sequence.text.count :])
+        if sequence.finished:
+            sequence.text.finish()
+        text = sequence.text.visible(final=sequence.finished)
+        new = sequence.text.news(final=sequence.finished)
+    made = CompletionOutput(
+        index=sequence.index,
+        text=text,
+        token_ids=ids,
+        cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,
+        logprobs=None if sequence.logprobs is None else list(sequence.logprobs),
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        new_text=new,
+        new_token_ids=ids[sequence.reported :],
+    )
+    sequence.reported = len(ids)
+    return made

@@ -1,0 +1,229 @@
+"""`LLM`: an engine that is called with a list of prompts."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Literal
+
+from moetor.engine.build import Engine, ModelSource, build_engine
+from moetor.engine.config import EngineConfig
+from moetor.engine.intake import Prompt
+from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
+from moetor.engine.params import SamplingParams
+from moetor.errors import ConfigError, InputError
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model behind an engine with continuous batching.
+
+    Args:
+        model: a folder, a hub id, `demo`, or a live Transformers model in eval mode, which is fused
+            in place unless it is fused already or `level` is `none`.
+        tokenizer: of a live model, or instead of the checkpoint's own.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        quantization, kernel, level: as `moetor.fuse` takes them; level `none` does not fuse.
+        revision, trust_remote_code: of a checkpoint on the hub.
+        settings: the fields of `EngineConfig`: `max_model_len`, `max_num_seqs`,
+            `max_num_batched_tokens`, `block_size`, `kv_cache_blocks`, `gpu_memory_utilization`,
+            `enable_prefix_caching`, `enforce_eager`, `seed`, `load_format`.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: a setting is unknown, or does not fit the model or the memory.
+        UnsupportedError: the model does not generate text token by token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        tokenizer: Any = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantization: str | None = None,
+        kernel: str = "auto",
+        level: Literal["auto", "block", "experts", "none"] = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> None:
+        source = ModelSource(
+            model=model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+            kernel=kernel,
+            level=level,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        self.engine: Engine = build_engine(source, engine_config(settings))
+        self._numbers = itertools.count()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, or None."""
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its continuation together, at most."""
+        return self.engine.max_model_len
+
+    def stats(self) -> EngineStats:
+        """Counters since the start."""
+        return self.engine.core.stats()
+
+    def generate(
+        self,
+        prompts: str | Prompt | Items[Prompt],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        progress: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues prompts, all of them together.
+
+        Args:
+            prompts: text, token ids, a mapping (see `Prompt`), or a list of these.
+            sampling_params: for all, or one for each.
+            progress: draw a bar on standard error, where that is a terminal.
+
+        Returns:
+            One output for each prompt, in order. A prompt that is refused, or that fails, has its
+            reason in `error`, and the others go on.
+
+        Raises:
+            InputError: there are not as many parameters as prompts.
+        """
+        listed = _listed(prompts)
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(listed)
+        if len(sampling_params) != len(listed):
+            raise InputError(
+                f"{len(listed)} prompts were given with {len(sampling_params)} sampling_params; "
+                "give one for all or one for each"
+            )
+        core = self.engine.core
+        order: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        for prompt, params in zip(listed, sampling_params, strict=True):
+            name = f"generate-{next(self._numbers)}"
+            order.append(name)
+            try:
+                core.add(self.engine.intake.request(prompt, params, name))
+            except InputError as refusal:
+                done[name] = refused(name, prompt, str(refusal))
+        try:
+            with _bar(len(listed), progress) as advance:
+                advance(len(done))
+                while not core.idle:
+                    for request in core.step():
+                        if request.finished:
+                            done[request.request_id] = core.output(request)
+                            advance(len(done))
+        except BaseException:
+            for name in order:
+                core.abort(name)
+            raise
+        return [done[name] for name in order]
+
+    def chat(
+        self,
+        messages: Items[Message] | Items[Items[Message]],
+        sampling_params: SamplingParams | Items[SamplingParams] | None = None,
+        progress: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answers conversations.
+
+        Args:
+            messages: one conversation, or a list of them; a message is a mapping with `role` and
+                `content`.
+            sampling_params, progress: as for `generate`.
+            template: further arguments of the tokenizer's `apply_chat_template`.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template.
+            InputError: the template refuses the messages.
+        """
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts: list[Prompt] = [chat_tokens(self.tokenizer, one, **template) for one in many]
+        return self.generate(prompts, sampling_params, progress)
+
+
+def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """The settings as `EngineConfig`.
+
+    Raises:
+        ConfigError: one is unknown, or out of its range.
+    """
+    known = [field.name for field in fields(EngineConfig)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)} is no setting of the engine; there are {', '.join(known)}"
+        )
+    return EngineConfig(**settings)
+
+
+def chat_tokens(tokenizer: Any, messages: Any, **template: Any) -> list[int]:
+    """A conversation as token ids that end where the answer begins.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        InputError: the template refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ConfigError("the tokenizer has no chat template; use generate() with a text")
+    options = {"add_generation_prompt": True, **template, "tokenize": True, "return_dict": True}
+    try:
+        return list(tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise InputError(f"the chat template refuses the messages: {error}") from error
+
+
+def refused(request_id: str, prompt: Any, reason: str) -> RequestOutput:
+    """The output of a request that never ran."""
+    ids = list(prompt) if isinstance(prompt, list | tuple) else []
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=ids,
+        outputs=[CompletionOutput(index=0, finish_reason="error")],
+        finished=True,
+        metrics=RequestMetrics(arrival_time=0.0),
+        error=reason,
+    )
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    listed = list(prompts)
+    return [listed] if listed and all(isinstance(item, int) for item in listed) else listed
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Any]:
+    """A bar of finished requests, where standard error is a terminal."""
+    if not wanted or total < 2 or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generating", total=total)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,116 @@
+"""A Transformers model as the engine calls it, whatever its family calls its arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moetor.engine.attention import NAME
+from moetor.errors import UnsupportedError
+
+_CACHE_NAMES = ("cache", "past_key_values")
+_PLACEHOLDERS = ("_token_id", "_token_index")
+
+
+class ServedModel:
+    """Calls a model with packed tokens and the cache of the engine, or with its own.
+
+    Attributes:
+        model: what generates text: the language model, or the composite that holds it.
+        composite: what takes pictures and the like; often the same.
+        config: of the language model.
+        vocab_size: of its logits.
+
+    Raises:
+        UnsupportedError: the model does not generate text token by token.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.composite = getattr(model, "thinker", model)
+        inner = getattr(self.composite, "language_model", None)
+        self.model: Any = self.composite
+        if isinstance(inner, PreTrainedModel) and inner.can_generate():
+            self.model = inner
+        self.config = self.model.config.get_text_config(decoder=True)
+        names = inspect.signature(self.model.forward).parameters
+        found = [name for name in _CACHE_NAMES if name in names]
+        if not found or not self.model.can_generate():
+            raise UnsupportedError(
+                f"{type(model).__name__} does not generate text token by token; the engine serves "
+                "models with generate() only"
+            )
+        if self.model.config.is_encoder_decoder:
+            raise UnsupportedError(
+                f"{type(model).__name__} is an encoder-decoder, which the engine does not serve; "
+                "call its own generate()"
+            )
+        self._cache_name = found[0]
+        self._takes_rows = "logits_to_keep" in names
+        self.vocab_size = int(self.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return torch.device(self.model.device)
+
+    def placeholders(self) -> frozenset[int]:
+        """Tokens that stand for images, video or audio."""
+        config = self.model.config
+        text_ends = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"}
+        return frozenset(
+            value
+            for name, value in config.to_dict().items()
+            if name.endswith(_PLACEHOLDERS) and name not in text_ends and isinstance(value, int)
+        )
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cache: Any,
+        rows: Tensor | None,
+        extra: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Logits of some tokens, and the cache.
+
+        Args:
+            input_ids: [S, T].
+            position_ids: [S, T].
+            cache: with which the model is called; None lets it make its own.
+            rows: int64, of the S * T tokens; None for all of them.
+            extra: further inputs by name.
+
+        Returns:
+            [rows, V], and the cache with these tokens.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            self._cache_name: cache,
+            "use_cache": True,
+            **(extra or {}),
+        }
+        one_row = input_ids.shape[0] == 1
+        if rows is not None and self._takes_rows and one_row:
+            inputs["logits_to_keep"] = rows
+        output = (self.composite if extra else self.model)(**inputs)
+        logits: Tensor = output.logits.flatten(0, 1)
+        if rows is not None and not (self._takes_rows and one_row):
+            logits = logits.index_select(0, rows)
+        return logits, getattr(output, self._cache_name)
+
+    @contextmanager
+    def paged_attention(self) -> Iterator[None]:
+        """The language model attends over the engine's blocks for the time of a call."""
+        before = self.config._attn_implementation_internal
+        self.config._attn_implementation_internal = NAME
+        try:
+            yield
+        finally:
+            self.config._attn_implementation_internal = before

@@ -1,0 +1,335 @@
+"""Runs steps: one model call for all tokens where the family allows it, then sampling."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetor.engine.batch import BlockTable, DeviceInputs, device_inputs, host_inputs, kept_rows
+from moetor.engine.cache import EngineCache
+from moetor.engine.model import ServedModel
+from moetor.engine.outputs import Logprob
+from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs, token_logprobs
+from moetor.engine.sequence import Scheduled, Sequence, Step
+from moetor.engine.state import StateSlots
+from moetor.engine.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step found, on the host.
+
+    Attributes:
+        tokens: by the sequence that sampled.
+        logprobs: of these tokens, for those that asked.
+        prompt_logprobs: by sequence: first position, and one mapping for each position.
+        errors: by the sequence that the model could not compute.
+        model_seconds: in the model and in waiting for it.
+    """
+
+    tokens: dict[Sequence, int]
+    logprobs: dict[Sequence, dict[int, Logprob]]
+    prompt_logprobs: dict[Sequence, tuple[int, list[dict[int, Logprob]]]]
+    errors: dict[Sequence, Exception]
+    model_seconds: float
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that is under way on the device."""
+
+    step: Step
+    parts: list[Scheduled]
+    sampled: Sampled | None
+    prompts: list[tuple[Scheduled, TokenLogprobs]]
+    errors: dict[Sequence, Exception]
+    model_seconds: float
+    event: Any = None
+    host_tokens: Tensor | None = None
+
+    def result(self) -> StepResult:
+        """Waits for it: the one synchronisation of a step."""
+        begin = time.perf_counter()
+        tokens: list[int] = []
+        if self.event is not None:
+            self.event.synchronize()
+        if self.host_tokens is not None:
+            tokens = self.host_tokens.tolist()
+        waited = time.perf_counter() - begin
+        sequences = [part.sequence for part in self.parts]
+        logprobs: dict[Sequence, dict[int, Logprob]] = {}
+        if self.sampled is not None and self.sampled.logprobs is not None:
+            found = self.sampled.logprobs
+            most = {row: sequences[row].params.logprobs or 0 for row in found.rows}
+            taken = [tokens[row] for row in found.rows]
+            for row, entry in zip(found.rows, _mappings(found, taken, most), strict=True):
+                logprobs[sequences[row]] = entry
+        prompts = {}
+        for part, found in self.prompts:
+            sequence = part.sequence
+            most = dict.fromkeys(found.rows, sequence.params.prompt_logprobs or 0)
+            taken = [sequence.token_ids[position] for position in found.rows]
+            prompts[sequence] = (found.rows[0], _mappings(found, taken, most))
+        return StepResult(
+            dict(zip(sequences, tokens, strict=True)),
+            logprobs,
+            prompts,
+            self.errors,
+            self.model_seconds + waited,
+        )
+
+
+def _mappings(
+    found: TokenLogprobs, taken: list[int], most: dict[int, int]
+) -> list[dict[int, Logprob]]:
+    columns = (found.taken_R, found.rank_R, found.top_RN, found.ids_RN)
+    own, ranks, tops, ids = (column.tolist() for column in columns)
+    made = []
+    for place, row in enumerate(found.rows):
+        entry = {
+            token: Logprob(value, rank + 1)
+            for rank, (token, value) in enumerate(zip(ids[place], tops[place], strict=True))
+            if rank < most[row]
+        }
+        entry.setdefault(taken[place], Logprob(own[place], ranks[place]))
+        made.append(entry)
+    return made
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Logits of a step, and how many rows of them each part has."""
+
+    parts: list[Scheduled] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def add(self, parts: Items[Scheduled], logits: Tensor) -> None:
+        self.parts += parts
+        self.counts += map(kept_rows, parts)
+        self.logits.append(logits)
+
+    def merged(self) -> Tensor:
+        return self.logits[0] if len(self.logits) == 1 else torch.cat(self.logits)
+
+
+class Runner:
+    """Owns the cache's tensors, the state slots and the tables by row.
+
+    Args:
+        served: the model.
+        strategy: how its family is cached.
+        num_blocks, block_size: of the paged cache.
+        rows: sequences at the same time.
+        max_model_len: tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        strategy: Strategy,
+        *,
+        num_blocks: int,
+        block_size: int,
+        rows: int,
+        max_model_len: int,
+    ) -> None:
+        self.served, self.strategy = served, strategy
+        device = served.device
+        self.device = device
+        max_blocks = -(-max_model_len // block_size)
+        self.blocks = BlockTable(rows, max_blocks, block_size)
+        self.sampler = Sampler(rows, device)
+        # One row more than there are sequences: padded rows of a graph write there.
+        self.last_token_P = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.graph_steps = 0
+        self.cache: EngineCache | None = None
+        self.states: StateSlots | None = None
+        if strategy.paged:
+            self.cache = EngineCache(
+                served.config,
+                strategy.shapes,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                device=device,
+            )
+            if strategy.has_states:
+                self.states = StateSlots(
+                    served.config, self.cache.layers, strategy.example_layers, rows
+                )
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> Launched:
+        """Starts a step; its tokens are also kept on the device, for the next one."""
+        begin = time.perf_counter()
+        errors: dict[Sequence, Exception] = {}
+        rows = self.forward(step.parts, errors)
+        model_seconds = time.perf_counter() - begin
+        sampling: list[Scheduled] = []
+        places: list[int] = []
+        prompts: list[tuple[Scheduled, TokenLogprobs]] = []
+        logits = rows.merged() if rows.logits else None
+        first = 0
+        for part, count in zip(rows.parts, rows.counts, strict=True):
+            if part.samples:
+                sampling.append(part)
+                places.append(first + count - 1)
+            if count and part.sequence.params.prompt_logprobs is not None:
+                assert logits is not None
+                found = _prompt_logprobs(part, logits[first : first + count])
+                if found is not None:
+                    prompts.append((part, found))
+            first += count
+        sampled = None
+        if sampling:
+            assert logits is not None
+            if len(places) != logits.shape[0]:
+                logits = logits[torch.tensor(places, device=logits.device)]
+            sampled = self.sampler.sample(logits, sampling)
+            table = [part.sequence.row for part in sampling]
+            self._remember(table, sampled.tokens_R)
+        launched = Launched(step, sampling, sampled, prompts, errors, model_seconds)
+        self._fetch(launched)
+        return launched
+
+    def forward(self, parts: Items[Scheduled], errors: dict[Sequence, Exception]) -> _Rows:
+        """Logits of all parts; a part that the model cannot compute goes into `errors`."""
+        self.blocks.update(parts)
+        rows = _Rows()
+        for group, call in self._groups(parts):
+            try:
+                rows.add(group, call(group))
+                continue
+            except Exception as error:
+                if len(group) == 1:
+                    errors[group[0].sequence] = error
+                    continue
+            # Writing the same keys and values a second time changes nothing.
+            for part in group:
+                try:
+                    rows.add([part], call([part]))
+                except Exception as error:
+                    errors[part.sequence] = error
+        return rows
+
+    def _groups(
+        self, parts: Items[Scheduled]
+    ) -> list[tuple[list[Scheduled], Callable[[list[Scheduled]], Tensor]]]:
+        """Which parts go through the model together, and how."""
+        if not self.strategy.paged:
+            return [([part], self._call_own) for part in parts]
+        if self.states is None:
+            plain = [part for part in parts if not part.sequence.request.extra or part.start]
+            special = [part for part in parts if part.sequence.request.extra and not part.start]
+            packed = [plain] if plain else []
+            return [(group, self._call_packed) for group in (*packed, *([p] for p in special))]
+        # A sequence without a past has no state to take out of its slot.
+        together = [part for part in parts if part.count == 1 and part.start]
+        alone = [part for part in parts if part.count > 1 or not part.start]
+        groups = [together] if together else []
+        return [(group, self._call_states) for group in (*groups, *([p] for p in alone))]
+
+    def _inputs(self, parts: list[Scheduled]) -> DeviceInputs:
+        pending = any(part.pending for part in parts)
+        return device_inputs(
+            host_inputs(parts, self.blocks), self.last_token_P, any_pending=pending
+        )
+
+    def _call_packed(self, parts: list[Scheduled]) -> Tensor:
+        """All tokens in one row."""
+        assert self.cache is not None
+        inputs = self._inputs(parts)
+        with self.served.paged_attention(), self.cache.running(inputs.batch, parts[0].start):
+            logits, _ = self.served(
+                inputs.ids_T[None],
+                inputs.positions_T[None],
+                self.cache,
+                inputs.keep,
+                _extra(parts),
+            )
+        return logits
+
+    def _call_states(self, parts: list[Scheduled]) -> Tensor:
+        """A row for each sequence: one token of several, or several tokens of one."""
+        assert self.cache is not None
+        assert self.states is not None
+        inputs = self._inputs(parts)
+        rows = len(parts)
+        if parts[0].start:
+            self.states.load(inputs.rows_S)
+        else:
+            self.states.clear()
+        with self.served.paged_attention(), self.cache.running(inputs.batch, parts[0].start):
+            logits, _ = self.served(
+                inputs.ids_T.view(rows, -1),
+                inputs.positions_T.view(rows, -1),
+                self.cache,
+                inputs.keep,
+                _extra(parts),
+            )
+        self.states.store(inputs.rows_S)
+        return logits
+
+    def _call_own(self, parts: list[Scheduled]) -> Tensor:
+        """One sequence with the model's own cache."""
+        (part,) = parts
+        sequence = part.sequence
+        inputs = self._inputs(parts)
+        logits, sequence.cache = self.served(
+            inputs.ids_T[None],
+            inputs.positions_T[None],
+            sequence.cache if part.start else None,
+            inputs.keep,
+            _extra(parts),
+        )
+        return logits
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drops what is kept of a sequence that has ended."""
+        sequence.cache = None
+        self.sampler.forget(sequence)
+
+    def _remember(self, rows: list[int | None], tokens_R: Tensor) -> None:
+        table = torch.tensor(rows, dtype=torch.int64)
+        if self.device.type == "cuda":
+            table = table.pin_memory().to(self.device, non_blocking=True)
+        self.last_token_P.index_copy_(0, table, tokens_R)
+
+    def _fetch(self, launched: Launched) -> None:
+        """Starts the copy of the sampled tokens to the host."""
+        if launched.sampled is None:
+            return
+        tokens = launched.sampled.tokens_R
+        if self.device.type != "cuda":
+            launched.host_tokens = tokens
+            return
+        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        launched.host_tokens = host.copy_(tokens, non_blocking=True)
+        launched.event = torch.cuda.Event()
+        launched.event.record()
+
+
+def _extra(parts: list[Scheduled]) -> dict[str, Any] | None:
+    """Pictures and the like go with the first tokens of their prompt."""
+    (first, *others) = parts
+    if others or first.start:
+        return None
+    return first.sequence.request.extra
+
+
+def _prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:
+    """Of the prompt's tokens that follow those of this part."""
+    ids, end = part.sequence.token_ids, part.sequence.prompt_len
+    last = min(part.start + part.count, end - 1)
+    if last <= part.start:
+        return None
+    following = torch.tensor(ids[part.start + 1 : last + 1], device=logits_RV.device)
+    rows = list(range(part.start + 1, last + 1))
+    most = part.sequence.params.prompt_logprobs or 0
+    return token_logprobs(logits_RV[: len(rows)].float(), following, most, rows)

@@ -1,0 +1,241 @@
+"""From logits to tokens, for all rows of a step at once, on the device.
+
+Shape letters: R sampled rows of a step, V vocabulary, N log-probabilities asked for, P rows of the
+runner's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetor.engine.sequence import Scheduled, Sequence
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Of the rows that asked: of the token taken, and of the likeliest ones.
+
+    Attributes:
+        rows: of the step's sampled rows.
+        taken_R: float32, and rank_R: int64, 1 for the likeliest.
+        top_RN, ids_RN: the likeliest tokens, in order.
+    """
+
+    rows: list[int]
+    taken_R: Tensor
+    rank_R: Tensor
+    top_RN: Tensor
+    ids_RN: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step sampled, on the device."""
+
+    tokens_R: Tensor
+    logprobs: TokenLogprobs | None
+
+
+class Sampler:
+    """Applies every field of `SamplingParams` that changes which token is taken.
+
+    A draw is a function of the logits, the sequence's seed and the token's position: nothing else
+    in the batch matters to it.
+
+    Args:
+        rows: P, of the runner's tables.
+        device: of the logits.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._counts_PV: Tensor | None = None
+        self._prompt_PV: Tensor | None = None
+        self._holders: dict[int, Sequence] = {}
+
+    def sample(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Sampled:
+        """One token for each row.
+
+        Args:
+            logits_RV: any floating dtype; not changed.
+            parts: the sequence's part for each row.
+        """
+        params = [part.sequence.params for part in parts]
+        if not any(
+            p.penalised or p.logit_bias or not p.greedy or p.logprobs is not None or p.min_tokens
+            for p in params
+        ):
+            return Sampled(logits_RV.argmax(-1), None)
+        raw_RV = logits_RV.float()
+        shaped_RV = self._penalised(self._biased(raw_RV, parts), parts)
+        tokens_R = shaped_RV.argmax(-1)
+        drawn = [row for row, p in enumerate(params) if not p.greedy]
+        if drawn:
+            rows = self._tensor(drawn)
+            tokens_R[rows] = self._draw(shaped_RV[rows], [parts[row] for row in drawn])
+        self._count(tokens_R, parts)
+        asked = [row for row, p in enumerate(params) if p.logprobs is not None]
+        if not asked:
+            return Sampled(tokens_R, None)
+        rows = self._tensor(asked)
+        most = max(params[row].logprobs or 0 for row in asked)
+        return Sampled(tokens_R, token_logprobs(raw_RV[rows], tokens_R[rows], most, asked))
+
+    def _tensor(self, values: Items[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        made = torch.tensor(values, dtype=dtype)
+        if self._device.type == "cuda":
+            made = made.pin_memory()
+        return made.to(self._device, non_blocking=True)
+
+    def _biased(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
+        """With `logit_bias`, and without end tokens before `min_tokens`."""
+        rows: list[int] = []
+        ids: list[int] = []
+        added: list[float] = []
+        for row, part in enumerate(parts):
+            params = part.sequence.params
+            for token, bias in (params.logit_bias or {}).items():
+                rows.append(row)
+                ids.append(token)
+                added.append(bias)
+            if part.position < params.min_tokens:
+                for token in part.sequence.ends:
+                    rows.append(row)
+                    ids.append(token)
+                    added.append(-torch.inf)
+        if not rows:
+            return logits_RV
+        where = (self._tensor(rows), self._tensor(ids))
+        return logits_RV.index_put(where, self._tensor(added, torch.float32), accumulate=True)
+
+    def _penalised(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
+        chosen = [row for row, part in enumerate(parts) if part.sequence.params.penalised]
+        if not chosen:
+            return logits_RV
+        for row in chosen:
+            self._hold(parts[row].sequence, logits_RV.shape[1])
+        assert self._counts_PV is not None
+        assert self._prompt_PV is not None
+        rows = self._tensor(chosen)
+        table = self._tensor([_row(parts[row]) for row in chosen])
+        params = [parts[row].sequence.params for row in chosen]
+
+        def column(name: str) -> Tensor:
+            return self._tensor([getattr(p, name) for p in params], torch.float32)[:, None]
+
+        counts = self._counts_PV[table]
+        seen = (counts > 0) | self._prompt_PV[table]
+        some = logits_RV[rows]
+        factor = column("repetition_penalty")
+        repeated = torch.where(some > 0, some / factor, some * factor)
+        some = torch.where(seen, repeated, some)
+        some = some - column("frequency_penalty") * counts
+        some = some - column("presence_penalty") * (counts > 0)
+        return logits_RV.index_copy(0, rows, some)
+
+    def _hold(self, sequence: Sequence, vocabulary: int) -> None:
+        """Makes the tables' row that of this sequence; it holds the row from then on."""
+        row = sequence.row
+        assert row is not None
+        if self._holders.get(row) is sequence:
+            return
+        if self._counts_PV is None or self._prompt_PV is None:
+            size = (self._rows, vocabulary)
+            self._counts_PV = torch.zeros(size, dtype=torch.int32, device=self._device)
+            self._prompt_PV = torch.zeros(size, dtype=torch.bool, device=self._device)
+        prompt = self._tensor(sequence.token_ids[: sequence.prompt_len])
+        output = self._tensor(sequence.output_ids)
+        self._prompt_PV[row] = False
+        self._prompt_PV[row, prompt] = True
+        self._counts_PV[row] = 0
+        self._counts_PV[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        self._holders[row] = sequence
+
+    def _count(self, tokens_R: Tensor, parts: Items[Scheduled]) -> None:
+        chosen = [row for row, part in enumerate(parts) if part.sequence.params.penalised]
+        if chosen and self._counts_PV is not None:
+            table = self._tensor([_row(parts[row]) for row in chosen])
+            one = torch.ones(len(chosen), dtype=torch.int32, device=self._device)
+            tokens = tokens_R[self._tensor(chosen)]
+            self._counts_PV.index_put_((table, tokens), one, accumulate=True)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Lets go of a sequence that left its row."""
+        for row, holder in list(self._holders.items()):
+            if holder is sequence:
+                del self._holders[row]
+
+    def _draw(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
+        params = [part.sequence.params for part in parts]
+        heat = self._tensor([p.temperature for p in params], torch.float32)[:, None]
+        # The largest is taken off first: a tiny temperature would make infinities otherwise.
+        scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / heat
+        chosen = [row for row, p in enumerate(params) if p.truncated]
+        if chosen:
+            rows = self._tensor(chosen)
+            some = self._truncated(scaled_RV[rows], [parts[row] for row in chosen])
+            scaled_RV = scaled_RV.index_copy(0, rows, some)
+        sums_RV = scaled_RV.softmax(-1).cumsum(-1)
+        draws = [uniform(part.sequence.seed, part.position) for part in parts]
+        # Below the last sum, so that the token found has a probability.
+        place_R1 = self._tensor(draws, torch.float32)[:, None] * sums_RV[:, -1:]
+        found = torch.searchsorted(sums_RV, place_R1, right=True)[:, 0]
+        last = (sums_RV < sums_RV[:, -1:]).sum(-1)
+        return torch.minimum(found, last)
+
+    def _truncated(self, scaled_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
+        """With -inf for tokens outside `top_k`, `top_p` and `min_p`."""
+        params = [part.sequence.params for part in parts]
+        size = scaled_RV.shape[1]
+        top_k = self._tensor([p.top_k if p.top_k > 0 else size for p in params])[:, None]
+        top_p = self._tensor([p.top_p for p in params], torch.float32)[:, None]
+        min_p = self._tensor([p.min_p for p in params], torch.float32)[:, None]
+        ordered, order = scaled_RV.sort(dim=-1, descending=True, stable=True)
+        ordered = ordered.masked_fill(torch.arange(size, device=self._device) >= top_k, -torch.inf)
+        probable = ordered.softmax(-1)
+        before = probable.cumsum(-1) - probable
+        # The likeliest has nothing before it and always stays.
+        out = (before >= top_p) | (probable < min_p * probable[:, :1])
+        out[:, 0] = False
+        ordered = ordered.masked_fill(out, -torch.inf)
+        return torch.empty_like(scaled_RV).scatter_(-1, order, ordered)
+
+
+def _row(part: Scheduled) -> int:
+    assert part.sequence.row is not None
+    return part.sequence.row
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 24 bits, from two numbers (SplitMix64, Steele et al. 2014)."""
+    state = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & _MASK
+    for _ in range(2):
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        mixed = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+        state = mixed ^ (mixed >> 31)
+    return (state >> 40) * 2.0**-24
+
+
+def token_logprobs(
+    logits_RV: Tensor, tokens_R: Tensor, most: int, rows: list[int]
+) -> TokenLogprobs:
+    """Log-probabilities under the model's own logits, which no parameter has changed.
+
+    Args:
+        logits_RV: float32.
+        tokens_R: the tokens taken.
+        most: N.
+        rows: what the rows are called in the answer.
+    """
+    normal_RV = logits_RV.log_softmax(-1)
+    taken_R1 = normal_RV.gather(1, tokens_R[:, None])
+    top_RN, ids_RN = normal_RV.topk(min(most, normal_RV.shape[1]), dim=-1)
+    rank_R = (normal_RV > taken_R1).sum(-1) + 1
+    return TokenLogprobs(rows, taken_R1[:, 0], rank_R, top_RN, ids_RN)

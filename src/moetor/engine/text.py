@@ -1,0 +1,103 @@
+"""From token ids to text, token by token, and the strings that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Any
+
+# How many tokens of the prompt are decoded along with the first generated ones: tokenizers drop a
+# space at the start of a text, and some characters span tokens.
+_CONTEXT = 5
+_INCOMPLETE = "\ufffd"
+Decode = Callable[[list[int]], str]
+
+
+def decode_function(tokenizer: Any, *, skip_special_tokens: bool) -> Decode:
+    """Token ids to text; the tokenizer's own Rust part where it has one, which is much quicker."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return lambda ids: str(backend.decode(ids, skip_special_tokens=skip_special_tokens))
+    return lambda ids: str(
+        tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+    )
+
+
+class TextBuilder:
+    """The text of one sequence.
+
+    Attributes:
+        text: whole characters so far.
+        count: tokens taken in.
+
+    Args:
+        decode: token ids to text.
+        prompt_ids: of the prompt, for its end.
+        stop: strings that end the text.
+        include_stop: whether the text keeps the one that ended it.
+    """
+
+    def __init__(
+        self, decode: Decode, prompt_ids: Items[int], stop: Items[str], *, include_stop: bool
+    ) -> None:
+        self.text = ""
+        self.count = 0
+        self._decode, self._stop, self._include_stop = decode, stop, include_stop
+        self._window = list(prompt_ids[-_CONTEXT:])
+        self._shown = len(self._window)
+        self._before = decode(self._window)
+        self._held = max((len(text) for text in stop), default=1) - 1
+        self._reported = 0
+        self._closed = False
+
+    def extend(self, tokens: Items[int]) -> None:
+        """Appends tokens; characters that are not whole yet wait for the next one."""
+        self.count += len(tokens)
+        if self._closed or not tokens:
+            return
+        self._window += tokens
+        whole = self._decode(self._window)
+        if len(whole) > len(self._before) and not whole.endswith(_INCOMPLETE):
+            self._take(whole)
+
+    def _take(self, whole: str) -> None:
+        self.text += whole[len(self._before) :]
+        # What was shown last is the context of what comes next.
+        self._window = self._window[max(0, min(self._shown, len(self._window) - _CONTEXT)) :]
+        self._shown = len(self._window)
+        self._before = self._decode(self._window)
+
+    def find_stop(self, since: int) -> str | None:
+        """The stop string that `text` now holds, looked for in what came after `since`
+        characters; the text then ends with it or before it.
+        """
+        begin = max(0, since - self._held)
+        found = [(self.text.find(stop, begin), stop) for stop in self._stop]
+        places = [(place, stop) for place, stop in found if place >= 0]
+        if not places:
+            return None
+        place, stop = min(places)
+        self.text = self.text[: place + len(stop) if self._include_stop else place]
+        self._closed = True
+        return stop
+
+    def finish(self) -> None:
+        """Takes in what was held back; nothing comes after it."""
+        if self._closed:
+            return
+        self._closed = True
+        whole = self._decode(self._window)
+        if len(whole) > len(self._before):
+            self._take(whole)
+
+    def visible(self, *, final: bool) -> str:
+        """The text without what may be the beginning of a stop string."""
+        return self.text if final or not self._held else self.text[: -self._held]
+
+    def news(self, *, final: bool) -> str:
+        """What of the visible text was not handed out yet."""
+        shown = self.visible(final=final)
+        new, self._reported = shown[self._reported :], max(self._reported, len(shown))
+        return new
