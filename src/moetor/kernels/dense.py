@@ -1,0 +1,289 @@
+"""What stands around attention and experts: norms, rotary positions, products with few rows.
+
+Each function computes in float32 and rounds once. On an NVIDIA GPU it is one launch of
+`moetor.kernels.triton.dense`, elsewhere torch operations, which are also the launch's oracle
+(`in_torch=True` asks for them anywhere).
+
+Shape letters: T tokens, H hidden, N outputs, I intermediate, Hq and Hkv heads, D width of queries
+and keys, Dv of values, R rotated part of D, B tokens of a block, Nb blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moetor.config import Activation
+from moetor.errors import InputError
+from moetor.kernels.activations import activate
+from moetor.kernels.triton import support
+
+# Above this many rows torch's own product is nearer to the memory's rate.
+FEW_ROWS = 4
+
+
+@functools.cache
+def _have_gpu_kernels() -> bool:
+    return support.device_refusal("cuda") is None
+
+
+def _launches(tensor: Tensor, in_torch: bool) -> bool:
+    """Whether Triton computes it."""
+    if in_torch or tensor.device.type != "cuda" or tensor.dtype not in support.DTYPES:
+        return False
+    return _have_gpu_kernels()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryForm:
+    """How queries and keys are turned.
+
+    Attributes:
+        width: R; the rest of a head stays as it is.
+        pairs: neighbours are turned with each other; else an element of the first half with that
+            of the second.
+        table: what cos and sin [T, ...] hold. `halves`: R values, one for each element, first
+            half before second; `once`: the first R / 2 values are those of the R / 2 turns;
+            `twice`: R values, each turn's twice, side by side.
+    """
+
+    width: int
+    pairs: bool = False
+    table: Literal["halves", "once", "twice"] = "halves"
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * (weight + offset).
+
+    Attributes:
+        weight: [H], or None for none.
+        eps: inside the root.
+        offset: added to the weight (1 where the weight is stored around 0).
+    """
+
+    weight: Tensor | None
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSlots:
+    """Where the new keys and values go.
+
+    Attributes:
+        keys: [Nb, B, Hkv, D].
+        values: [Nb, B, Hkv, Dv].
+        slots: [T], block * B + offset; negative for none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+
+
+def rms_norm(x: Tensor, norm: Norm, *, in_torch: bool = False) -> Tensor:
+    """The norm of [..., H] over its last axis, in its dtype."""
+    return add_rms_norm(x, None, norm, in_torch=in_torch)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, norm: Norm, *, in_torch: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and that sum, rounded before it is normed; [..., H] each.
+
+    Raises:
+        InputError: a residual or a weight of another shape.
+    """
+    width = x.shape[-1]
+    if norm.weight is not None and tuple(norm.weight.shape) != (width,):
+        raise InputError(f"a norm's weight is {list(norm.weight.shape)}, it must be [{width}]")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise InputError(
+            f"a residual {residual.dtype} {list(residual.shape)} cannot be added to {x.dtype} "
+            f"{list(x.shape)}"
+        )
+    if _launches(x, in_torch):
+        from moetor.kernels.triton import dense
+
+        return dense.add_rms_norm(x, residual, norm)
+    total = x if residual is None else x + residual
+    wide = _wide(total)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
+    if norm.weight is not None:
+        normed = normed * (norm.weight.to(wide.dtype) + norm.offset)
+    return normed.to(x.dtype), total
+
+
+def rotate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    form: RotaryForm,
+    *,
+    query_norm: Norm | None = None,
+    key_norm: Norm | None = None,
+    cache: CacheSlots | None = None,
+    in_torch: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normed head by head where asked and turned by their positions.
+
+    Args:
+        query: [T, Hq, D].
+        key: [T, Hkv, D].
+        value: [T, Hkv, Dv]; read only with `cache`.
+        cos, sin: [T, R] or [T, R / 2], as `form` says.
+        query_norm, key_norm: both or neither.
+        cache: keys and values are written there instead of being returned.
+
+    Returns:
+        Queries [T, Hq, D], and keys [T, Hkv, D]; with `cache` the cache's keys.
+
+    Raises:
+        InputError: shapes that do not fit.
+    """
+    _check_rotate(query, key, value, cos, sin, form, query_norm, key_norm, cache)
+    if _launches(query, in_torch):
+        from moetor.kernels.triton import dense
+
+        return dense.rotate(query, key, value, cos, sin, form, query_norm, key_norm, cache)
+    turned = []
+    for x, norm in ((query, query_norm), (key, key_norm)):
+        wide = _wide(x)
+        if norm is not None:
+            wide = rms_norm(wide, norm, in_torch=True)
+        turned.append(_turn(wide, cos, sin, form).to(x.dtype))
+    if cache is None:
+        return turned[0], turned[1]
+    write_to_cache(turned[1], value, cache, in_torch=True)
+    return turned[0], cache.keys
+
+
+def write_to_cache(
+    key: Tensor, value: Tensor, cache: CacheSlots, *, in_torch: bool = False
+) -> None:
+    """Writes keys [T, Hkv, D] and values [T, Hkv, Dv] to their slots."""
+    if _launches(key, in_torch):
+        from moetor.kernels.triton import dense
+
+        dense.write_to_cache(key, value, cache)
+        return
+    kept = cache.slots >= 0
+    slots = cache.slots[kept].long()
+    size = cache.keys.shape[1]
+    cache.keys[slots // size, slots % size] = key[kept]
+    cache.values[slots // size, slots % size] = value[kept]
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_torch: bool = False
+) -> Tensor:
+    """`x @ weight.T + bias`, [..., H] to [..., N]: by vector sums for a few rows on a GPU."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if 0 < rows <= FEW_ROWS and weight.dtype == x.dtype and _launches(x, in_torch):
+        from moetor.kernels.triton import dense
+
+        return dense.few_rows(x, weight, bias, None)
+    return F.linear(x, weight, bias)
+
+
+def gated_linear(
+    x: Tensor,
+    gate_up: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    *,
+    in_torch: bool = False,
+) -> Tensor:
+    """activation(gate) * up of both products in one, [..., H] to [..., I].
+
+    Args:
+        gate_up: [2 I, H], gate before up; `bias` [2 I] likewise.
+        activation: a named one; a callable is called between the products.
+    """
+    if activation.function is None and _launches(x, in_torch):
+        from moetor.kernels.triton import dense
+
+        rows = x.numel() // max(1, x.shape[-1])
+        if 0 < rows <= FEW_ROWS:
+            return dense.few_rows(x, gate_up, bias, activation)
+        return dense.gated_activation(F.linear(x, gate_up, bias), activation)
+    return activate(F.linear(x, gate_up, bias), activation)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _turn(x_THD: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm) -> Tensor:
+    half = form.width // 2
+    if form.table == "twice":
+        tables = [(table[:, 0 : form.width : 2],) * 2 for table in (cos, sin)]
+    elif form.table == "once":
+        tables = [(table[:, :half],) * 2 for table in (cos, sin)]
+    else:
+        tables = [(table[:, :half], table[:, half : form.width]) for table in (cos, sin)]
+    (c1, c2), (s1, s2) = ([_wide(part)[:, None] for part in pair] for pair in tables)
+    turning, rest = x_THD[..., : form.width], x_THD[..., form.width :]
+    if form.pairs:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+    else:
+        a, b = turning[..., :half], turning[..., half:]
+    first, second = a * c1 - b * s1, b * c2 + a * s2
+    if form.pairs:
+        joined = torch.stack([first, second], dim=-1).flatten(-2)
+    else:
+        joined = torch.cat([first, second], dim=-1)
+    return torch.cat([joined, rest], dim=-1) if rest.shape[-1] else joined
+
+
+def _check_rotate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    form: RotaryForm,
+    query_norm: Norm | None,
+    key_norm: Norm | None,
+    cache: CacheSlots | None,
+) -> None:
+    tokens, width = query.shape[0], query.shape[-1]
+    if form.width % 2 or not 0 < form.width <= width:
+        raise InputError(f"a rotary width of {form.width} does not fit heads of {width}")
+    if form.pairs and form.table == "halves":
+        raise InputError("turning neighbours needs one value for a pair: table 'once' or 'twice'")
+    for x, name in ((key, "key"), (value, "value")):
+        if x.dim() != 3 or x.shape[0] != tokens:
+            raise InputError(f"{name} {list(x.shape)} does not fit query {list(query.shape)}")
+    if key.shape[2] != width or key.shape[1] != value.shape[1]:
+        raise InputError(
+            f"key {list(key.shape)} does not fit query {list(query.shape)} or value "
+            f"{list(value.shape)}"
+        )
+    least = form.width // 2 if form.table == "once" else form.width
+    for x, name in ((cos, "cos"), (sin, "sin")):
+        if x.dim() != 2 or x.shape[0] != tokens or x.shape[1] < least:
+            raise InputError(f"{name} {list(x.shape)} must be [{tokens}, {least}] or wider")
+    if (query_norm is None) != (key_norm is None):
+        raise InputError("query_norm and key_norm: give both or neither")
+    norms = {(norm.eps, norm.offset) for norm in (query_norm, key_norm) if norm is not None}
+    if len(norms) == 2:
+        raise InputError("query_norm and key_norm must have one eps and one offset")
+    if cache is not None and (
+        cache.slots.shape != (tokens,)
+        or cache.keys.shape[2:] != key.shape[1:]
+        or cache.values.shape[2:] != value.shape[1:]
+    ):
+        raise InputError(
+            f"slots {list(cache.slots.shape)} and caches {list(cache.keys.shape)}, "
+            f"{list(cache.values.shape)} do not fit key {list(key.shape)} and value "
+            f"{list(value.shape)}"
+        )

@@ -1,0 +1,275 @@
+"""Attention over a paged cache on NVIDIA GPUs; its twin is `moetor.kernels.attention`.
+
+Shape letters: T tokens, S sequences, N blocks, B tokens of a block, M blocks of a sequence,
+Hq and Hkv heads, G = Hq / Hkv, D width of queries and keys, Dv of values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moetor.errors import KernelRefusedError
+from moetor.kernels.attention import check_paged
+from moetor.kernels.triton import support
+from moetor.kernels.triton.choose import next_power_of_2
+
+_MAX_WIDTH = 1024
+# Largest tile of partial results that the combining launch holds, in elements.
+_COMBINE = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """Tiles and schedule.
+
+    Attributes:
+        rows: BM, of tokens times heads.
+        heads: query heads of a program, a divisor of G.
+        keys: BN.
+        splits: of a sequence's keys, a power of two; 1 for none.
+        warps, stages: of a program.
+        overlap: starts while the launch before ends.
+    """
+
+    rows: int
+    heads: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+    overlap: bool = False
+
+
+def attention_refusal(
+    device: str, dtype: torch.dtype, *, width: int, value_width: int
+) -> str | None:
+    """Why the kernel does not run, as half a sentence, or None.
+
+    Args:
+        device: a device type.
+        dtype: of queries and cache.
+        width, value_width: D and Dv.
+    """
+    if dtype not in support.DTYPES:
+        return f"computes in bfloat16, float16 or float32, not {dtype}"
+    if max(width, value_width) > _MAX_WIDTH:
+        return f"takes heads of at most {_MAX_WIDTH}, not {max(width, value_width)}"
+    return support.device_refusal(device)
+
+
+def attention_plan(
+    *,
+    sequences: int,
+    kv_heads: int,
+    group: int,
+    width: int,
+    value_width: int,
+    max_keys: int,
+    max_query_len: int,
+    itemsize: int,
+    sms: int,
+    overlap: bool,
+) -> AttentionPlan:
+    """Tiles for one call, from upper bounds alone.
+
+    Args:
+        max_keys: the most keys that a token may see.
+    """
+    wide = max(width, value_width) * itemsize
+    if wide <= 256:
+        most_rows, keys, warps = 128, 64, 8
+    elif wide <= 512:
+        most_rows, keys, warps = 64, 64, 8
+    elif wide <= 1024:
+        most_rows, keys, warps = 32, 32, 4
+    else:
+        most_rows, keys, warps = 16, 16, 4
+    heads = group
+    while next_power_of_2(heads) > most_rows:
+        heads = heads // 2 if heads % 2 == 0 else 1
+    rows = min(most_rows, max(16, next_power_of_2(heads * max_query_len)))
+    if rows <= 64:
+        warps = 4 if wide <= 256 or max_query_len == 1 else warps
+    splits = 1
+    if max_query_len == 1:
+        room = 2 * sms // max(1, sequences * kv_heads * (group // heads))
+        if room > 1:
+            keys = min(keys, 32)
+        most = min(-(-max_keys // keys), _COMBINE // next_power_of_2(value_width), 64)
+        while 2 * splits <= min(room, most):
+            splits *= 2
+    return AttentionPlan(
+        rows=rows, heads=heads, keys=keys, splits=splits, warps=warps, stages=2, overlap=overlap
+    )
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    *,
+    max_query_len: int,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As `moetor.kernels.attention.paged_attention`, without reading a length on the host.
+
+    Grids follow from the shapes of the arguments and `max_query_len`, so that the call can be
+    captured in a CUDA graph and replayed with other lengths. A sequence may have no new token.
+    Equal inputs give equal bits: a sequence's keys are split into equal parts, which are summed
+    in their order; the number of parts depends on S, M and the device.
+
+    Args:
+        query: [T, Hq, D]; any strides of the first two axes, as for the caches.
+        max_query_len: the most new tokens of any sequence. 1 takes the path for decoding.
+
+    Returns:
+        [T, Hq, Dv]; rows that belong to no sequence are not written.
+
+    Raises:
+        InputError: wrong shapes, dtypes or devices.
+        KernelRefusedError: this machine, or a form that the kernel does not have.
+    """
+    check_paged(query, key_cache, value_cache, block_table, seq_lens, query_start,
+                window=window, chunk=chunk, sinks=sinks)  # fmt: skip
+    group = query.shape[1] // key_cache.shape[2]
+    reason = attention_refusal(
+        query.device.type,
+        query.dtype,
+        width=query.shape[2],
+        value_width=value_cache.shape[3],
+    )
+    if reason is not None:
+        raise KernelRefusedError(
+            f"the Triton attention {reason}; use moetor.kernels.attention.paged_attention"
+        )
+    device = support.device_of(query)
+    max_keys = block_table.shape[1] * key_cache.shape[1]
+    plan = attention_plan(
+        sequences=seq_lens.shape[0],
+        kv_heads=key_cache.shape[2],
+        group=group,
+        width=query.shape[2],
+        value_width=value_cache.shape[3],
+        max_keys=min(max_keys, window or chunk or max_keys),
+        max_query_len=max_query_len,
+        itemsize=query.element_size(),
+        sms=device.sms,
+        overlap=device.capability >= (9, 0),
+    )
+    return run_attention(
+        query, key_cache, value_cache, block_table, seq_lens, query_start, plan,
+        decode=max_query_len == 1, scale=scale, softcap=softcap, window=window, chunk=chunk,
+        sinks=sinks,
+    )  # fmt: skip
+
+
+def run_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    plan: AttentionPlan,
+    *,
+    decode: bool,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    chunk: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The launches, on inputs that are known to be right."""
+    from moetor.kernels.triton import attention_kernels
+
+    (tokens, heads, width), sequences = query.shape, seq_lens.shape[0]
+    kv_heads, value_width = key_cache.shape[2], value_cache.shape[3]
+    out = query.new_empty((tokens, heads, value_width))
+    if tokens == 0 or sequences == 0:
+        return out
+    group = heads // kv_heads
+    tokens_of_tile = plan.rows // plan.heads
+    part_out = part_max = part_sum = out
+    if plan.splits > 1:
+        places = (tokens, heads, plan.splits)
+        part_out = query.new_empty((*places, value_width), dtype=torch.float32)
+        part_max, part_sum = query.new_empty((2, *places), dtype=torch.float32)
+    first = 1 << (width.bit_length() - 1)
+    limit = window or chunk or 0
+    form = {
+        "WINDOW": window is not None,
+        "CHUNK": chunk is not None,
+        "SINKS": sinks is not None,
+        "SPLITS": plan.splits,
+        "BN": plan.keys,
+        "PDL": plan.overlap,
+    }
+    launch = {"launch_pdl": True} if plan.overlap else {}
+    blocks = sequences if decode else tokens // tokens_of_tile + sequences
+    with support.on_device_of(query):
+        attention_kernels.attend[(blocks, heads // plan.heads, plan.splits)](
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            seq_lens,
+            query_start,
+            support.flat(sinks, out),
+            out,
+            part_out,
+            part_max,
+            part_sum,
+            sequences,
+            limit,
+            *query.stride()[:2],
+            *key_cache.stride()[:3],
+            *value_cache.stride()[:3],
+            block_table.stride(0),
+            HQ=heads,
+            HG=plan.heads,
+            GROUPS=group // plan.heads,
+            D=width,
+            D1=first,
+            D2=max(16, next_power_of_2(width - first)),
+            DV=value_width,
+            DVP=max(16, next_power_of_2(value_width)),
+            BS=key_cache.shape[1],
+            SCALE=float(scale),
+            SOFTCAP=None if softcap is None else float(softcap),
+            SP=next_power_of_2(sequences),
+            DECODE=decode,
+            BM=plan.rows,
+            BQ=tokens_of_tile,
+            STAGES=plan.stages,
+            num_warps=plan.warps,
+            **form,
+            **launch,
+        )
+        if plan.splits > 1:
+            attention_kernels.combine_splits[(sequences, heads)](
+                part_out,
+                part_max,
+                part_sum,
+                seq_lens,
+                query_start,
+                support.flat(sinks, out),
+                out,
+                limit,
+                HQ=heads,
+                DV=value_width,
+                DVP=max(16, next_power_of_2(value_width)),
+                num_warps=4,
+                **form,
+                **launch,
+            )
+    return out

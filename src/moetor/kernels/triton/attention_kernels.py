@@ -1,0 +1,261 @@
+"""Attention over a paged cache: decode split over the keys, prompts by blocks of queries.
+
+Shape letters: T tokens, S sequences, Hq and Hkv heads, HG query heads of a program, D width of
+queries and keys, Dv of values, BM rows of a tile (BQ tokens of HG heads each), BN keys of a tile.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+import triton  # type: ignore[import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
+from triton.language.extra.cuda import (  # type: ignore[import-not-found, unused-ignore]
+    gdc_launch_dependents,
+    gdc_wait,
+)
+
+from moetor.kernels.triton.device_code import soft_cap
+
+
+@triton.jit
+def _first_key(position, window, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """The first key that the token at `position` sees."""
+    if WINDOW:
+        low = tl.maximum(position + 1 - window, 0)
+    elif CHUNK:
+        low = position // window * window
+    else:
+        low = position * 0
+    return low
+
+
+@triton.jit
+def _part(low, high, SPLITS: tl.constexpr, BN: tl.constexpr):
+    """Keys of one split: whole tiles, so that all splits but the last are equally long."""
+    return tl.cdiv(tl.cdiv(high - low, SPLITS), BN) * BN
+
+
+@triton.jit
+def _rows(base, slot, inside, d, LAST: tl.constexpr, WIDTH: tl.constexpr):
+    """[BN, WIDTH] of the cache; columns from LAST on do not exist."""
+    if LAST >= WIDTH:
+        x = tl.load(base + slot[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+    else:
+        x = tl.load(
+            base + slot[:, None] + d[None, :],
+            mask=inside[:, None] & (d[None, :] < LAST),
+            other=0.0,
+        )
+    return x
+
+
+@triton.jit(do_not_specialize=["sequences"])
+def attend(
+    query,
+    key_cache,
+    value_cache,
+    block_table,
+    seq_lens,
+    query_start,
+    sinks,
+    out,
+    part_out,
+    part_max,
+    part_sum,
+    sequences,
+    window,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_table,
+    HQ: tl.constexpr,
+    HG: tl.constexpr,
+    GROUPS: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    BS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
+    SP: tl.constexpr,
+    DECODE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BM: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One tile of queries of one key head against one split of its sequence's keys.
+
+    GROUPS programs share a key head, each with HG of its query heads.
+
+    With DECODE a sequence has at most one new token, and the first axis of the grid is the
+    sequence; else it counts blocks of BQ tokens, whose sequence is found by `query_start`.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head = tl.program_id(1) // GROUPS
+    split = tl.program_id(2)
+    if DECODE:
+        seq = tl.program_id(0)
+        begin_q = tl.load(query_start + seq)
+        block_q = 0
+    else:
+        s = tl.arange(0, SP)
+        starts = tl.load(query_start + s, mask=s < sequences, other=0)
+        # Block number start // BQ + s is the first of sequence s: room for one part block each.
+        own = (s < sequences) & (starts // BQ + s <= tl.program_id(0))
+        seq = tl.sum(own.to(tl.int32), axis=0) - 1
+        begin_q = tl.load(query_start + seq)
+        block_q = tl.program_id(0) - (begin_q // BQ + seq)
+    count_q = tl.load(query_start + seq + 1) - begin_q
+    if block_q * BQ >= count_q:
+        return
+    length = tl.load(seq_lens + seq)
+    r = tl.arange(0, BM)
+    token = block_q * BQ + r // HG
+    real = (r < BQ * HG) & (token < count_q)
+    position = length - count_q + token
+    low = _first_key(length - count_q + block_q * BQ, window, WINDOW, CHUNK)
+    high = tl.minimum(length - count_q + (block_q + 1) * BQ, length)
+    if SPLITS > 1:
+        part = _part(low, high, SPLITS, BN)
+        low = low + split * part
+        if low >= high:
+            return
+        high = tl.minimum(low + part, high)
+    head_q = tl.program_id(1) * HG + r % HG
+    row = (begin_q + token).to(tl.int64)
+    d1, d2, dv = tl.arange(0, D1), tl.arange(0, D2), tl.arange(0, DVP)
+    at_q = query + row * stride_qt + head_q * stride_qh
+    q1 = tl.load(at_q[:, None] + d1[None, :], mask=real[:, None], other=0.0)
+    REST: tl.constexpr = D - D1
+    if REST > 0:
+        q2 = tl.load(
+            at_q[:, None] + D1 + d2[None, :],
+            mask=real[:, None] & (d2[None, :] < REST),
+            other=0.0,
+        )
+    # Scores are kept in base 2.
+    LOG2E: tl.constexpr = 1.4426950408889634
+    best = tl.full((BM,), -float("inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, DVP), tl.float32)
+    if WINDOW or CHUNK:
+        row_low = _first_key(position, window, WINDOW, CHUNK)
+    keys = key_cache + head.to(tl.int64) * stride_kh
+    values = value_cache + head.to(tl.int64) * stride_vh
+    n = tl.arange(0, BN)
+    for key0 in tl.range(low, high, BN, num_stages=STAGES):
+        key = key0 + n
+        inside = key < high
+        block = tl.load(block_table + seq * stride_table + key // BS, mask=inside, other=0)
+        block = block.to(tl.int64)
+        at_k = block * stride_kb + (key % BS) * stride_kt
+        k1 = _rows(keys, at_k, inside, d1, D, D1)
+        raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        if REST > 0:
+            k2 = _rows(keys + D1, at_k, inside, d2, REST, D2)
+            raw = tl.dot(q2, tl.trans(k2), acc=raw, input_precision="ieee")
+        if SOFTCAP is not None:
+            raw = soft_cap(raw * SCALE, SOFTCAP) * LOG2E
+        else:
+            raw = raw * (SCALE * LOG2E)
+        seen = inside[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW or CHUNK:
+            seen = seen & (key[None, :] >= row_low[:, None])
+        raw = tl.where(seen, raw, -float("inf"))
+        top = tl.maximum(best, tl.max(raw, axis=1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        shift = tl.where(top == -float("inf"), 0.0, top)
+        power = tl.exp2(raw - shift[:, None])
+        fade = tl.exp2(best - shift)
+        total = total * fade + tl.sum(power, axis=1)
+        v = _rows(values, block * stride_vb + (key % BS) * stride_vt, inside, dv, DV, DVP)
+        acc = tl.dot(power.to(v.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
+        best = top
+    columns = real[:, None] & (dv[None, :] < DV)
+    if SPLITS > 1:
+        place = (row * HQ + head_q) * SPLITS + split
+        tl.store(part_out + place[:, None] * DV + dv[None, :], acc, mask=columns)
+        tl.store(part_max + place, best, mask=real)
+        tl.store(part_sum + place, total, mask=real)
+    else:
+        if SINKS:
+            sink = tl.load(sinks + head_q, mask=real, other=0.0).to(tl.float32) * LOG2E
+            top = tl.maximum(best, sink)
+            fade = tl.exp2(best - top)
+            total = total * fade + tl.exp2(sink - top)
+            acc = acc * fade[:, None]
+        y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        at = out + (row * HQ + head_q) * DV
+        tl.store(at[:, None] + dv[None, :], y.to(out.dtype.element_ty), mask=columns)
+
+
+@triton.jit
+def combine_splits(
+    part_out,
+    part_max,
+    part_sum,
+    seq_lens,
+    query_start,
+    sinks,
+    out,
+    window,
+    HQ: tl.constexpr,
+    DV: tl.constexpr,
+    DVP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SINKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One sequence's new token, one head: its splits in their order."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    seq = tl.program_id(0)
+    head = tl.program_id(1)
+    begin_q = tl.load(query_start + seq)
+    if tl.load(query_start + seq + 1) == begin_q:
+        return
+    LOG2E: tl.constexpr = 1.4426950408889634
+    high = tl.load(seq_lens + seq)
+    low = _first_key(high - 1, window, WINDOW, CHUNK)
+    part = tl.maximum(_part(low, high, SPLITS, BN), 1)
+    split = tl.arange(0, SPLITS)
+    used = split * part < high - low
+    row = begin_q.to(tl.int64) * HQ + head
+    place = row * SPLITS + split
+    best = tl.load(part_max + place, mask=used, other=-float("inf"))
+    total = tl.load(part_sum + place, mask=used, other=0.0)
+    dv = tl.arange(0, DVP)
+    x = tl.load(
+        part_out + place[:, None] * DV + dv[None, :],
+        mask=used[:, None] & (dv[None, :] < DV),
+        other=0.0,
+    )
+    top = tl.max(best, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    fade = tl.exp2(best - top)
+    whole = tl.sum(total * fade, axis=0)
+    if SINKS:
+        whole = whole + tl.exp2(sink - top)
+    y = tl.sum(x * fade[:, None], axis=0) / tl.where(whole == 0.0, 1.0, whole)
+    tl.store(out + row * DV + dv, y.to(out.dtype.element_ty), mask=dv < DV)

@@ -1,0 +1,121 @@
+"""Paged attention: the torch form, and the Triton kernel under Triton's interpreter.
+
+The second runs in a process of its own: `TRITON_INTERPRET=1 python
+tests/kernels/test_paged_attention.py SEED`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve()
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
+
+from kernels.attention_cases import SMALL, PagedCase, draw, expected, largest_error  # noqa: E402
+from moetor.errors import InputError, KernelRefusedError  # noqa: E402
+from moetor.kernels.attention import paged_attention  # noqa: E402
+
+LIMITS = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_torch_form(case: PagedCase, dtype: torch.dtype, rng: torch.Generator) -> None:
+    drawn = draw(case, dtype, rng)
+    assert largest_error(paged_attention(**drawn), expected(case, drawn)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scale": 1.0, "window": 0}, "window=0"),
+        ({"window": 3, "chunk": 3}, "window and chunk"),
+        ({"sinks": torch.zeros(3)}, "sinks"),
+        ({"seq_lens": torch.zeros(3)}, "seq_lens"),
+        ({"key_cache": torch.zeros(3, 4, 3, 16)}, "key_cache"),
+        ({"query": torch.zeros(3, 4, 16).half()}, "key_cache is"),
+        ({"query": torch.zeros(3, 4)}, "query"),
+    ],
+)
+def test_refused(changes: dict[str, object], words: str, rng: torch.Generator) -> None:
+    drawn = draw(SMALL[0], torch.float32, rng)
+    with pytest.raises(InputError, match=words):
+        paged_attention(**(drawn | changes))
+
+
+def test_uneven_heads_refused(rng: torch.Generator) -> None:
+    drawn = draw(replace(SMALL[0], heads=(5, 2)), torch.float32, rng)
+    with pytest.raises(InputError, match="5 query heads"):
+        paged_attention(**drawn)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_the_launch_refuses_a_cpu(rng: torch.Generator) -> None:
+    from moetor.kernels.triton.attention import paged_attention as launch
+
+    with pytest.raises(KernelRefusedError, match="NVIDIA GPUs, not on cpu"):
+        launch(**draw(SMALL[0], torch.float32, rng), max_query_len=1)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed (pip install triton)",
+)
+def test_under_the_interpreter(seed: int) -> None:
+    done = subprocess.run(
+        [sys.executable, str(HERE), str(seed)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# --- what runs in that process -------------------------------------------------------------------
+
+
+def main(seed: int) -> None:
+    from interpreted import allow_loop_bounds
+    from moetor.kernels.triton.attention import attention_plan, run_attention
+
+    allow_loop_bounds()
+    rng = torch.Generator().manual_seed(seed)
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
+    for case in SMALL:
+        for dtype in (torch.float32, torch.float16):
+            drawn = draw(case, dtype, rng)
+            oracle = expected(case, drawn)
+            options = dict.fromkeys(("softcap", "window", "chunk", "sinks")) | drawn
+            plan = attention_plan(
+                sequences=len(case.lens),
+                kv_heads=case.heads[1],
+                group=case.heads[0] // case.heads[1],
+                width=case.widths[0],
+                value_width=case.widths[1],
+                max_keys=drawn["block_table"].shape[1] * case.block,
+                max_query_len=max(case.new),
+                itemsize=4,
+                sms=1,
+                overlap=False,
+            )
+            plans = [replace(plan, rows=16, keys=16)]
+            if max(case.new) == 1:
+                plans += [replace(plan, splits=4, keys=16), replace(plan, heads=1)]
+            for tried in plans:
+                found = run_attention(plan=tried, decode=max(case.new) == 1, **options)
+                error = largest_error(found, oracle)
+                assert error < LIMITS[dtype], (case.id, dtype, tried, error)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
