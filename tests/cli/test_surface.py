@@ -21,6 +21,26 @@ MODEL_FLAGS = {
     "--json": False,
     "--debug": False,
 }
+TEXT_BENCH: dict[str, object] = {
+    "model": "demo",
+    "--kernel": "auto",
+    "--dtype": "auto",
+    "--device": "auto",
+    "--revision": None,
+    "--trust-remote-code": False,
+    "--load-format": "auto",
+    "--level": "auto",
+    "--backend": "generate",
+    "--peer": "none",
+    "--input-len": 128,
+    "--output-len": 128,
+    "--cache": "static",
+    "--compile": True,
+    "--rounds": 3,
+    "--seed": 0,
+    "--json": None,
+    "--debug": False,
+}
 SURFACE: dict[str, dict[str, object]] = {
     "generate": {
         **MODEL_FLAGS,
@@ -58,6 +78,8 @@ SURFACE: dict[str, dict[str, object]] = {
         "--plot": None,
         "--debug": False,
     },
+    "bench latency": TEXT_BENCH | {"--batch-size": (1,)},
+    "bench throughput": TEXT_BENCH | {"--num-prompts": 64, "--batch-size": 32},
 }
 
 

@@ -89,6 +89,26 @@ COMMANDS = (
             "moetor bench layer --shape 64,8,2048,1024 --dtype bfloat16",
         ),
     ),
+    Command(
+        words=("bench", "latency"),
+        module="moetor.cli.bench_text",
+        options="LatencyOptions",
+        summary="time the first token and those after it, of one batch",
+        examples=(
+            "moetor bench latency",
+            "moetor bench latency qwen3-30b-a3b --load-format dummy --batch-size 1,8,32",
+        ),
+    ),
+    Command(
+        words=("bench", "throughput"),
+        module="moetor.cli.bench_text",
+        options="ThroughputOptions",
+        summary="time many prompts",
+        examples=(
+            "moetor bench throughput --num-prompts 16",
+            "moetor bench throughput qwen3-30b-a3b --load-format dummy --batch-size 64",
+        ),
+    ),
 )
 
 GROUPS: dict[tuple[str, ...], str] = {

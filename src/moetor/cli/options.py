@@ -13,7 +13,7 @@ MODEL, OUTPUT = "model", "output"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelOptions:
+class ModelSource:
     """Which model, and how it is loaded and run."""
 
     model: str = field(
@@ -55,6 +55,12 @@ class ModelOptions:
         default=False,
         metadata={"group": MODEL, "help": "run the Python code that a checkpoint brings along"},
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions(ModelSource):
+    """The same for a command that prints one result."""
+
     json: bool = field(
         default=False,
         metadata={

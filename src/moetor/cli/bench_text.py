@@ -1,0 +1,293 @@
+"""`moetor bench latency` and `moetor bench throughput`: how fast a fused model generates text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moetor.cli.console import note, print_table, progress, quiet_transformers
+from moetor.cli.flags import UsageError
+from moetor.cli.options import MODEL, ModelSource
+from moetor.errors import InputError
+
+if TYPE_CHECKING:
+    from moetor.bench.generation import TextBackend, Workload
+    from moetor.huggingface import FusionReport
+
+WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextBenchOptions(ModelSource):
+    """What both commands take.
+
+    The prompts are random tokens, the next token is always the likeliest, and no text ends before
+    its length.
+    """
+
+    load_format: Literal["auto", "dummy"] = field(
+        default="auto",
+        metadata={
+            "group": MODEL,
+            "help": "auto loads the checkpoint; dummy draws random weights on the device, from "
+            "the model's configuration alone or from a built-in one: qwen3-30b-a3b",
+        },
+    )
+    level: Literal["auto", "block", "experts"] = field(
+        default="auto",
+        metadata={"group": MODEL, "help": "fuse whole MoE blocks or their experts alone"},
+    )
+    backend: Literal["generate"] = field(
+        default="generate",
+        metadata={"group": WHAT, "help": "what generates: Transformers' own generate"},
+    )
+    peer: Literal["none", "transformers"] = field(
+        default="none",
+        metadata={
+            "group": WHAT,
+            "help": "also measure, in turns, the same model as Transformers runs it, unfused",
+        },
+    )
+    input_len: int = field(
+        default=128, metadata={"group": WHAT, "metavar": "N", "help": "tokens of each prompt"}
+    )
+    output_len: int = field(
+        default=128, metadata={"group": WHAT, "metavar": "N", "help": "tokens generated for each"}
+    )
+    cache: Literal["static", "dynamic"] = field(
+        default="static",
+        metadata={
+            "group": HOW,
+            "help": "keys and values; with static ones on a GPU, generate compiles the decoding "
+            "step and captures it in CUDA graphs",
+        },
+    )
+    compile: bool = field(
+        default=True, metadata={"group": HOW, "help": "let generate compile where it does"}
+    )
+    rounds: int = field(
+        default=3, metadata={"group": HOW, "metavar": "N", "help": "timed runs; medians are told"}
+    )
+    seed: int = field(default=0, metadata={"group": HOW, "help": "of prompts and random weights"})
+    json: Path | None = field(
+        default=None,
+        metadata={"group": OUTPUT, "metavar": "FILE", "help": "write everything there"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "output_len", "rounds"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(self, name)} must be at least 1")
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyOptions(TextBenchOptions):
+    """Time one batch of prompts: the first token (TTFT) and each one after it (TPOT).
+
+    The floor of a token is reading every weight that it needs once, at the measured read bandwidth;
+    keys and values are not counted. The prompts are random tokens, the next token is always the
+    likeliest, and no text ends before its length.
+    """
+
+    batch_size: tuple[int, ...] = field(
+        default=(1,), metadata={"group": WHAT, "metavar": "B,...", "help": "prompts of a batch"}
+    )
+
+    def __post_init__(self) -> None:
+        TextBenchOptions.__post_init__(self)
+        if not self.batch_size or min(self.batch_size) < 1:
+            raise InputError("--batch-size takes numbers of at least 1, for example 1,8,32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThroughputOptions(TextBenchOptions):
+    """Time many prompts: tokens per second.
+
+    Plain generate takes them in batches, one after another. The prompts are random tokens, the next
+    token is always the likeliest, and no text ends before its length.
+    """
+
+    num_prompts: int = field(
+        default=64, metadata={"group": WHAT, "metavar": "N", "help": "prompts in all"}
+    )
+    batch_size: int = field(
+        default=32, metadata={"group": WHAT, "metavar": "B", "help": "prompts at once at most"}
+    )
+
+    def __post_init__(self) -> None:
+        TextBenchOptions.__post_init__(self)
+        if self.num_prompts < 1 or self.batch_size < 1:
+            raise InputError(
+                f"--num-prompts {self.num_prompts} and --batch-size {self.batch_size} must be at "
+                f"least 1"
+            )
+
+
+def run(options: LatencyOptions | ThroughputOptions) -> int:
+    """Measure, print, write the file, and return the exit status."""
+    quiet_transformers()
+    config = _config(options)
+    model = _load(options, config)
+    backends, report = _backends(options, model)
+    vocabulary = config.get_text_config().vocab_size
+    if isinstance(options, LatencyOptions):
+        record = _latency(options, backends, model, vocabulary)
+    else:
+        record = _throughput(options, backends, vocabulary)
+    print(f"kernels: {', '.join(report.kernels) or 'none of ours'}")
+    if options.json is not None:
+        _write(options, model, record | {"fusion": report.to_dict()})
+    return 0
+
+
+def _config(options: TextBenchOptions) -> Any:
+    """The model's configuration, long enough for the texts."""
+    from moetor.bench.dummy import CONFIGS
+    from moetor.huggingface import loading
+
+    if options.model in CONFIGS:
+        if options.load_format != "dummy":
+            raise UsageError(
+                f"{options.model!r} is a built-in configuration without weights; use "
+                f"--load-format dummy, or a folder or hub id"
+            )
+        config = CONFIGS[options.model]()
+    else:
+        config = loading.load_config(
+            options.model,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+    context, length = loading.context_length(config), options.input_len + options.output_len
+    if context is not None and length > context:
+        raise UsageError(
+            f"--input-len {options.input_len} and --output-len {options.output_len} are together "
+            f"more than the {context} tokens that {options.model!r} can attend to"
+        )
+    return config
+
+
+def _load(options: TextBenchOptions, config: Any) -> Any:
+    import torch
+
+    from moetor.bench.dummy import dummy_model
+    from moetor.huggingface import loading
+
+    if options.load_format == "dummy":
+        dtype = loading.find_dtype(options.dtype) or config.dtype or torch.bfloat16
+        device = loading.find_device(options.device)
+        made = loading.model_class(config)
+        model = dummy_model(config, made, dtype, device, options.seed)
+        note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
+        return model
+    with progress(f"loading {options.model}", "weights") as loaded:
+        return loading.load_model(
+            options.model,
+            dtype=options.dtype,
+            device=options.device,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            progress=loaded,
+        ).requires_grad_(False)
+
+
+def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend], FusionReport]:
+    """Ours, on `model` fused in place, and the peer, on a copy that shares its weights."""
+    import copy
+
+    from moetor.bench.generation import GenerateBackend
+    from moetor.huggingface import fuse
+
+    settings: dict[str, Any] = {"cache": options.cache, "compiled": options.compile}
+    peers: list[TextBackend] = []
+    if options.peer == "transformers":
+        shared = [*model.parameters(), *model.buffers()]
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        peers.append(GenerateBackend("transformers", twin, **settings))
+    with progress(f"fusing {options.model}", "blocks") as fused:
+        report = fuse(model, level=options.level, kernel=options.kernel, progress=fused)
+    if not report.blocks:
+        note(f"{options.model} has no MoE blocks; nothing was fused")
+    return [GenerateBackend("moetor", model, **settings), *peers], report
+
+
+def _latency(
+    options: LatencyOptions, backends: list[TextBackend], model: Any, vocabulary: int
+) -> dict[str, Any]:
+    from moetor.bench.ceilings import measure_ceilings
+    from moetor.bench.generation import decode_bytes, measure_latency
+    from moetor.bench.generation_report import latency_dict, latency_table
+
+    sizes = tuple(dict.fromkeys(options.batch_size))
+    ceilings = measure_ceilings(model.device.type, model.dtype)
+    floors = {size: decode_bytes(model, size) / ceilings.read_bytes_per_s for size in sizes}
+    rows = []
+    with progress("measuring", "batches") as measured:
+        total, done = len(sizes) * len(backends) * (options.rounds + 1), 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            measured(done, total)
+
+        for size in sizes:
+            work = _workload(options, size, size, vocabulary)
+            rows += measure_latency(backends, work, options.rounds, count)
+    print_table("one batch; tok/s of all its prompts", *latency_table(rows, floors))
+    print(f"ceilings: {ceilings.describe()}")
+    return latency_dict(rows, floors) | {"ceilings": asdict(ceilings)}
+
+
+def _throughput(
+    options: ThroughputOptions, backends: list[TextBackend], vocabulary: int
+) -> dict[str, Any]:
+    from moetor.bench.generation import measure_throughput
+    from moetor.bench.generation_report import throughput_dict, throughput_table
+
+    work = _workload(options, options.batch_size, options.num_prompts, vocabulary)
+    with progress("measuring", "runs") as measured:
+        total, done = len(backends) * (options.rounds + 1), 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            measured(done, total)
+
+        rows = measure_throughput(backends, work, options.rounds, count)
+    print_table("all prompts", *throughput_table(rows))
+    return throughput_dict(rows)
+
+
+def _workload(options: TextBenchOptions, size: int, prompts: int, vocabulary: int) -> Workload:
+    from moetor.bench.generation import Workload
+
+    return Workload(
+        input_length=options.input_len,
+        output_length=options.output_len,
+        batch_size=size,
+        prompts=prompts,
+        vocabulary=vocabulary,
+        seed=options.seed,
+    )
+
+
+def _write(options: TextBenchOptions, model: Any, record: dict[str, Any]) -> None:
+    import json
+
+    import torch
+
+    from moetor.bench.hardware import describe_run
+
+    assert options.json is not None, "asked by the caller"
+    settings = {name: str(value) for name, value in asdict(options).items()}
+    peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
+    head = describe_run(model.device.type, torch.get_num_threads())
+    text = json.dumps(
+        head | {"settings": settings, "peak_memory_bytes": peak} | record, indent=1, default=str
+    )
+    options.json.write_text(text + "\n", encoding="utf-8")
+    note(f"wrote {options.json}")
