@@ -16,19 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moetor.parallel.config import ParallelConfig
-from moetor.parallel.groups import ParallelGroups, make_groups
-
 # A rank that does not answer for so long hangs.
 PATIENCE = 240.0
-_groups: dict[ParallelConfig, ParallelGroups] = {}
-
-
-def groups_for(config: ParallelConfig) -> ParallelGroups:
-    """In a worker: the groups of a configuration, made once."""
-    if config not in _groups:
-        _groups[config] = make_groups(config)
-    return _groups[config]
 
 
 def _work(rank: int, ranks: int, port: int, orders: Connection) -> None:

@@ -24,7 +24,8 @@ from moetor.config import SharedExpertsConfig
 from moetor.layer.runner import base
 from moetor.layer.sharding import shard_layer
 from moetor.parallel.config import EplbConfig, ParallelConfig
-from parallel.pool import Pool, RankError, groups_for
+from moetor.parallel.groups import make_groups
+from parallel.pool import Pool, RankError
 
 SHARED = SharedExpertsConfig(intermediate_size=6, sigmoid_gate=True)
 MEAN = SharedExpertsConfig(intermediate_size=7, combine="mean")
@@ -112,7 +113,7 @@ def spread(
     options = {"router": first_two} if name == "callable" else {}
     whole = build(config, tensors, **options)
     layer = build(config, tensors, **options)
-    groups = groups_for(parallel)
+    groups = make_groups(parallel)
     shard_layer(layer, groups)
     widths: list[int] = []
     real = base.all_reduce

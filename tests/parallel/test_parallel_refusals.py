@@ -16,7 +16,7 @@ from moetor.parallel.dispatch import agreed_rows
 from moetor.parallel.groups import agree, make_groups
 from moetor.parallel.placement import ExpertPlacement
 from moetor.parallel.shard import slice_bounds
-from parallel.pool import Pool, RankError, groups_for
+from parallel.pool import Pool, RankError
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be positive"),
@@ -124,7 +124,7 @@ def _refused(rank: int, fields: dict[str, Any], parallel: ParallelConfig) -> str
     hidden = torch.ones(2, config.hidden_size)
     before = layer(hidden)
     try:
-        shard_layer(layer, groups_for(parallel))
+        shard_layer(layer, make_groups(parallel))
     except MoetorError as error:
         assert torch.equal(layer(hidden), before)
         return str(error)
@@ -160,7 +160,7 @@ def _used_wrongly(rank: int) -> list[str]:
     config = make_config()
     tensors = draw_layer(config, torch.float32, torch.Generator().manual_seed(3))
     layer = build(config, tensors)
-    groups = groups_for(
+    groups = make_groups(
         ParallelConfig(data_parallel_size=2, enable_expert_parallel=True, max_tokens_per_rank=3)
     )
     shard_layer(layer, groups)

@@ -14,7 +14,8 @@ from moetor.huggingface.versions import check_versions
 if TYPE_CHECKING:
     from moetor.huggingface.explaining import explain
     from moetor.huggingface.fusing import fuse, unfuse
-    from moetor.huggingface.report import BlockReport, FusionReport
+    from moetor.huggingface.parallelism import parallelize
+    from moetor.huggingface.report import BlockReport, FusionReport, ParallelReport
     from moetor.huggingface.routed_experts import RoutingRecord, record_routing, replay_routing
     from moetor.huggingface.verifying import BlockCheck, VerifyReport, verify
 
@@ -22,10 +23,12 @@ __all__ = [
     "BlockCheck",
     "BlockReport",
     "FusionReport",
+    "ParallelReport",
     "RoutingRecord",
     "VerifyReport",
     "explain",
     "fuse",
+    "parallelize",
     "record_routing",
     "replay_routing",
     "unfuse",
@@ -36,10 +39,12 @@ _HOME_OF = {
     "BlockCheck": "verifying",
     "BlockReport": "report",
     "FusionReport": "report",
+    "ParallelReport": "report",
     "RoutingRecord": "routed_experts",
     "VerifyReport": "verifying",
     "explain": "explaining",
     "fuse": "fusing",
+    "parallelize": "parallelism",
     "record_routing": "routed_experts",
     "replay_routing": "routed_experts",
     "unfuse": "fusing",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moetor.errors import InputError
-from moetor.huggingface.fusing import fused_modules
+from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.routed_experts import record_routing
 
 

@@ -25,12 +25,21 @@ from moetor.huggingface.block_form import (
     recognise_block,
 )
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
-from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, install_gate
+from moetor.huggingface.modules import (
+    BlockPlan,
+    FusedExperts,
+    FusedMoEBlock,
+    fused_modules,
+    install_gate,
+)
+from moetor.huggingface.parallelism import parallelize
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
 from moetor.huggingface.trial import try_block, try_experts
 from moetor.kernels.select import KernelChoice, kernel_names
 from moetor.layer.experts import Experts
+from moetor.parallel.config import ParallelConfig
+from moetor.parallel.groups import make_groups
 from moetor.quantization.method import METHODS
 
 FuseLevel = Literal["auto", "block", "experts"]
@@ -64,6 +73,7 @@ def fuse(
     quantization: str | None = None,
     verify: bool = True,
     runner: RunnerConfig | None = None,
+    parallel: ParallelConfig | None = None,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Replaces the model's MoE blocks in place.
@@ -82,6 +92,8 @@ def fuse(
         verify: compare every replacement with its original on random input.
         runner: how the layers are driven; its `kernel` must be left at `auto`, or agree with
             `kernel`.
+        parallel: spread the fused model over the ranks that have joined, as
+            `moetor.parallelize` does; the report's `parallel` says how.
         progress: called after every block.
 
     Raises:
@@ -89,9 +101,13 @@ def fuse(
         FusionMismatchError: a replacement differs from its original by more than the dtype's
             tolerance.
         KernelRefusedError: the kernel is unknown or refuses.
-        ConfigError: unknown level or quantisation.
+        ConfigError: unknown level or quantisation; or the ranks or the model do not fit `parallel`,
+            in which case the model may be fused, and is not spread.
+        ParallelError: the ranks have different models.
     """
     options = _check_options(model, level, kernel, quantization, verify, runner)
+    if parallel is not None:
+        make_groups(parallel, next(model.parameters()).device)  # refuses before anything is built
     replacements: list[Replacement] = []
     reports: list[BlockReport] = []
     found = list(find_blocks(model))
@@ -116,7 +132,8 @@ def fuse(
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
-    return FusionReport(reports)
+    spread = None if parallel is None else parallelize(model, parallel)
+    return FusionReport(reports, spread)
 
 
 def unfuse(model: nn.Module) -> int:
@@ -129,15 +146,6 @@ def unfuse(model: nn.Module) -> int:
     for path, module in fused:
         _put(model, path, module.restore())
     return len(fused)
-
-
-def fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExperts]]:
-    """Path and module of everything that `fuse` put into the model."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, FusedMoEBlock | FusedExperts)
-    ]
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, MoEConfig, Precision, RunnerConfig
+from moetor.errors import FusionError
 from moetor.huggingface.experts_form import adopt_post_norm, experts_weights
 from moetor.huggingface.router_form import KeptRouter, RecognisedRouter
 from moetor.huggingface.router_trial import lookup
@@ -305,9 +306,13 @@ class FusedMoEBlock(MoELayer):
         )
         return answer
 
+    def forget_original(self) -> None:
+        """Lets go of the original block, and of the weights that this rank does not keep."""
+        self.__dict__["_original"] = None
+
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
-        original: nn.Module = self.__dict__["_original"]
+        original: nn.Module = _kept(self.__dict__["_original"])
         remove_gate(self.router_module)
         original_experts = original.get_submodule(self.names.experts)
         hand_back_tensors(self.routed_experts, original_experts)
@@ -371,9 +376,13 @@ class FusedExperts(nn.Module):
         out: Tensor = ops.transformers_moe_forward(hidden_TH, top_k_weights, top_k_index, self.name)
         return out.reshape(hidden_states.shape)
 
+    def forget_original(self) -> None:
+        """Lets go of the original module, and of the weights that this rank does not keep."""
+        self.__dict__["_original"] = None
+
     def restore(self) -> nn.Module:
         """The original module, with the tensors that this one holds now."""
-        original: nn.Module = self.__dict__["_original"]
+        original: nn.Module = _kept(self.__dict__["_original"])
         hand_back_tensors(self, original)
         return original.train(self.training)
 
@@ -384,6 +393,24 @@ class FusedExperts(nn.Module):
     def extra_repr(self) -> str:
         """As `Experts`."""
         return self.routed_experts.extra_repr()
+
+
+def fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExperts]]:
+    """Path and module of everything that `fuse` put into the model."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, FusedMoEBlock | FusedExperts)
+    ]
+
+
+def _kept(original: nn.Module | None) -> nn.Module:
+    if original is None:
+        raise FusionError(
+            "the model is spread over ranks: this one has no whole weights to put back. Load it "
+            "again to have it unfused"
+        )
+    return original
 
 
 def hand_back_tensors(holder: nn.Module, original: nn.Module) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from moetor.kernels.select import Refusal
+from moetor.parallel.groups import ParallelGroups
 
 Level = Literal["block", "experts", "none"]
 
@@ -37,11 +39,83 @@ class BlockReport:
     refusals: tuple[Refusal, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpreadBlock:
+    """One MoE block on this rank.
+
+    Attributes:
+        name: path of the module.
+        experts: what this rank holds of the routed experts.
+        shared: `split`, `whole` on every rank, or empty where there are none.
+        dispatcher: class name of what brings tokens to experts.
+        reason: why it is not split as the configuration usually means.
+    """
+
+    name: str
+    experts: str
+    shared: str = ""
+    dispatcher: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelReport:
+    """What `parallelize` did on this rank. `print` it for a table.
+
+    Attributes:
+        groups: this rank's place among the ranks.
+        blocks: the MoE blocks.
+        styles: how many dense modules were split in each style of Transformers' plan.
+        whole: kinds of linear layers outside of MoE blocks that every rank has whole.
+        left: those that the plan names and that stay whole all the same, with the reason.
+    """
+
+    groups: ParallelGroups
+    blocks: list[SpreadBlock]
+    styles: Counter[str] = field(default_factory=Counter)
+    whole: tuple[str, ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return {
+            "rank": self.groups.rank,
+            "config": asdict(self.groups.config),
+            "blocks": [asdict(block) for block in self.blocks],
+            "styles": dict(self.styles),
+            "whole": list(self.whole),
+            "left": self.left,
+        }
+
+    def __str__(self) -> str:
+        config = self.groups.config
+        lines = [
+            f"rank {self.groups.rank} of {config.world_size}: tensor parallel "
+            f"{config.tensor_parallel_size}, data parallel {config.data_parallel_size}"
+        ]
+        for block in self.blocks:
+            shared = f", shared experts {block.shared}" if block.shared else ""
+            reason = f" ({block.reason})" if block.reason else ""
+            lines.append(f"{block.name}: {block.experts}{shared}{reason}")
+        split = ", ".join(f"{count} {style}" for style, count in self.styles.items())
+        lines.append(f"dense modules split: {split or 'none'}")
+        if self.whole:
+            lines.append(f"whole on every rank: {', '.join(self.whole)}")
+        lines += [f"{name} stays whole: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True, slots=True)
 class FusionReport:
-    """All MoE blocks of a model, in the order of its modules. `print` it for a table."""
+    """All MoE blocks of a model, in the order of its modules. `print` it for a table.
+
+    Attributes:
+        blocks: one by one.
+        parallel: how the model was spread over ranks, where it was.
+    """
 
     blocks: list[BlockReport]
+    parallel: ParallelReport | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -54,7 +128,13 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
-        return {"kernels": list(self.kernels), "blocks": [asdict(block) for block in self.blocks]}
+        told: dict[str, Any] = {
+            "kernels": list(self.kernels),
+            "blocks": [asdict(block) for block in self.blocks],
+        }
+        if self.parallel is not None:
+            told["parallel"] = self.parallel.to_dict()
+        return told
 
     def __str__(self) -> str:
         head = ("block", "class", "level", "kernel", "max error", "routing", "reason")
@@ -83,6 +163,8 @@ class FusionReport:
         )
         refused = dict.fromkeys(refusal for block in self.blocks for refusal in block.refusals)
         notes = [f"kernel {item.kernel} not used: it {item.reason}" for item in refused]
+        if self.parallel is not None:
+            notes.append(str(self.parallel))
         return "\n".join(
             [*(line.rstrip() for line in lines), f"{len(self.blocks)} MoE blocks: {total}", *notes]
         )

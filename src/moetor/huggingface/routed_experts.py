@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from moetor.errors import FusionError, InputError
-from moetor.huggingface.fusing import fused_modules
+from moetor.huggingface.modules import fused_modules
 from moetor.layer.context import ForwardContext, forward_context
 from moetor.layer.recording import RoutingRecorder, RoutingReplay
 

@@ -18,6 +18,9 @@ from moetor.quantization.method import ModularMethod, MonolithicMethod
 
 POST_NORM_NAME = "post_expert_norm"
 
+TakenShards = dict[tuple[ExpertShard | nn.Parameter | None, ...], tuple[nn.Parameter | None, ...]]
+"""Shards by the parameters that they were taken from, so that shared ones stay shared."""
+
 
 class Experts(nn.Module):
     """Packed expert weights under the names that Transformers gives them.
@@ -77,8 +80,11 @@ class Experts(nn.Module):
             post_norm=self._post_norm_weight(),
         )
 
-    def keep_shard(self, shard: ExpertShard) -> None:
+    def keep_shard(self, shard: ExpertShard, taken: TakenShards | None = None) -> None:
         """Keeps this rank's part of the parameters, as copies, and forgets the rest.
+
+        Args:
+            taken: what layers that share their parameters with this one have kept.
 
         Raises:
             UnsupportedError: the weights are in a quantised format.
@@ -88,14 +94,17 @@ class Experts(nn.Module):
                 f"experts in the format {self.method.weight_format!r} cannot be split after they "
                 "are made; load them with their parallel configuration"
             )
-        part = shard.take(self.weights, self.config)
-        self.config = shard.config(self.config)
-        self._check_shapes(self.config, part)
+        taken = {} if taken is None else taken
         up = self.up_name
-        self._parameters[up] = _as_parameter(part.gate_up)
-        self._parameters["down_proj"] = _as_parameter(part.down)
-        self._parameters[f"{up}_bias"] = _as_parameter(part.gate_up_bias)
-        self._parameters["down_proj_bias"] = _as_parameter(part.down_bias)
+        names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
+        key = (shard, *(self._parameters[name] for name in names))
+        if key not in taken:
+            part = shard.take(self.weights, self.config)
+            self._check_shapes(shard.config(self.config), part)
+            kept = (part.gate_up, part.down, part.gate_up_bias, part.down_bias)
+            taken[key] = tuple(_as_parameter(tensor) for tensor in kept)
+        self._parameters.update(zip(names, taken[key], strict=True))
+        self.config = shard.config(self.config)
 
     def adopt_post_norm(self, norm: nn.Module, offset: float) -> None:
         """Takes the weight of the norm after each expert from a module, `norm.weight + offset`,

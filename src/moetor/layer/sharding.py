@@ -20,7 +20,7 @@ from moetor.parallel.shard import slice_bounds
 from moetor.quantization.method import MonolithicMethod
 
 if TYPE_CHECKING:
-    from moetor.layer.experts import Experts
+    from moetor.layer.experts import Experts, TakenShards
     from moetor.layer.moe import MoELayer
     from moetor.parallel.dispatch import Dispatcher
 
@@ -65,7 +65,9 @@ def check_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
     return layout
 
 
-def shard_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
+def shard_layer(
+    layer: MoELayer, groups: ParallelGroups, taken: TakenShards | None = None
+) -> LayerLayout:
     """Keeps this rank's part of a layer's weights and makes it communicate.
 
     Routed experts are split as `groups.config` says. Shared experts are split by their
@@ -74,12 +76,13 @@ def shard_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
 
     Args:
         layer: the same whole layer on every rank.
+        taken: what layers that share parameters with this one have kept.
 
     Raises:
         ConfigError: the layer is spread already, or cannot be spread so; nothing was changed.
     """
     layout = check_layer(layer, groups)
-    layer.routed_experts.keep_shard(layout.shard)
+    layer.routed_experts.keep_shard(layout.shard, taken)
     layer.parallel = layout
     layer.dispatcher = layout.dispatcher
     layer.token_split = None if layout.split_group is None else TokenSplit(layout.split_group)
@@ -105,17 +108,28 @@ def _refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     )
 
 
-def shard_experts(owner: FusedOwner, groups: ParallelGroups) -> LayerLayout:
-    """The same for experts that are called alone: their dispatcher gives the whole sum.
+def check_experts(owner: FusedOwner, groups: ParallelGroups) -> LayerLayout:
+    """The layout that `shard_experts` would give; changes nothing.
+
+    Raises:
+        ConfigError: the experts are spread already, or cannot be spread so.
+    """
+    if owner.parallel is not None:
+        raise ConfigError("these experts are spread over ranks already")
+    experts = owner.routed_experts
+    return plan_layer(groups, experts.config, experts.top_k, reduces=True)
+
+
+def shard_experts(
+    owner: FusedOwner, groups: ParallelGroups, taken: TakenShards | None = None
+) -> LayerLayout:
+    """As `shard_layer`, for experts that are called alone: their dispatcher gives the whole sum.
 
     Raises:
         ConfigError: the experts are spread already, or cannot be spread so; nothing was changed.
     """
-    experts = owner.routed_experts
-    if owner.parallel is not None:
-        raise ConfigError("these experts are spread over ranks already")
-    layout = plan_layer(groups, experts.config, experts.top_k, reduces=True)
-    experts.keep_shard(layout.shard)
+    layout = check_experts(owner, groups)
+    owner.routed_experts.keep_shard(layout.shard, taken)
     owner.parallel = layout
     owner.dispatcher = layout.dispatcher
     owner.register_state_dict_pre_hook(_refuse_saving)

@@ -18,6 +18,9 @@ from moetor.errors import UnsupportedError
 
 _gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_traced_gather: Callable[..., Tensor] = getattr(
+    functional, "all_gather_single", functional.all_gather_tensor
+)
 
 
 class Started:
@@ -72,7 +75,7 @@ def all_reduce(partial_TH: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def all_gather(rows_TH: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[T, H] of every rank as [R * T, H]; traceable by `torch.compile`."""
-    return _waited(functional.all_gather_tensor(rows_TH, 0, group))
+    return _waited(_traced_gather(rows_TH, 0, group))
 
 
 def _waited(result: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from moetor.parallel.config import ParallelConfig, possible_grids
 START_TIMEOUT = timedelta(minutes=30)
 
 
+_made: dict[tuple[ParallelConfig, str], tuple[dist.ProcessGroup, ParallelGroups]] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
     """This rank's place in the grid of a `ParallelConfig`.
@@ -85,6 +88,8 @@ def _named_by_environment() -> bool:
 def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> ParallelGroups:
     """The groups of `config` among the ranks that have joined; every rank must call it.
 
+    They are made once per configuration: they hold sockets and, on GPUs, memory.
+
     Raises:
         ConfigError: the ranks are not as many as the grid has.
         ParallelError: the ranks were given different configurations.
@@ -98,9 +103,12 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
             f"{possible_grids(world_size)}"
         )
     start_process_group(device)
+    kind = torch.device(device).type
+    known = _made.get((config, kind))
+    if known is not None and known[0] is dist.group.WORLD:
+        return known[1]
     agree({"the parallel configuration": repr(config)})
     rank, tp = dist.get_rank(), config.tensor_parallel_size
-    kind = torch.device(device).type
     options = {"timeout": timedelta(seconds=config.timeout)}
     if kind == "cpu":
         options["backend"] = "gloo"  # type: ignore[assignment]
@@ -110,7 +118,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
     mesh = DeviceMesh.from_group(
         [data, tensor], kind, mesh=torch.tensor(grid), mesh_dim_names=("dp", "tp")
     )
-    return ParallelGroups(
+    made = ParallelGroups(
         config=config,
         rank=rank,
         world=_mine([list(range(world_size))], rank, options),
@@ -118,6 +126,9 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
         data=data,
         mesh=mesh,
     )
+    assert dist.group.WORLD is not None, "the ranks have joined"
+    _made[config, kind] = dist.group.WORLD, made
+    return made
 
 
 def _mine(rows: list[list[int]], rank: int, options: dict[str, Any]) -> dist.ProcessGroup:

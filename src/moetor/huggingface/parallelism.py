@@ -1,0 +1,135 @@
+"""A whole model over several ranks."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from moetor.errors import FusionError
+from moetor.huggingface.block_form import find_blocks, find_left_alone
+from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, fused_modules
+from moetor.huggingface.report import ParallelReport, SpreadBlock
+from moetor.huggingface.tensor_parallel import (
+    DensePlan,
+    apply_plan,
+    check_plan,
+    expand_plan,
+)
+from moetor.layer.experts import TakenShards
+from moetor.layer.sharding import check_experts, check_layer, shard_experts, shard_layer
+from moetor.parallel.config import ParallelConfig
+from moetor.parallel.groups import ParallelGroups, agree, make_groups
+from moetor.parallel.layout import LayerLayout
+
+# Of every tensor so many elements are compared between the ranks.
+FINGERPRINT = 16
+
+
+def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
+    """Keeps this rank's part of a fused model, and makes the model communicate.
+
+    Every rank calls it with the same whole model. Attention and dense layers are split over the
+    tensor-parallel group by Transformers' own plan, routed experts as `config` says, shared experts
+    where that is possible. Blocks that are not fused, and what no plan names, stay whole on every
+    rank; the report says which.
+
+    Args:
+        model: a model that `moetor.fuse` has fused.
+
+    Returns:
+        What this rank holds, block by block.
+
+    Raises:
+        ConfigError: the ranks or the model do not fit the configuration; says what is possible.
+        FusionError: the model is not fused.
+        ParallelError: the ranks have different models or versions.
+    """
+    fused = fused_modules(model)
+    if not fused and any(True for _ in find_blocks(model)):
+        raise FusionError("the model is not fused; call moetor.fuse(model, parallel=...)")
+    device = next(model.parameters()).device
+    groups = make_groups(config, device)
+    agree(_facts(model))
+    for path, module in fused:
+        _check(path, module, groups)
+    left_out = [path for path, _ in fused] + [path for path, _, _ in find_left_alone(model)]
+    plan = DensePlan([], {})
+    if config.tensor_parallel_size > 1:
+        plan = expand_plan(model, left_out, groups.mesh["tp"])
+    check_plan(model, plan.entries, config.tensor_parallel_size)
+    taken: TakenShards = {}
+    blocks = [_spread(path, module, groups, taken) for path, module in fused]
+    blocks += [
+        SpreadBlock(name=path, experts="whole on every rank", reason=reason)
+        for path, _, reason in find_left_alone(model)
+    ]
+    styles = apply_plan(model, plan.entries, groups.mesh["tp"])
+    model._device_mesh = groups.mesh  # Transformers asks for it when it batches
+    whole = _whole(model, left_out) if config.tensor_parallel_size > 1 else ()
+    return ParallelReport(groups=groups, blocks=blocks, styles=styles, whole=whole, left=plan.left)
+
+
+def _check(path: str, module: FusedMoEBlock | FusedExperts, groups: ParallelGroups) -> LayerLayout:
+    if isinstance(module, FusedMoEBlock):
+        return check_layer(module, groups)
+    return check_experts(module, groups)
+
+
+def _spread(
+    path: str, module: FusedMoEBlock | FusedExperts, groups: ParallelGroups, taken: TakenShards
+) -> SpreadBlock:
+    module.forget_original()
+    shared = ""
+    if isinstance(module, FusedMoEBlock):
+        layout = shard_layer(module, groups, taken)
+        if module.shared is not None:
+            shared = "whole" if module.shared.replicated else "split"
+    else:
+        layout = shard_experts(module, groups, taken)
+    return SpreadBlock(
+        name=path,
+        experts=layout.label,
+        shared=shared,
+        dispatcher=type(layout.dispatcher).__name__,
+        reason=layout.reason,
+    )
+
+
+def _whole(model: nn.Module, left_out: list[str]) -> tuple[str, ...]:
+    """Names of linear layers that no entry of the plan split, each once."""
+    names = {
+        path.rpartition(".")[2]: None
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and isinstance(module.weight, Tensor)
+        and type(module.weight.data).__name__ != "DTensor"
+        and not any(path.startswith(f"{out}.") for out in left_out)
+    }
+    return tuple(names)
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    """What every rank's model must have in common."""
+    return {
+        "the versions of torch and Transformers": (torch.__version__, transformers.__version__),
+        "the model's class": type(model).__name__,
+        "the model's configuration": json.loads(model.config.to_json_string()),
+        "the model's parameters": [
+            (name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()
+        ],
+        "the model's weights": _fingerprint(model),
+    }
+
+
+def _fingerprint(model: nn.Module) -> list[list[float]]:
+    """A few elements of every parameter: another revision of a model shows in them."""
+    told = []
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        step = max(1, flat.numel() // FINGERPRINT)
+        told.append(flat[::step][:FINGERPRINT].float())
+    return [values.tolist() for values in told if values.device.type != "meta"]

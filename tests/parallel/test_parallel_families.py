@@ -1,0 +1,70 @@
+"""Every MoE family, spread over two processes (some over four): logits equal one process's."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from moetor.tools.tiny import FAMILIES
+from parallel.families import MODES, Told, try_family
+from parallel.pool import Pool, RankError
+
+# float32 sums in another order; recurrent and scaled models carry the difference further.
+FLOAT32_ERROR = 1e-5
+TWO = [mode for mode, config in MODES.items() if config.world_size == 2]
+FOUR = [mode for mode, config in MODES.items() if config.world_size == 4]
+# Blocks that are not fused stay whole on every rank.
+WHOLE = {"dbrx", "doge", "jetmoe", "nllb_moe", "switch_transformers", "vitpose_backbone"}
+# Shared experts that no slicing of linear layers describes.
+WHOLE_SHARED = {"inkling"}
+
+
+def ask(pool: Pool, name: str, modes: list[str], *, generates: bool = False) -> list[Told]:
+    told: list[Told] = pool.run(functools.partial(try_family, generates=generates), name, modes)
+    if told[0].skipped:
+        pytest.skip(told[0].skipped)
+    for rank, answer in enumerate(told):
+        for mode in modes:
+            assert answer.errors[mode] <= FLOAT32_ERROR, f"{mode}, rank {rank}"
+    return told
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_ranks(name: str, two: Pool) -> None:
+    told = ask(two, name, TWO)
+    if name in WHOLE:
+        return
+    whole = told[0].held["whole"]
+    assert whole > 0
+    for mode in TWO:
+        held = [answer.held[mode] for answer in told]
+        assert sum(held) == whole, f"{mode}: every weight is on one rank"
+        assert max(held) < whole, mode
+    report = told[0].reports["tp"]
+    assert ("shared experts whole" in report) == (name in WHOLE_SHARED), report
+
+
+@pytest.mark.parametrize(
+    ("name", "modes"),
+    [("deepseek_v3", FOUR), ("qwen3_moe", ["tp2_dp2_ep"]), ("gemma4", ["tp2_dp2_ep"])],
+)
+def test_four_ranks(name: str, modes: list[str], four: Pool) -> None:
+    ask(four, name, modes)
+
+
+def test_heads_are_not_cut(four: Pool) -> None:
+    with pytest.raises(RankError, match=r"num_key_value_heads=2 .*possible by it: 1, 2"):
+        four.run(try_family, "qwen3_moe", ["tp4_ep2"])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_greedy_tokens(name: str, two: Pool) -> None:
+    modes = ["tp", "tp_ep", "sp"]
+    for answer in ask(two, name, modes, generates=True):
+        assert answer.same_tokens == dict.fromkeys(modes, True)
+
+
+def test_norm_after_every_expert_is_said(two: Pool) -> None:
+    told = ask(two, "muse_spark", ["tp"])
+    assert "split by expert: a norm follows every expert" in told[0].reports["tp"]
