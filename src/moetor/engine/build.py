@@ -17,7 +17,8 @@ from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
 from moetor.errors import ConfigError, UnsupportedError
 from moetor.huggingface import FusionReport, fuse, loading
-from moetor.huggingface.fusing import FuseLevel, fused_modules
+from moetor.huggingface.fusing import FuseLevel
+from moetor.huggingface.modules import fused_modules
 
 
 @dataclass(frozen=True, kw_only=True)
