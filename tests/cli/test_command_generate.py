@@ -79,7 +79,7 @@ def test_text_on_standard_output_and_figures_on_standard_error(capsys: Captured)
     out, err = generate(capsys, "--prompt", "ROMEO:", *SHORT)
     assert len(out) > 6
     lines = err.splitlines()
-    assert lines[:2] == ["loading demo: 66 weights", "fusing demo: 4 blocks"]
+    assert lines[:2] == ["loading demo: 250 tensors", "fusing demo: 4 blocks"]
     assert lines[2].startswith("prompt 2 tokens at ")
     assert " | generated 6 tokens at " in lines[2]
     assert " | first token after " in lines[2]

@@ -31,7 +31,7 @@ from tiny import (
 
 import moetor
 from moetor.errors import CheckpointError, ConfigError, MoetorError
-from moetor.huggingface import loading
+from moetor.huggingface import checkpoint, loading
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -127,7 +127,7 @@ def test_selection_bias_stays_in_float32(tmp_path: Path) -> None:
 
 def test_progress_ends_at_its_total(whole: Path) -> None:
     calls: list[tuple[int, int]] = []
-    loading.load_model(str(whole), progress=lambda done, total: calls.append((done, total)))
+    loading.load_model(str(whole), progress=lambda done, total, item: calls.append((done, total)))
     assert calls
     assert calls[-1][0] == calls[-1][1] > 0
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
@@ -491,7 +491,7 @@ def test_truncated_anywhere(whole: Path) -> None:
     for length in (*range(12), *(generator.randrange(len(raw)) for _ in range(30))):
         file.write_bytes(raw[:length])
         with pytest.raises(CheckpointError, match=r"truncated|corrupt") as caught:
-            loading.check_safetensors(file)
+            checkpoint.check_safetensors(file)
         assert str(file) in one_line(caught.value)
 
 
@@ -508,7 +508,7 @@ def test_header_with_one_wrong_byte(whole: Path) -> None:
         changed[place] = generator.randrange(256)
         file.write_bytes(bytes(changed))
         try:
-            loading.check_safetensors(file)
+            checkpoint.check_safetensors(file)
         except CheckpointError as error:
             refused += 1
             one_line(error)

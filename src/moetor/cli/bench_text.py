@@ -184,7 +184,7 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
         model = dummy_model(config, made, dtype, device, options.seed)
         note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
         return model
-    with progress(f"loading {options.model}", "weights") as loaded:
+    with progress(f"loading {options.model}", "tensors") as loaded:
         return loading.load_model(
             options.model,
             dtype=options.dtype,

@@ -68,7 +68,7 @@ def run(options: ExpertsOptions) -> int:
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0][: options.max_tokens]
     if ids.numel() == 0:
         raise UsageError("the text has no tokens; give at least one word")
-    with progress(f"loading {options.model}", "weights") as loaded:
+    with progress(f"loading {options.model}", "tensors") as loaded:
         model = loading.load_model(
             options.model,
             dtype=options.dtype,

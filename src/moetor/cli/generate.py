@@ -93,7 +93,7 @@ def run(options: GenerateOptions) -> int:
     tokenizer = loading.load_tokenizer(model_name, revision=revision, trust_remote_code=trusted)
     inputs = _tokens(options, tokenizer, prompt)
     _check_length(options, inputs["input_ids"].shape[1], loading.context_length(config))
-    with progress(f"loading {model_name}", "weights") as loaded:
+    with progress(f"loading {model_name}", "tensors") as loaded:
         model = loading.load_model(
             model_name,
             dtype=options.dtype,

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from moetor.huggingface.versions import check_versions
 
 if TYPE_CHECKING:
+    from moetor.huggingface.expert_mapping import ExpertNames
     from moetor.huggingface.explaining import explain
     from moetor.huggingface.fusing import fuse, unfuse
+    from moetor.huggingface.model_classes import MoEForCausalLM, MoEForMultimodalLM
     from moetor.huggingface.parallelism import parallelize
     from moetor.huggingface.report import BlockReport, FusionReport, ParallelReport
     from moetor.huggingface.routed_experts import RoutingRecord, record_routing, replay_routing
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockCheck",
     "BlockReport",
+    "ExpertNames",
     "FusionReport",
+    "MoEForCausalLM",
+    "MoEForMultimodalLM",
     "ParallelReport",
     "RoutingRecord",
     "VerifyReport",
@@ -38,8 +43,11 @@ __all__ = [
 _HOME_OF = {
     "BlockCheck": "verifying",
     "BlockReport": "report",
+    "ExpertNames": "expert_mapping",
     "FusionReport": "report",
     "ParallelReport": "report",
+    "MoEForCausalLM": "model_classes",
+    "MoEForMultimodalLM": "model_classes",
     "RoutingRecord": "routed_experts",
     "VerifyReport": "verifying",
     "explain": "explaining",

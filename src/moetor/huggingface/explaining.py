@@ -15,12 +15,12 @@ from moetor.huggingface.block_form import (
     recognise_block,
     router_label,
 )
+from moetor.huggingface.checkpoint import first_line
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.fusing import FuseLevel, check_request, left_alone_report, top_k_of
 from moetor.huggingface.loading import (
     find_device,
     find_dtype,
-    first_line,
     load_config,
     model_class,
 )

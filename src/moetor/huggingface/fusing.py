@@ -4,7 +4,7 @@ originals; and `unfuse`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,8 +43,23 @@ from moetor.parallel.groups import make_groups
 from moetor.quantization.method import METHODS
 
 FuseLevel = Literal["auto", "block", "experts"]
+VerifyMode = bool | Literal["sample"]
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, name of the block)`."""
+
+
+class Proofs:
+    """Which replacements are compared with their originals: all, none, or one of each form."""
+
+    def __init__(self, verify: VerifyMode) -> None:
+        self.verify = verify
+        self._seen: set[Hashable] = set()
+
+    def needed(self, form: Hashable) -> bool:
+        """Whether this block is compared; `form` is what blocks share that differ in weights."""
+        new = form not in self._seen
+        self._seen.add(form)
+        return new if self.verify == "sample" else bool(self.verify)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +69,7 @@ class FuseOptions:
     level: FuseLevel
     quantization: str | None
     runner: RunnerConfig
-    compare: bool
+    proofs: Proofs
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +86,7 @@ def fuse(
     level: FuseLevel = "auto",
     kernel: str = "auto",
     quantization: str | None = None,
-    verify: bool = True,
+    verify: VerifyMode = True,
     runner: RunnerConfig | None = None,
     parallel: ParallelConfig | None = None,
     progress: Progress | None = None,
@@ -89,7 +104,8 @@ def fuse(
             it can, else the experts.
         kernel: a kernel's name, honoured or refused; `auto` chooses.
         quantization: name of a quant method, or None.
-        verify: compare every replacement with its original on random input.
+        verify: compare every replacement with its original on random input; `sample` compares one
+            of each form, which is enough where the weights have been compared by other means.
         runner: how the layers are driven; its `kernel` must be left at `auto`, or agree with
             `kernel`.
         parallel: spread the fused model over the ranks that have joined, as
@@ -163,10 +179,12 @@ def _check_options(
     level: str,
     kernel: str,
     quantization: str | None,
-    verify: bool,
+    verify: VerifyMode,
     runner: RunnerConfig | None,
 ) -> FuseOptions:
     check_request(level, kernel, quantization)
+    if verify not in (True, False, "sample"):
+        raise ConfigError(f"verify={verify!r} is not one of True, False, 'sample'")
     runner = runner or RunnerConfig()
     if runner.kernel not in ("auto", kernel):
         raise ConfigError(
@@ -191,7 +209,7 @@ def _check_options(
             batch_invariant=runner.batch_invariant,
             reduce_results=runner.reduce_results,
         ),
-        compare=verify,
+        proofs=Proofs(verify),
     )
 
 
@@ -249,7 +267,8 @@ def _try_plan(
     plan: BlockPlan, options: FuseOptions
 ) -> tuple[FusedMoEBlock, float | None] | Unrecognised:
     try:
-        return try_block(compositions(plan), compare=options.compare)
+        compare = options.proofs.needed((type(plan.block), plan.config, plan.children))
+        return try_block(compositions(plan), compare=compare)
     except FusionMismatchError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
@@ -278,7 +297,8 @@ def _prepare_experts(
     top_k = top_k_of(block, config.num_experts)
     fused = FusedExperts(original, config, top_k, options.runner, experts_path)
     try:
-        error = try_experts(original, fused, experts_path, compare=options.compare)
+        compare = options.proofs.needed((type(original), config, top_k))
+        error = try_experts(original, fused, experts_path, compare=compare)
     except FusionMismatchError as mismatch:
         if options.level != "auto":
             raise

@@ -4,11 +4,8 @@ one sentence.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +13,22 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from moetor.demo import model_path
 from moetor.errors import CheckpointError, ConfigError, MoetorError
+from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, first_line
+from moetor.huggingface.expert_mapping import ExpertNames
+from moetor.huggingface.load_plan import make_plan
+from moetor.huggingface.skeleton import (
+    concrete_class,
+    empty_model,
+    finish_model,
+    refuse_quantised,
+    settle_dtype,
+)
+from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
 
 DEMO = "demo"
 DTYPES = {
@@ -37,10 +45,6 @@ _CONTEXT_ATTRIBUTES = (
 _EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
-_BYTES_OF = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
-_LINE = 200
-LoadProgress = Callable[[int, int], None]
-"""`progress(done, total)` in weights."""
 
 
 def resolve(model: str) -> str:
@@ -127,7 +131,7 @@ def load_model(
     trust_remote_code: bool = False,
     progress: LoadProgress | None = None,
 ) -> PreTrainedModel:
-    """The model in eval mode, with every weight taken from safetensors files.
+    """The model in eval mode, not fused, with every weight streamed from safetensors files.
 
     Args:
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
@@ -135,43 +139,108 @@ def load_model(
         progress: called as weights are read.
 
     Raises:
-        CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing or of
-            another shape.
+        CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing,
+            doubled or of another shape.
         ConfigError: unknown dtype or device.
+        UnsupportedError: the checkpoint is quantised.
     """
-    source = resolve(model)
-    target, wanted = find_device(device), find_dtype(dtype) or "auto"
-    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
-    if Path(source).is_dir():
-        check_files(Path(source))
-    with _one_sentence(model), _counting(progress):
-        loaded, info = model_class(config).from_pretrained(
-            source,
-            config=config,
-            dtype=wanted,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+    return stream_model(
+        model,
+        LoadOptions(
+            dtype=find_dtype(dtype),
+            device=find_device(device),
             revision=revision,
             trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        ),
+        progress=progress,
+    )[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Attributes:
+        dtype: None for that of the checkpoint.
+        key_mapping: regular expressions and replacements for the checkpoint's names.
+        expert_names: of a checkpoint whose experts have names that no table knows.
+    """
+
+    dtype: torch.dtype | None = None
+    device: torch.device
+    revision: str | None = None
+    trust_remote_code: bool = False
+    key_mapping: Mapping[str, str] | None = None
+    expert_names: ExpertNames | None = None
+
+
+def stream_model(
+    model: str,
+    options: LoadOptions,
+    *,
+    maker: Callable[[Any], Any] | None = None,
+    progress: LoadProgress | None = None,
+) -> tuple[PreTrainedModel, LoadFigures]:
+    """As `load_model`, with what the load took.
+
+    Args:
+        maker: gives the model's class for a configuration; that of the checkpoint by default.
+    """
+    source = resolve(model)
+    revision, remote = options.revision, options.trust_remote_code
+    config = load_config(model, revision=revision, trust_remote_code=remote)
+    refuse_quantised(config, model)
+    made = (maker or model_class)(config)
+    with _one_sentence(model):
+        folder = _folder(source, revision)
+        file_name = getattr(config, "transformers_weights", None)
+        checkpoint = Checkpoint(folder, file_name=file_name)
+        concrete = concrete_class(made, config, source, revision=revision)
+        dtype = settle_dtype(config, options.dtype, checkpoint.float_dtype())
+        config.name_or_path = source
+        empty = empty_model(concrete, config, dtype)
+        plan = make_plan(
+            empty,
+            checkpoint,
+            dtype,
+            key_mapping=options.key_mapping,
+            expert_names=options.expert_names,
         )
-    for name, found, asked in sorted(info["mismatched_keys"]):
-        raise CheckpointError(
-            f"{model!r} has tensor {name} of shape {tuple(found)} where its configuration asks for "
-            f"{tuple(asked)}"
+        figures = stream_weights(
+            empty,
+            plan,
+            CheckpointReader(checkpoint),
+            PlainSink(dict(empty.state_dict()), options.device),
+            device=options.device,
+            progress=progress,
         )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{model!r} lacks {len(missing)} tensors that its configuration asks for, such as "
-            f"{missing[0]}; the checkpoint is incomplete or of another model"
+        finished = finish_model(
+            empty,
+            plan,
+            source=source,
+            device=options.device,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=remote,
         )
-    moved: PreTrainedModel = loaded.to(target).eval()
-    return moved
+    return finished, figures
+
+
+def _folder(source: str, revision: str | None) -> Path:
+    """The local folder of a checkpoint; of a hub id its safetensors files are fetched first."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    wanted = ["model*.safetensors", "*.safetensors.index.json", "*.json"]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
 
 
 def model_class(config: Any) -> Any:
-    """The class that the checkpoint was saved from, or the causal language model of its family."""
+    """The class that the checkpoint was saved from, or the causal language model of its family; for
+    a configuration from outside of Transformers the auto class, which knows its model.
+    """
+    if not type(config).__module__.startswith("transformers."):
+        return transformers.AutoModelForCausalLM
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
         if found is not None:
@@ -223,99 +292,6 @@ def context_length(config: Any) -> int | None:
     return None
 
 
-def check_files(folder: Path) -> None:
-    """Looks at every safetensors file that a checkpoint folder needs, before anything is loaded.
-
-    Raises:
-        CheckpointError: names the file that is missing, pickled, truncated or corrupt.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [folder / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{index} is not a safetensors index: {first_line(error)}"
-            ) from error
-        absent = [file.name for file in files if not file.is_file()]
-        if absent:
-            raise CheckpointError(
-                f"{folder} lacks {len(absent)} of {len(files)} weight files, such as {absent[0]}"
-            )
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))
-        found = f"; {pickled[0].name} is a pickle, which is not read" if pickled else ""
-        raise CheckpointError(f"{folder} holds no .safetensors weights{found}")
-    for file in files:
-        check_safetensors(file)
-
-
-def check_safetensors(file: Path) -> None:
-    """Compares a safetensors file's header with its length and its tensors' places.
-
-    Raises:
-        CheckpointError: the header is not one, or the file is shorter or longer than it says.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is no file")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise CheckpointError(f"{file} is truncated or no safetensors file ({size} bytes)")
-        text = stream.read(length)
-    try:
-        entries = [_Entry.read(*item) for item in json.loads(text).items()]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a corrupt safetensors header") from error
-    tensors = [entry for entry in entries if entry.name != "__metadata__"]
-    expected = 8 + length + max((entry.end for entry in tensors), default=0)
-    if expected != size:
-        raise CheckpointError(
-            f"{file} has {size} bytes where its header asks for {expected}; it is "
-            f"{'truncated' if size < expected else 'corrupt'}, download it again"
-        )
-    for entry in tensors:
-        if not entry.fits:
-            raise CheckpointError(
-                f"{file}: tensor {entry.name} does not have the bytes of its shape"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """One tensor of a safetensors header."""
-
-    name: str
-    dtype: str = ""
-    shape: tuple[int, ...] = ()
-    start: int = 0
-    end: int = 0
-
-    @classmethod
-    def read(cls, name: str, item: Any) -> _Entry:
-        """Raises one of Python's own errors where the entry is none."""
-        if name == "__metadata__":
-            return cls(name)
-        (start, end), shape = item["data_offsets"], tuple(item["shape"])
-        if not all(isinstance(number, int) and number >= 0 for number in (start, end, *shape)):
-            raise ValueError(f"{name} has sizes that are no sizes")
-        if not isinstance(item["dtype"], str):
-            raise TypeError(f"{name} has a dtype that is no name")
-        return cls(name, item["dtype"], shape, start, end)
-
-    @property
-    def fits(self) -> bool:
-        """Whether its bytes are those of its shape."""
-        width = _BYTES_OF.get(self.dtype)
-        bytes_there = self.end - self.start
-        return bytes_there >= 0 and (width is None or bytes_there == width * math.prod(self.shape))
-
-
 @contextmanager
 def _one_sentence(model: str) -> Iterator[None]:
     """Turns what Transformers raises for a bad checkpoint into one sentence."""
@@ -344,39 +320,3 @@ def _one_sentence(model: str) -> Iterator[None]:
         raise CheckpointError(f"{model!r} cannot be loaded: {first_line(error)}") from error
     finally:
         hub_logger.setLevel(level)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bounded length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    text = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else " ".join(lines[:2])
-    return text.rstrip(".:") if len(text) <= _LINE else text[:_LINE] + " ..."
-
-
-@contextmanager
-def _counting(progress: LoadProgress | None) -> Iterator[None]:
-    """Passes Transformers' own count of loaded weights to `progress`, for the time of a load."""
-    if progress is None:
-        yield
-        return
-
-    def hook(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        if options.get("desc") != "Loading weights":
-            return factory(*args, **options)
-        return _counted(args[0], progress)
-
-    previous = transformers_logging.set_tqdm_hook(hook)
-    try:
-        yield
-    finally:
-        transformers_logging.set_tqdm_hook(previous)
-
-
-def _counted(items: Any, progress: LoadProgress) -> Iterator[Any]:
-    total = len(items)
-    for done, item in enumerate(items):
-        progress(done, total)
-        yield item
-    progress(total, total)
