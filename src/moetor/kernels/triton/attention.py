@@ -246,7 +246,7 @@ def run_attention(
             BS=key_cache.shape[1],
             SCALE=float(scale),
             SOFTCAP=None if softcap is None else float(softcap),
-            SP=next_power_of_2(sequences),
+            SP=1 if decode else next_power_of_2(sequences),
             DECODE=decode,
             BM=plan.rows,
             BQ=tokens_of_tile,

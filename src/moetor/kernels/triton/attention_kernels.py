@@ -48,7 +48,11 @@ def _rows(base, slot, inside, d, LAST: tl.constexpr, WIDTH: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["sequences"])
+# Tables and lengths come at any place of a buffer; none of them may cause another compilation.
+@triton.jit(
+    do_not_specialize=["sequences", "window", "stride_table"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start"],
+)
 def attend(
     query,
     key_cache,
@@ -203,7 +207,9 @@ def attend(
         tl.store(at[:, None] + dv[None, :], y.to(out.dtype.element_ty), mask=columns)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window"], do_not_specialize_on_alignment=["seq_lens", "query_start"]
+)
 def combine_splits(
     part_out,
     part_max,

@@ -130,7 +130,7 @@ def _rotate(
         tl.store(target + to[:, None] + R + e[None, :], x3.to(target.dtype.element_ty), mask=rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def rotate_and_cache(
     query,
     key,
@@ -219,7 +219,7 @@ def rotate_and_cache(
     tl.store(value_out + to_v + head[:, None] * stride_vo + d[None, :], v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def write_to_cache(
     key,
     value,
