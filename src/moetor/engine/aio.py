@@ -15,7 +15,7 @@ from moetor.engine.intake import Prompt
 from moetor.engine.outputs import EngineStats, RequestOutput
 from moetor.engine.params import SamplingParams
 from moetor.engine.sequence import Request
-from moetor.errors import InputError, MoetorError
+from moetor.errors import ConfigError, InputError, MoetorError
 from moetor.huggingface import FusionReport
 
 
@@ -150,6 +150,17 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Counters since the start, and the state now."""
         return self.engine.core.stats()
+
+    def expert_load(self) -> dict[str, list[int]]:
+        """Tokens of each expert since the start, by the layer's path.
+
+        Raises:
+            ConfigError: the engine was built without `record_expert_load`.
+        """
+        load = self.engine.core.runner.load
+        if load is None:
+            raise ConfigError("no expert load is counted; set record_expert_load=True")
+        return load.counts()
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Stops taking requests, waits `drain_s` seconds for those under way, aborts the rest, and

@@ -120,8 +120,15 @@ def attend(
     query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores, value_width: int
 ) -> Tensor:
     """[T, Hq, Dv] for queries [T, Hq, D]."""
+    if query_THD.is_cuda and scores.expand is None:
+        return _attend_on_gpu(query_THD, blocks, batch, scores)
     if batch.lens is None or batch.query_lens is None:
-        raise UnsupportedError("inside a CUDA graph attention needs the Triton kernel")
+        if query_THD.is_cuda:
+            raise UnsupportedError(
+                "attention over latents reads lengths on the host, which a CUDA graph cannot hold"
+            )
+        batch.lens = batch.seq_lens_S.tolist()
+        batch.query_lens = batch.query_start_S1.diff().tolist()
     out_THD = query_THD.new_empty((*query_THD.shape[:2], value_width))
     for rows in _decode_groups(batch):
         out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
@@ -131,6 +138,39 @@ def attend(
         out_THD[first:last] = _attend_prompt(query_THD[first:last], blocks, batch, row, scores)
         first = last
     return out_THD
+
+
+def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:
+    """One launch for sequences with one token, and one for the others."""
+    from moetor.kernels.triton.attention import paged_attention
+
+    decodes, table, lens = batch.num_decodes, batch.block_table_SM, batch.seq_lens_S
+
+    def part(query: Tensor, rows: slice, starts: Tensor, longest: int) -> Tensor:
+        return paged_attention(
+            query,
+            blocks.keys,
+            blocks.values,
+            table[rows],
+            lens[rows],
+            starts,
+            max_query_len=longest,
+            scale=scores.scale,
+            softcap=scores.softcap,
+            window=scores.window,
+            chunk=scores.chunk,
+            sinks=scores.sinks_H,
+        )
+
+    if batch.prompt_start_S1 is None:
+        return part(query_THD, slice(None), batch.query_start_S1, batch.max_query_len)
+    first = part(
+        query_THD[:decodes], slice(decodes), batch.query_start_S1[: decodes + 1], longest=1
+    )
+    second = part(
+        query_THD[decodes:], slice(decodes, None), batch.prompt_start_S1, batch.max_query_len
+    )
+    return torch.cat([first, second])
 
 
 def _decode_groups(batch: Batch) -> list[list[int]]:

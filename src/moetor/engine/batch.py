@@ -152,13 +152,16 @@ def device_inputs(host: HostInputs, last_token_P: Tensor, *, any_pending: bool) 
     ids = ids.long()
     if any_pending:
         ids = torch.where(ids < 0, last_token_P[rows_T.long()], ids)
+    decodes = int((host.counts_S == 1).sum())
+    mixed = device.type == "cuda" and 0 < decodes < len(host.counts_S)
     batch = Batch(
         slots_T=slots.long(),
         block_table_SM=table.view(len(host.rows_S), -1),
         seq_lens_S=lens,
         query_start_S1=begins,
-        num_decodes=int((host.counts_S == 1).sum()),
+        num_decodes=decodes,
         max_query_len=int(host.counts_S.max()),
+        prompt_start_S1=begins[decodes:] - decodes if mixed else None,
         lens=host.lens_S.tolist(),
         query_lens=host.counts_S.tolist(),
     )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
 
 from moetor.engine.blocks import BlockManager
 from moetor.engine.config import EngineConfig
 from moetor.engine.core import EngineCore
 from moetor.engine.intake import Intake
+from moetor.engine.load import ExpertLoad
 from moetor.engine.memory import free_memory, plan_cache
 from moetor.engine.model import ServedModel
+from moetor.engine.progress import bar
 from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
-from moetor.errors import ConfigError, UnsupportedError
+from moetor.errors import CheckpointError, ConfigError
 from moetor.huggingface import FusionReport, fuse, loading
+from moetor.huggingface.dummy import dummy_model
 from moetor.huggingface.fusing import FuseLevel
 from moetor.huggingface.modules import fused_modules
+
+_UNCOUNTED = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,9 @@ class Engine:
     """The parts of an engine.
 
     Attributes:
-        fusion_report: None where the model was fused before, or has no MoE block.
+        fusion_report: None where the model was fused before, or is not to be.
+        tokenizer: None where none was given with a live model.
+        without_graphs: why decoding is not replayed from CUDA graphs; empty where it is.
     """
 
     core: EngineCore
@@ -37,6 +47,7 @@ class Engine:
     tokenizer: Any
     fusion_report: FusionReport | None
     max_model_len: int
+    without_graphs: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +77,11 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
     served = ServedModel(model)
     strategy = choose_strategy(served)
     context = loading.context_length(model.config)
-    plan = plan_cache(
-        config, strategy, free_memory(served.device, config.gpu_memory_utilization), context
-    )
-    if not strategy.paged and config.kv_cache_blocks is None:
-        plan = plan_cache(config, strategy, 2**62, context)
+    if strategy.paged or config.kv_cache_blocks is not None:
+        free = free_memory(served, strategy, config, context)
+    else:
+        free = _UNCOUNTED  # the model's own caches take what they take
+    plan = plan_cache(config, strategy, free, context)
     runner = Runner(
         served,
         strategy,
@@ -78,7 +89,9 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         block_size=config.block_size,
         rows=config.max_num_seqs,
         max_model_len=plan.max_model_len,
+        load=ExpertLoad(model, served.device) if config.record_expert_load else None,
     )
+    without_graphs = _capture(runner, config)
     blocks = BlockManager(
         plan.num_blocks,
         config.block_size,
@@ -107,15 +120,37 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         tokenizer=tokenizer,
         fusion_report=report,
         max_model_len=plan.max_model_len,
+        without_graphs=without_graphs,
     )
+
+
+def _capture(runner: Runner, config: EngineConfig) -> str:
+    """Captures the decoding step; why it is not replayed, or nothing."""
+    if runner.device.type != "cuda":
+        return "there are none on a CPU"
+    if config.enforce_eager:
+        return "enforce_eager was asked for"
+    if not runner.strategy.paged:
+        return "each sequence has a cache of its own"
+    try:
+        with bar("capturing CUDA graphs") as progress:
+            runner.capture(progress)
+    except Exception as error:  # whatever code of the family's is not for graphs
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"the model cannot be captured: {lines[0]}"
+        warnings.warn(
+            f"decoding runs without CUDA graphs, which is much slower: {reason}", stacklevel=2
+        )
+        return reason
+    return ""
 
 
 def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionReport | None]:
     """The model, its tokenizer and what was fused."""
-    if config.load_format == "dummy":
-        raise UnsupportedError("load_format 'dummy' is not possible yet; use auto")
     if not isinstance(source.model, str):
         asked = [n for n in ("dtype", "device") if getattr(source, n) != "auto"]
+        if config.load_format != "auto":
+            asked.append("load_format")
         if asked:
             raise ConfigError(
                 f"{' and '.join(asked)} cannot be chosen for a model that is loaded already; move "
@@ -126,11 +161,31 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
     }
+    if config.load_format == "dummy":
+        model = _dummy(source, config)
+    else:
+        model = loading.load_model(
+            source.model, dtype=source.dtype, device=source.device, **options
+        )
     tokenizer = source.tokenizer
     if tokenizer is None:
-        tokenizer = loading.load_tokenizer(source.model, **options)
-    model = loading.load_model(source.model, dtype=source.dtype, device=source.device, **options)
+        try:
+            tokenizer = loading.load_tokenizer(source.model, **options)
+        except CheckpointError:
+            if config.load_format != "dummy":
+                raise
     return model, tokenizer, _fused(model, source)
+
+
+def _dummy(source: ModelSource, config: EngineConfig) -> Any:
+    settings = loading.load_config(
+        source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    dtype = loading.find_dtype(source.dtype)
+    if dtype is None:
+        dtype = getattr(settings, "dtype", None) or torch.bfloat16
+    device = loading.find_device(source.device)
+    return dummy_model(settings, dtype=dtype, device=device, seed=config.seed)
 
 
 def _fused(model: Any, source: ModelSource) -> FusionReport | None:

@@ -32,6 +32,8 @@ class Batch:
         query_start_S1: int32, first token of each sequence, and T.
         num_decodes: sequences with one new token, which come first.
         max_query_len: of any sequence.
+        prompt_start_S1: of the sequences after the first `num_decodes`, from 0; None where there
+            are none or only these.
         lens, query_lens: the same as lists on the host, for code that reads them there; None
             inside a captured graph.
     """
@@ -42,6 +44,7 @@ class Batch:
     query_start_S1: Tensor
     num_decodes: int
     max_query_len: int
+    prompt_start_S1: Tensor | None = None
     lens: list[int] | None = None
     query_lens: list[int] | None = None
 

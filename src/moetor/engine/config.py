@@ -56,6 +56,9 @@ class EngineConfig:
     )
     enforce_eager: bool = field(default=False, metadata=_flag("do not capture CUDA graphs"))
     seed: int = field(default=0, metadata=_flag("of the requests that bring no seed", "N"))
+    record_expert_load: bool = field(
+        default=False, metadata=_flag("count how many tokens each expert gets")
+    )
     load_format: LoadFormat = field(
         default="auto",
         metadata=_flag("dummy makes random weights of the model's shapes instead of reading them"),

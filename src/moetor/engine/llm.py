@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from moetor.engine.config import EngineConfig
 from moetor.engine.intake import Prompt
 from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from moetor.engine.params import SamplingParams
+from moetor.engine.progress import bar
 from moetor.errors import ConfigError, InputError
 
 Message = Mapping[str, Any]
@@ -124,13 +123,12 @@ class LLM:
             except InputError as refusal:
                 done[name] = refused(name, prompt, str(refusal))
         try:
-            with _bar(len(listed), progress) as advance:
-                advance(len(done))
+            with bar("generating", wanted=progress and len(listed) > 1) as advance:
                 while not core.idle:
                     for request in core.step():
                         if request.finished:
                             done[request.request_id] = core.output(request)
-                            advance(len(done))
+                            advance(len(done), len(listed))
         except BaseException:
             for name in order:
                 core.abort(name)
@@ -213,17 +211,3 @@ def _listed(prompts: Any) -> list[Any]:
         return [prompts]
     listed = list(prompts)
     return [listed] if listed and all(isinstance(item, int) for item in listed) else listed
-
-
-@contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Any]:
-    """A bar of finished requests, where standard error is a terminal."""
-    if not wanted or total < 2 or not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("generating", total=total)
-        yield lambda done: bar.update(task, completed=done)

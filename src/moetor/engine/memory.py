@@ -8,12 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from moetor.engine.config import EngineConfig
+from moetor.engine.graphs import graph_sizes
+from moetor.engine.model import ServedModel
+from moetor.engine.outputs import RequestMetrics
+from moetor.engine.params import SamplingParams
+from moetor.engine.runner import Runner
+from moetor.engine.sequence import Request, Scheduled, Sequence
 from moetor.engine.strategy import Strategy
 from moetor.errors import ConfigError
 
 # Of a CPU's memory that is free at the start, and at most.
 _CPU_SHARE, _CPU_LIMIT = 0.25, 8 * 2**30
 _DEFAULT_LENGTH = 4096
+# Logits in float32, their sorted copy, its indices and sums.
+_SAMPLING_COPIES = 6
+_GRAPH_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +77,79 @@ def plan_cache(
     return CachePlan(num_blocks=blocks + 1, max_model_len=min(length, blocks * size))
 
 
-def free_memory(device: torch.device, utilization: float) -> int:
-    """Bytes that the cache may take once the weights are there and a full step has been run.
+def free_memory(
+    served: ServedModel, strategy: Strategy, config: EngineConfig, context: int | None
+) -> int:
+    """Bytes that the cache may take.
 
-    On a GPU this is the share `utilization` of all memory, less what is in use (by anyone) and
-    less the most that torch held during that step.
+    On a GPU a full step is run first; free is the share `gpu_memory_utilization` of all memory,
+    less what others have, less the most that torch held during that step, less what sampling and
+    CUDA graphs will take.
+
+    Raises:
+        ConfigError: the full step does not fit.
     """
+    device = served.device
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        free, total = torch.cuda.mem_get_info(device)
-        peak = torch.cuda.max_memory_allocated(device)
-        reserved = torch.cuda.memory_reserved(device)
-        outside = total - free - reserved
-        return int(total * utilization) - outside - peak
+        return _free_on_gpu(served, strategy, config, context)
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         free = _CPU_LIMIT
     return min(_CPU_LIMIT, int(free * _CPU_SHARE))
+
+
+def _free_on_gpu(
+    served: ServedModel, strategy: Strategy, config: EngineConfig, context: int | None
+) -> int:
+    device = served.device
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        full_step(served, strategy, config, context)
+        torch.cuda.synchronize(device)
+    except torch.cuda.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise ConfigError(
+            f"a step of {config.max_num_batched_tokens} tokens does not fit beside the weights "
+            f"({free / 2**30:.1f} of {total / 2**30:.1f} GiB are free); lower "
+            "max_num_batched_tokens"
+        ) from error
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    row_bytes = 4 * served.vocab_size
+    reserve = _SAMPLING_COPIES * config.max_num_seqs * row_bytes
+    if not config.enforce_eager and strategy.paged:
+        sizes = graph_sizes(config.max_num_seqs)
+        reserve += len(sizes) * _GRAPH_BYTES + sum(sizes) * row_bytes
+    return int(total * config.gpu_memory_utilization) - outside - peak - reserve
+
+
+@torch.inference_mode()
+def full_step(
+    served: ServedModel, strategy: Strategy, config: EngineConfig, context: int | None
+) -> None:
+    """Computes as many tokens as a step may have, in a cache of their own."""
+    length = min(config.max_num_batched_tokens, config.max_model_len or context or _DEFAULT_LENGTH)
+    each = -(-length // config.block_size)
+    count = max(1, config.max_num_batched_tokens // length)
+    runner = Runner(
+        served,
+        strategy,
+        num_blocks=count * each + 1,
+        block_size=config.block_size,
+        rows=count,
+        max_model_len=each * config.block_size,
+    )
+    parts = []
+    for row in range(count):
+        ids = [row % served.vocab_size] * length
+        request = Request(str(row), None, ids, SamplingParams(), RequestMetrics(0.0))
+        sequence = Sequence(request, 0, 0, frozenset(), 1, ids, length, row=row)
+        sequence.blocks = list(range(1 + row * each, 1 + (row + 1) * each))
+        parts.append(Scheduled(sequence, 0, length, True, False, 0))
+    errors: dict[Sequence, Exception] = {}
+    runner.forward(parts, errors)
+    for error in errors.values():
+        raise error

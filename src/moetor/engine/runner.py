@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from moetor.engine.batch import BlockTable, DeviceInputs, device_inputs, host_inputs, kept_rows
-from moetor.engine.cache import EngineCache
+from moetor.engine.cache import Batch, EngineCache
+from moetor.engine.graphs import DecodeGraphs, graph_sizes
+from moetor.engine.load import ExpertLoad
 from moetor.engine.model import ServedModel
 from moetor.engine.outputs import Logprob
 from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs, token_logprobs
@@ -128,6 +131,7 @@ class Runner:
         num_blocks, block_size: of the paged cache.
         rows: sequences at the same time.
         max_model_len: tokens of a sequence.
+        load: counts what experts are chosen, in every call.
     """
 
     def __init__(
@@ -139,8 +143,9 @@ class Runner:
         block_size: int,
         rows: int,
         max_model_len: int,
+        load: ExpertLoad | None = None,
     ) -> None:
-        self.served, self.strategy = served, strategy
+        self.served, self.strategy, self.load = served, strategy, load
         device = served.device
         self.device = device
         max_blocks = -(-max_model_len // block_size)
@@ -148,7 +153,9 @@ class Runner:
         self.sampler = Sampler(rows, device)
         # One row more than there are sequences: padded rows of a graph write there.
         self.last_token_P = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.graphs: DecodeGraphs | None = None
         self.graph_steps = 0
+        self._max_blocks = max_blocks
         self.cache: EngineCache | None = None
         self.states: StateSlots | None = None
         if strategy.paged:
@@ -161,15 +168,22 @@ class Runner:
             )
             if strategy.has_states:
                 self.states = StateSlots(
-                    served.config, self.cache.layers, strategy.example_layers, rows
+                    served.config, self.cache.layers, strategy.example_layers, rows + 1
                 )
+
+    def _recording(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.load is None else self.load.recording()
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Starts a step; its tokens are also kept on the device, for the next one."""
         begin = time.perf_counter()
+        replayed = self._replay(step)
+        if replayed is not None:
+            return replayed
         errors: dict[Sequence, Exception] = {}
-        rows = self.forward(step.parts, errors)
+        with self._recording():
+            rows = self.forward(step.parts, errors)
         model_seconds = time.perf_counter() - begin
         sampling: list[Scheduled] = []
         places: list[int] = []
@@ -195,6 +209,59 @@ class Runner:
             table = [part.sequence.row for part in sampling]
             self._remember(table, sampled.tokens_R)
         launched = Launched(step, sampling, sampled, prompts, errors, model_seconds)
+        self._fetch(launched)
+        return launched
+
+    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Captures the decoding step in CUDA graphs; from then on it is replayed.
+
+        Raises:
+            RuntimeError: something in the model cannot be captured.
+        """
+        rows = self.last_token_P.shape[0] - 1
+        graphs = DecodeGraphs(
+            self._decode,
+            self.last_token_P,
+            max_blocks=self._max_blocks,
+            sizes=graph_sizes(rows),
+        )
+        with torch.inference_mode(), self._recording():
+            graphs.capture(progress)
+        self.graphs = graphs
+
+    def _decode(self, ids_S: Tensor, positions_S: Tensor, rows_S: Tensor, batch: Batch) -> Tensor:
+        """Logits [S, V] of one token of each row; everything it needs is on the device."""
+        assert self.cache is not None
+        shape = (1, -1) if self.states is None else (-1, 1)
+        if self.states is not None:
+            self.states.load(rows_S)
+        with self.served.paged_attention(), self.cache.running(batch, 1):
+            logits, _ = self.served(
+                ids_S.view(shape), positions_S.view(shape), self.cache, rows=None
+            )
+        if self.states is not None:
+            self.states.store(rows_S)
+        return logits
+
+    def _replay(self, step: Step) -> Launched | None:
+        """The step by a graph; None where it is none that was captured."""
+        parts = step.parts
+        plain = all(part.count == 1 and part.samples and part.start for part in parts)
+        if self.graphs is None or not plain:
+            return None
+        begin = time.perf_counter()
+        self.blocks.update(parts)
+        found = self.graphs.run(host_inputs(parts, self.blocks))
+        if found is None:
+            return None
+        self.graph_steps += 1
+        logits, tokens = found
+        seconds = time.perf_counter() - begin
+        sampled = Sampled(tokens, None)
+        if not self.sampler.plain(parts):
+            sampled = self.sampler.sample(logits, parts)
+            self._remember([part.sequence.row for part in parts], sampled.tokens_R)
+        launched = Launched(step, parts, sampled, [], {}, seconds)
         self._fetch(launched)
         return launched
 

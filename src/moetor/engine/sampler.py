@@ -59,6 +59,14 @@ class Sampler:
         self._prompt_PV: Tensor | None = None
         self._holders: dict[int, Sequence] = {}
 
+    @staticmethod
+    def plain(parts: Items[Scheduled]) -> bool:
+        """Whether each row takes its likeliest token and nothing else is asked."""
+        return not any(
+            p.penalised or p.logit_bias or not p.greedy or p.logprobs is not None or p.min_tokens
+            for p in (part.sequence.params for part in parts)
+        )
+
     def sample(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Sampled:
         """One token for each row.
 
@@ -67,10 +75,7 @@ class Sampler:
             parts: the sequence's part for each row.
         """
         params = [part.sequence.params for part in parts]
-        if not any(
-            p.penalised or p.logit_bias or not p.greedy or p.logprobs is not None or p.min_tokens
-            for p in params
-        ):
+        if self.plain(parts):
             return Sampled(logits_RV.argmax(-1), None)
         raw_RV = logits_RV.float()
         shaped_RV = self._penalised(self._biased(raw_RV, parts), parts)

@@ -48,7 +48,7 @@ class StateSlots:
         config: of the language model, for fresh layers.
         layers: of the engine's cache.
         example: layers of a cache that the model has filled, for the shapes.
-        rows: slots.
+        rows: slots, with the spare one of padded rows.
     """
 
     def __init__(self, config: Any, layers: list[Any], example: list[Any], rows: int) -> None:

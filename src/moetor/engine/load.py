@@ -1,0 +1,50 @@
+"""How often each expert was chosen, counted while the engine runs.
+
+Shape letters: T tokens, K top_k, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moetor.huggingface.modules import fused_modules
+from moetor.layer.context import ForwardContext, forward_context
+from moetor.layer.recording import RoutingRecorder
+
+
+class ExpertLoad(RoutingRecorder):
+    """Counts on the device, also inside CUDA graphs, where the padded rows count along.
+
+    Args:
+        model: a fused model.
+        device: of its layers.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self._paths: dict[str, str] = {}
+        self._counts: dict[str, Tensor] = {}
+        for path, module in fused_modules(model):
+            size = module.routed_experts.config.num_experts
+            self._paths[module.name] = path
+            # One place more for dropped slots, whose id is the number of experts.
+            self._counts[module.name] = torch.zeros(size + 1, dtype=torch.int64, device=device)
+
+    def note(self, layer: str, ids_TK: Tensor) -> None:
+        """Adds one call's ids."""
+        ids = ids_TK.reshape(-1).long()
+        self._counts[layer].index_add_(0, ids, torch.ones_like(ids))
+
+    def counts(self) -> dict[str, list[int]]:
+        """Tokens of each expert, by the layer's path in the model."""
+        return {path: self._counts[name][:-1].tolist() for name, path in self._paths.items()}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Counts the calls inside the `with` block."""
+        with forward_context(ForwardContext(recorder=self)):
+            yield

@@ -1,0 +1,90 @@
+"""The decoding step as graphs replay it, with a recorder that runs the step again on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from engine_cases import (
+    assert_empty,
+    greedy,
+    make_engine,
+    make_model,
+    own_tokens,
+    random_prompts,
+    run_staggered,
+)
+from torch import Tensor
+
+from moetor.engine import SamplingParams, graphs
+
+
+def rerun(
+    step: Callable[[], tuple[Tensor, ...]], device: torch.device, pool: Any
+) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Like a graph: the same buffers are filled at each replay, and nothing else is returned."""
+    filled = tuple(tensor.clone() for tensor in step())
+
+    def replay() -> None:
+        for old, new in zip(filled, step(), strict=True):
+            old.copy_(new)
+
+    return replay, filled
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen3_next", "lfm2_moe"])
+def test_replayed_steps_give_the_tokens_of_generate(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "record", rerun)
+    model = make_model(name, 3)
+    prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
+    wanted = [own_tokens(name, model, prompt) for prompt in prompts]
+    engine = make_engine(model, max_num_seqs=5)
+    runner = engine.core.runner
+    runner.capture()
+    # poison what no row may depend on: block 0, and what is left from the capture
+    assert runner.cache is not None
+    for blocks in runner.cache.blocks.values():
+        blocks.keys[0] = 3.0
+        blocks.values[0] = -5.0
+    engine.core._overlap = True
+    params = [greedy() for _ in prompts]
+    done = run_staggered(engine, prompts, params, every=1)
+    assert [done[str(i)].outputs[0].token_ids for i in range(5)] == wanted
+    assert engine.core.stats().graph_steps > 4
+    assert_empty(engine)
+
+
+def test_draws_are_the_same_with_graphs_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "record", rerun)
+    model = make_model("qwen3_moe", 3)
+    prompts = random_prompts(model, (11, 7, 3), seed=5)
+    params = [
+        SamplingParams(max_tokens=9, seed=4, ignore_eos=True),
+        SamplingParams(max_tokens=12, seed=4, top_k=9, frequency_penalty=0.7, ignore_eos=True),
+        SamplingParams(max_tokens=7, temperature=0, logprobs=2, ignore_eos=True),
+    ]
+    found = []
+    for captured in (False, True):
+        engine = make_engine(model)
+        if captured:
+            engine.core.runner.capture()
+            engine.core._overlap = True
+        done = run_staggered(engine, prompts, params, every=1)
+        found.append([done[str(i)].outputs[0].token_ids for i in range(3)])
+        assert (engine.core.stats().graph_steps > 0) is captured
+        assert_empty(engine)
+    assert found[0] == found[1]
+    assert list(map(len, found[0])) == [9, 12, 7]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 32, 33, 40, 256, 1000])
+def test_sizes_reach_the_greatest_batch(most: int) -> None:
+    sizes = graphs.graph_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    assert all(after <= 2 * before for before, after in pairwise(sizes))
