@@ -12,7 +12,6 @@ from torch import Tensor
 
 import moetor
 from moetor.bench import ceilings
-from moetor.bench.dummy import CONFIGS, dummy_model
 from moetor.bench.generation import (
     GenerateBackend,
     StepTimes,
@@ -24,6 +23,7 @@ from moetor.bench.generation import (
 )
 from moetor.cli.main import main
 from moetor.errors import MoetorError
+from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.tools.tiny.models import tiny_config, tiny_model
 
 WORK = Workload(input_length=5, output_length=3, batch_size=2, prompts=2, vocabulary=11, seed=1)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetor.engine import Engine, SamplingParams
+from moetor.engine.sequence import Request
 from moetor.errors import MoetorError
 from moetor.layer import MoELayer
 
@@ -106,6 +108,66 @@ class GenerateBackend(TextBackend):
                 f"generate was asked for {new_tokens} tokens and made {len(times.later) + 1}"
             )
         return times
+
+
+class EngineBackend(TextBackend):
+    """Our engine.
+
+    Args:
+        engine: nobody else may drive it; without prefix caching, for the prompts come again.
+    """
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self._engine = engine
+        self._numbers = itertools.count()
+
+    def generate(self, prompts_BS: Tensor, new_tokens: int) -> StepTimes:
+        """See `TextBackend.generate`: a token counts when every prompt has as many."""
+        start = time.perf_counter()
+        requests = self._add(prompts_BS, new_tokens)
+        length = prompts_BS.shape[1]
+        marks: list[float] = []
+        core = self._engine.core
+        while not core.idle:
+            core.step()
+            now, shortest = time.perf_counter(), min(map(_generated(length), requests))
+            marks += [now] * (shortest - len(marks))
+        self._check(requests, new_tokens)
+        later = tuple(after - before for before, after in itertools.pairwise(marks))
+        return StepTimes(first=marks[0] - start, later=later)
+
+    def generate_all(self, prompts_NS: Tensor, new_tokens: int, batch_size: int) -> float:
+        """Seconds for all prompts, which the engine takes as it has room."""
+        start = time.perf_counter()
+        requests = self._add(prompts_NS, new_tokens)
+        while not self._engine.core.idle:
+            self._engine.core.step()
+        seconds = time.perf_counter() - start
+        self._check(requests, new_tokens)
+        return seconds
+
+    def _add(self, prompts_NS: Tensor, new_tokens: int) -> list[Request]:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        requests = [
+            self._engine.intake.request(prompt, params, f"bench-{next(self._numbers)}")
+            for prompt in prompts_NS.tolist()
+        ]
+        for request in requests:
+            self._engine.core.add(request)
+        return requests
+
+    def _check(self, requests: Sequence[Request], new_tokens: int) -> None:
+        for request in requests:
+            if request.error is not None:
+                raise MoetorError(f"the engine failed: {request.error}")
+            made = len(request.sequences[0].output_ids)
+            if made != new_tokens:
+                raise MoetorError(f"the engine was asked for {new_tokens} tokens and made {made}")
+
+
+def _generated(length: int) -> Callable[[Request], int]:
+    return lambda request: request.sequences[0].known - length
 
 
 class _Clock:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.options import MODEL, ModelSource
+from moetor.engine.config import ENGINE, EngineConfig
 from moetor.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextBenchOptions(ModelSource):
+class TextBenchOptions(ModelSource, EngineConfig):
     """What both commands take.
 
     The prompts are random tokens, the next token is always the likeliest, and no text ends before
@@ -38,9 +39,12 @@ class TextBenchOptions(ModelSource):
         default="auto",
         metadata={"group": MODEL, "help": "fuse whole MoE blocks or their experts alone"},
     )
-    backend: Literal["generate"] = field(
-        default="generate",
-        metadata={"group": WHAT, "help": "what generates: Transformers' own generate"},
+    backend: Literal["engine", "generate"] = field(
+        default="engine",
+        metadata={
+            "group": WHAT,
+            "help": "what generates: our engine, or Transformers' own generate on the fused model",
+        },
     )
     peer: Literal["none", "transformers"] = field(
         default="none",
@@ -66,6 +70,11 @@ class TextBenchOptions(ModelSource):
     compile: bool = field(
         default=True, metadata={"group": HOW, "help": "let generate compile where it does"}
     )
+    # the same prompts come again in every round
+    enable_prefix_caching: bool = field(
+        default=False,
+        metadata={"group": ENGINE, "help": "let a round find the blocks of the one before"},
+    )
     rounds: int = field(
         default=3, metadata={"group": HOW, "metavar": "N", "help": "timed runs; medians are told"}
     )
@@ -76,6 +85,7 @@ class TextBenchOptions(ModelSource):
     )
 
     def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
         for name in ("input_len", "output_len", "rounds"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
@@ -101,6 +111,11 @@ class LatencyOptions(TextBenchOptions):
         TextBenchOptions.__post_init__(self)
         if not self.batch_size or min(self.batch_size) < 1:
             raise InputError("--batch-size takes numbers of at least 1, for example 1,8,32")
+        if self.backend == "engine" and max(self.batch_size) > self.max_num_seqs:
+            raise InputError(
+                f"--batch-size {max(self.batch_size)} is above --max-num-seqs {self.max_num_seqs}, "
+                "so that prompts would wait; raise the latter"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +161,8 @@ def run(options: LatencyOptions | ThroughputOptions) -> int:
 
 def _config(options: TextBenchOptions) -> Any:
     """The model's configuration, long enough for the texts."""
-    from moetor.bench.dummy import CONFIGS
     from moetor.huggingface import loading
+    from moetor.huggingface.dummy import CONFIGS
 
     if options.model in CONFIGS:
         if options.load_format != "dummy":
@@ -174,8 +189,8 @@ def _config(options: TextBenchOptions) -> Any:
 def _load(options: TextBenchOptions, config: Any) -> Any:
     import torch
 
-    from moetor.bench.dummy import dummy_model
     from moetor.huggingface import loading
+    from moetor.huggingface.dummy import dummy_model
 
     if options.load_format == "dummy":
         dtype = loading.find_dtype(options.dtype) or config.dtype or torch.bfloat16
@@ -212,7 +227,27 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
         report = fuse(model, level=options.level, kernel=options.kernel, progress=fused)
     if not report.blocks:
         note(f"{options.model} has no MoE blocks; nothing was fused")
-    return [GenerateBackend("moetor", model, **settings), *peers], report
+    ours: TextBackend
+    if options.backend == "engine":
+        ours = _engine_backend(options, model)
+    else:
+        ours = GenerateBackend("moetor generate", model, **settings)
+    return [ours, *peers], report
+
+
+def _engine_backend(options: TextBenchOptions, model: Any) -> TextBackend:
+    """The engine, with room for nothing longer than the texts unless it was asked for."""
+    from moetor.bench.generation import EngineBackend
+    from moetor.engine import ModelSource as EngineSource
+    from moetor.engine import build_engine
+
+    length = options.max_model_len or options.input_len + options.output_len
+    engine = build_engine(
+        EngineSource(model=model, level="none"),
+        EngineConfig.of(options, max_model_len=length, load_format="auto"),
+    )
+    note(f"strategy {engine.strategy}; CUDA graphs: {engine.without_graphs or 'yes'}")
+    return EngineBackend("moetor", engine)
 
 
 def _latency(

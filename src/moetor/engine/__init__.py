@@ -1,20 +1,27 @@
 """The engine: continuous batching over a Transformers model.
 
-It owns scheduling, cache, sampling and CUDA graphs; the model's code is its own.
+It owns scheduling, cache, sampling and CUDA graphs; the model's code is its own. Names are loaded
+when they are used, so that settings can be read without torch.
 """
 
-from moetor.engine.aio import AsyncEngine, EngineStoppedError, OutputStream
-from moetor.engine.build import Engine, ModelSource, build_engine
-from moetor.engine.config import EngineConfig
-from moetor.engine.llm import LLM
-from moetor.engine.outputs import (
-    CompletionOutput,
-    EngineStats,
-    Logprob,
-    RequestMetrics,
-    RequestOutput,
-)
-from moetor.engine.params import SamplingParams
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moetor.engine.aio import AsyncEngine, EngineStoppedError, OutputStream
+    from moetor.engine.build import Engine, ModelSource, build_engine
+    from moetor.engine.config import EngineConfig
+    from moetor.engine.llm import LLM
+    from moetor.engine.outputs import (
+        CompletionOutput,
+        EngineStats,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+    )
+    from moetor.engine.params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -32,3 +39,27 @@ __all__ = [
     "SamplingParams",
     "build_engine",
 ]
+
+_HOME_OF = {
+    "AsyncEngine": "aio",
+    "CompletionOutput": "outputs",
+    "Engine": "build",
+    "EngineConfig": "config",
+    "EngineStats": "outputs",
+    "EngineStoppedError": "aio",
+    "LLM": "llm",
+    "Logprob": "outputs",
+    "ModelSource": "build",
+    "OutputStream": "aio",
+    "RequestMetrics": "outputs",
+    "RequestOutput": "outputs",
+    "SamplingParams": "params",
+    "build_engine": "build",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

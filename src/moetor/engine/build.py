@@ -22,7 +22,7 @@ from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
 from moetor.errors import CheckpointError, ConfigError
 from moetor.huggingface import FusionReport, fuse, loading
-from moetor.huggingface.dummy import dummy_model
+from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.fusing import FuseLevel
 from moetor.huggingface.modules import fused_modules
 
@@ -178,14 +178,19 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
 
 
 def _dummy(source: ModelSource, config: EngineConfig) -> Any:
-    settings = loading.load_config(
-        source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+    settings = (
+        CONFIGS[source.model]()
+        if source.model in CONFIGS
+        else loading.load_config(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
     )
     dtype = loading.find_dtype(source.dtype)
     if dtype is None:
         dtype = getattr(settings, "dtype", None) or torch.bfloat16
     device = loading.find_device(source.device)
-    return dummy_model(settings, dtype=dtype, device=device, seed=config.seed)
+    made = loading.model_class(settings)
+    return dummy_model(settings, made, dtype, device, config.seed)
 
 
 def _fused(model: Any, source: ModelSource) -> FusionReport | None:

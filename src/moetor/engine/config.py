@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from moetor.errors import ConfigError
 
@@ -16,9 +16,11 @@ def _flag(help_text: str, metavar: str | None = None) -> dict[str, str]:
     return {"group": ENGINE, "help": help_text, **named}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How requests are batched and how much memory the cache takes.
+
+    Options of a command may inherit from it: its fields become flags, and `of` picks them out.
 
     Raises:
         ConfigError: a value is out of its range, or two contradict each other.
@@ -63,6 +65,12 @@ class EngineConfig:
         default="auto",
         metadata=_flag("dummy makes random weights of the model's shapes instead of reading them"),
     )
+
+    @classmethod
+    def of(cls, options: EngineConfig, **changed: Any) -> EngineConfig:
+        """The engine's part of a command's options, with some fields changed."""
+        own = {one.name: getattr(options, one.name) for one in fields(EngineConfig)}
+        return EngineConfig(**(own | changed))
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
