@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from moetor.layer import ChunkedRunner, DefaultRunner, MoELayer, MoERunner, SimulatedRouter
     from moetor.parallel.config import EplbConfig, ParallelConfig
+    from moetor.quant_config import QuantConfig
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _HOMES = {
         "SharedExpertsConfig",
     ),
     "moetor.engine": ("LLM", "AsyncEngine", "RequestOutput", "SamplingParams"),
+    "moetor.quant_config": ("QuantConfig",),
     "moetor.huggingface": (
         "BlockReport",
         "ExpertNames",
@@ -91,6 +93,7 @@ __all__ = [
     "MoERunner",
     "ParallelConfig",
     "ParallelReport",
+    "QuantConfig",
     "RequestOutput",
     "RouterConfig",
     "RunnerConfig",

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from moetor.errors import ConfigError
+from moetor.quant_config import QuantConfig
 
 Scoring = Literal["softmax", "sigmoid", "sqrt_softplus"]
 ScoreOrder = Literal["before_topk", "after_topk"]
@@ -406,7 +407,7 @@ class MoEConfig:
         latent_size: width of the routed experts where it differs from H (latent MoE): the layer
             then has an input and an output projection around them, and `experts.hidden_size` equals
             it.
-        quantization: name of a quant method, or None.
+        quantization: name of a quant method or of a quantisation, a `QuantConfig`, or None.
     """
 
     hidden_size: int
@@ -417,7 +418,7 @@ class MoEConfig:
     internal_gate: bool = True
     gate_bias: bool = False
     latent_size: int | None = None
-    quantization: str | None = None
+    quantization: str | QuantConfig | None = None
 
     def __post_init__(self) -> None:
         _check_positive("MoEConfig", hidden_size=self.hidden_size)

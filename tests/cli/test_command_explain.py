@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import moetor
 import moetor.huggingface
 from moetor.cli.explain import group_blocks, ranges
 from moetor.cli.main import main
 from moetor.demo import model_path
 from moetor.huggingface import BlockReport, FusionReport
+from moetor.huggingface.loading import load_model
 from moetor.kernels.select import Refusal
 
 Captured = pytest.CaptureFixture[str]
@@ -33,7 +35,7 @@ def test_the_demo_from_its_configuration_alone(tmp_path: Path, capsys: Captured)
     assert lines[1].split() == ["block", "class", "level", "kernel", "routing", "reason"]
     row = [cell for cell in lines[2].split("  ") if cell]
     assert row[:4] == ["model.layers.0-3.mlp", "Qwen2MoeSparseMoeBlock", "block", "torch"]
-    assert len(lines) == 3
+    assert lines[3:] == ["memory: 0.00859 GiB of weights"]
     assert err == ""
 
 
@@ -87,3 +89,23 @@ def test_blocks_are_grouped_when_they_differ_in_the_layer_alone() -> None:
 )
 def test_ranges(numbers: list[int], text: str) -> None:
     assert ranges(numbers) == text
+
+
+def test_memory_of_a_quantised_model_is_said_before_it_is_loaded(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    shutil.copy(model_path() / "config.json", tmp_path)
+    assert main(["explain", str(tmp_path), "--quantization", "int8", "--json"]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    model = load_model("demo")
+    fused = moetor.fuse(model, quantization="int8")
+    assert explained["quantized"] == fused.quantized
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    assert explained["weight_bytes"] == held
+    for found, block in zip(explained["blocks"], fused.blocks, strict=True):
+        assert tuple(found["expert_bytes"]) == block.expert_bytes
+    assert main(["explain", str(tmp_path), "--quantization", "int8"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        fused.quantized,
+        "memory: 0.00575 GiB of weights",
+    ]

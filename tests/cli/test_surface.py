@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 
 from moetor.cli.main import COMMANDS, Command, command_parser
-from moetor.cli.options import KernelName
+from moetor.cli.options import KernelName, QuantizationName
+from moetor.quant_config import PRESETS
 
 MODEL_FLAGS = {
     "model": "demo",
@@ -60,12 +61,14 @@ SURFACE: dict[str, dict[str, object]] = {
         "--top-p": 1.0,
         "--seed": None,
         "--level": "auto",
+        "--quantization": None,
     },
-    "explain": {**MODEL_FLAGS, "--level": "auto"},
-    "verify": {**MODEL_FLAGS, "--level": "auto"},
+    "explain": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
+    "verify": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
     "experts": {
         **MODEL_FLAGS,
         "--level": "auto",
+        "--quantization": None,
         "--prompt": None,
         "--file": None,
         "--max-tokens": 4096,
@@ -145,3 +148,7 @@ def test_the_examples_parse(command: Command) -> None:
 def test_the_kernel_flag_offers_the_kernels_there_are() -> None:
     names = importlib.import_module("moetor.kernels.select").kernel_names()
     assert get_args(KernelName) == names
+
+
+def test_the_quantisations_are_those_that_have_a_name() -> None:
+    assert get_args(QuantizationName) == tuple(PRESETS)

@@ -79,7 +79,7 @@ BAD_CALLS = (
     BadCall("level-none", {"level": None}, ConfigError, "None.*auto, block, experts"),
     BadCall("kernel", {"kernel": "cuda"}, KernelRefusedError, "'cuda'.*native.*torch"),
     BadCall("kernel-case", {"kernel": "Native"}, KernelRefusedError, "'Native'"),
-    BadCall("quantization", {"quantization": "int3"}, ConfigError, "'int3'.*unquantized"),
+    BadCall("quantization", {"quantization": "int3"}, ConfigError, "'int3'.*int8.*int4"),
     BadCall(
         "two-kernels",
         {"kernel": "torch", "runner": RunnerConfig(kernel="native")},
@@ -97,7 +97,7 @@ BAD_CALLS = (
         "quantization-of-experts-alone",
         {"level": "experts", "quantization": "unquantized_monolithic"},
         ConfigError,
-        "level 'experts'.*quantization",
+        "level 'experts'.*quant method",
     ),
 )
 

@@ -80,7 +80,7 @@ CASES = [
     Refused(
         id="unknown_quantization",
         fields={"quantization": "runes"},
-        words=r"quantization='runes' is not known; possible: None, unquantized, ",
+        words=r"quantization='runes' is not known here; possible: None, fp8, ",
     ),
     Refused(
         id="unknown_kernel",

@@ -78,7 +78,13 @@ def run(options: ExpertsOptions) -> int:
             progress=loaded,
         )
     with progress(f"fusing {options.model}", "blocks") as fused:
-        fuse(model, level=options.level, kernel=options.kernel, progress=fused)
+        fuse(
+            model,
+            level=options.level,
+            kernel=options.kernel,
+            quantization=options.quantization,
+            progress=fused,
+        )
     context = loading.context_length(config)
     window = _WINDOW if context is None else min(_WINDOW, context)
     with progress("running the text", "tokens") as ran:

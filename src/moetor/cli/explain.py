@@ -21,8 +21,8 @@ class ExplainOptions(FusedModelOptions):
     """Show what would be fused and how.
 
     One line for each kind of MoE block: at which level it would be fused, by which kernel, and why
-    not deeper; then why each preferred kernel was refused. Reads the configuration, loads no
-    weights.
+    not deeper; then why each preferred kernel was refused, and what the weights would take in
+    memory. Reads the configuration, loads no weights.
     """
 
 
@@ -35,6 +35,7 @@ def run(options: ExplainOptions) -> int:
         options.model,
         kernel=options.kernel,
         level=options.level,
+        quantization=options.quantization,
         dtype=options.dtype,
         device=options.device,
         revision=options.revision,
@@ -55,6 +56,10 @@ def run(options: ExplainOptions) -> int:
     for name, one in groups:
         for refusal in one.refusals:
             print(f"kernel {refusal.kernel} not used in {name}: it {refusal.reason}")
+    if report.quantized is not None:
+        print(report.quantized)
+    if report.weight_bytes is not None:
+        print(f"memory: {report.weight_bytes / 2**30:.3g} GiB of weights")
     return 0
 
 
@@ -72,6 +77,7 @@ def group_blocks(blocks: Sequence[BlockReport]) -> list[tuple[str, BlockReport]]
             block.router,
             block.reason,
             block.refusals,
+            block.quantization,
         )
         layers = groups.setdefault(same, (block, []))[1]
         if found is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.cli.console import note, print_json, progress, quiet_transformers
 from moetor.cli.flags import UsageError
-from moetor.cli.options import MODEL, ModelOptions
+from moetor.cli.options import MODEL, QUANTIZATION, ModelOptions, QuantizationName
 from moetor.cli.streaming import TextStream
 from moetor.errors import ConfigError
 
@@ -61,6 +61,7 @@ class GenerateOptions(ModelOptions):
             "auto takes the deepest that each block allows",
         },
     )
+    quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -79,6 +80,11 @@ class GenerateOptions(ModelOptions):
             raise ConfigError(
                 f"--level none runs plain Transformers, which has no kernel {self.kernel!r}; "
                 "leave out one of the two"
+            )
+        if self.level == "none" and self.quantization is not None:
+            raise ConfigError(
+                "--level none runs plain Transformers, which does not quantise experts; leave out "
+                "one of the two"
             )
 
 
@@ -105,9 +111,17 @@ def run(options: GenerateOptions) -> int:
     report: FusionReport | None = None
     if options.level != "none":
         with progress(f"fusing {model_name}", "blocks") as fused:
-            report = fuse(model, level=options.level, kernel=options.kernel, progress=fused)
+            report = fuse(
+                model,
+                level=options.level,
+                kernel=options.kernel,
+                quantization=options.quantization,
+                progress=fused,
+            )
         if not report.blocks:
             note(f"{model_name} has no MoE blocks; nothing was fused")
+        if report.quantized is not None:
+            note(report.quantized)
     kernels = () if report is None else report.kernels
 
     stream = TextStream(tokenizer, _discard if options.json else _write)

@@ -7,9 +7,29 @@ from typing import Literal
 
 # `moetor.kernels.select` has the kernels themselves; it imports torch, which `--help` must not.
 KernelName = Literal["auto", "native", "triton", "torch", "reference"]
+QuantizationName = Literal[
+    "fp8",
+    "fp8_tensor",
+    "fp8_block",
+    "fp8_w8a16",
+    "int8",
+    "int8_w8a16",
+    "int4",
+    "int4_g64",
+    "int4_g128",
+    "int4_zp",
+    "mxfp8",
+    "mxfp4",
+    "nvfp4",
+]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 MODEL, OUTPUT = "model", "output"
+QUANTIZATION = {
+    "group": MODEL,
+    "help": "quantise the routed experts' weights; routers, shared experts and attention stay as "
+    "they are",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,3 +102,4 @@ class FusedModelOptions(ModelOptions):
             "auto takes the deepest that each block allows",
         },
     )
+    quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)

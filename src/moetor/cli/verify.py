@@ -12,7 +12,7 @@ from moetor.cli.options import FusedModelOptions
 if TYPE_CHECKING:
     from moetor.huggingface.verifying import VerifyReport
 
-COLUMNS = ("block", "level", "kernel", "error", "tolerance", "result", "note")
+COLUMNS = ("block", "level", "kernel", "error", "tolerance", "result", "quantised", "note")
 _NAMES_SHOWN = 5
 
 
@@ -21,8 +21,9 @@ class VerifyOptions(FusedModelOptions):
     """Compare the fused model with the original.
 
     Every MoE block and the whole model's logits, within a tolerance that follows from the dtype;
-    for the demo model also the perplexity of its held-out text. The exit status is 1 when anything
-    differs or when a weight is not finite.
+    for the demo model also the perplexity of its held-out text. With --quantization also the error
+    of each block's quantised experts, by the norm; the demo's perplexity then has a limit. The exit
+    status is 1 when anything differs or when a weight is not finite.
     """
 
 
@@ -36,6 +37,7 @@ def run(options: VerifyOptions) -> int:
             options.model,
             level=options.level,
             kernel=options.kernel,
+            quantization=options.quantization,
             dtype=options.dtype,
             device=options.device,
             revision=options.revision,
@@ -50,29 +52,36 @@ def run(options: VerifyOptions) -> int:
 
 
 def _print(model: str, report: VerifyReport) -> None:
-    rows = [
-        (
+    quantised = report.quantized is not None
+    columns = [name for name in COLUMNS if name != "quantised" or quantised]
+    rows = []
+    for block in report.blocks:
+        row = [
             block.name,
             block.level,
             block.kernel or "",
             _number(block.max_error),
             _number(block.tolerance),
             "ok" if block.ok else "DIFFERS",
-            block.note,
-        )
-        for block in report.blocks
-    ]
+        ]
+        if quantised:
+            row.append(_number(block.quantization_error))
+        rows.append((*row, block.note))
     if not rows:
         print(f"{model}: no MoE blocks, nothing to fuse")
     else:
-        print_table(f"{model}: fused against original, {len(rows)} MoE blocks", COLUMNS, rows)
-    print(
-        f"logits: error {_number(report.logits_error)}, "
-        f"tolerance {_number(report.logits_tolerance)}"
-    )
+        print_table(f"{model}: fused against original, {len(rows)} MoE blocks", columns, rows)
+    if report.quantized is not None:
+        print(report.quantized)
+    limit = _number(report.logits_tolerance)
+    print(f"logits: error {_number(report.logits_error)}{limit and f', tolerance {limit}'}")
     if report.perplexity is not None:
         original, fused = report.perplexity
-        print(f"perplexity: {original:.4f} original, {fused:.4f} fused")
+        line = f"perplexity: {original:.4f} original, {fused:.4f} fused"
+        if report.perplexity_limit is not None:
+            change, allowed = fused / original - 1, report.perplexity_limit - 1
+            line = f"{line} and quantised ({change:+.2%}, {allowed:+.0%} allowed)"
+        print(line)
     wrong = _what_is_wrong(report)
     print(f"FAILED: {'; '.join(wrong)}" if wrong else "ok")
 
@@ -83,8 +92,10 @@ def _what_is_wrong(report: VerifyReport) -> list[str]:
     differing = sum(not block.ok for block in report.blocks)
     if differing:
         wrong.append(f"{differing} of {len(report.blocks)} blocks differ")
-    if not report.logits_error <= report.logits_tolerance:  # NaN is wrong, too
+    if not report.logits_ok:
         wrong.append("the logits differ")
+    if not report.perplexity_ok:
+        wrong.append("the perplexity has risen too far")
     if report.non_finite:
         names = ", ".join(report.non_finite[:_NAMES_SHOWN])
         more = len(report.non_finite) - _NAMES_SHOWN

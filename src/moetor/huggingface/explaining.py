@@ -4,6 +4,8 @@ a router's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,8 +27,11 @@ from moetor.huggingface.loading import (
     model_class,
 )
 from moetor.huggingface.report import BlockReport, FusionReport
-from moetor.kernels.base import KernelQuery
-from moetor.kernels.select import KernelChoice, select_kernel
+from moetor.kernels.formats import canonical
+from moetor.kernels.select import KernelChoice
+from moetor.quant_config import QuantConfig
+from moetor.quantization.method import make_method, quant_config
+from moetor.quantization.sink import quantized_bytes
 
 
 def explain(
@@ -34,6 +39,7 @@ def explain(
     *,
     level: FuseLevel = "auto",
     kernel: str = "auto",
+    quantization: str | QuantConfig | None = None,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -46,6 +52,7 @@ def explain(
 
     Args:
         model: a folder, a hub id, or `demo`.
+        quantization: as for `fuse`; the report says what the weights would take.
         dtype, device: for which a kernel is chosen; `auto`: the checkpoint's, and CUDA where there
             is one.
 
@@ -54,15 +61,17 @@ def explain(
         FusionError: level `block` and a block is not recognised.
         KernelRefusedError: the kernel is unknown or refuses.
     """
-    check_request(level, kernel, None)
+    check_request(level, kernel, quantization)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(model, config, trust_remote_code=trust_remote_code)
     wanted = find_dtype(dtype) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     skeleton.to(wanted)
-    explainer = _Explainer(level, kernel, find_device(device), wanted)
+    explainer = _Explainer(level, kernel, quantization, find_device(device), wanted)
     lines = [explainer.line(*found) for found in find_blocks(skeleton)]
     lines += [left_alone_report(*found) for found in find_left_alone(skeleton)]
-    return FusionReport(lines)
+    whole = sum(parameter.nbytes for parameter in skeleton.parameters())
+    saved = sum(line.expert_bytes[0] - line.expert_bytes[1] for line in lines if line.expert_bytes)
+    return FusionReport(lines, weight_bytes=whole - saved)
 
 
 def build_skeleton(model: str, config: object, *, trust_remote_code: bool) -> nn.Module:
@@ -90,10 +99,17 @@ class _Explainer:
     """Lines of one report; remembers the last router, which usually fits the next block."""
 
     def __init__(
-        self, level: FuseLevel, kernel: str, device: torch.device, dtype: torch.dtype
+        self,
+        level: FuseLevel,
+        kernel: str,
+        quantization: str | QuantConfig | None,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.level = level
         self.kernel = kernel
+        self.quant = quant_config(quantization)
+        self.method = make_method(quantization, kernel, batch_invariant=False)
         self.device = device
         self.dtype = dtype
         self.hint: RouterConfig | None = None
@@ -120,6 +136,7 @@ class _Explainer:
                     router=router_label(plan),
                     kernel=choice.kernel.name,
                     refusals=choice.refusals,
+                    **self._experts(plan.config.experts),
                 )
             why = plan.reason
             if self.level == "block":
@@ -145,13 +162,18 @@ class _Explainer:
             kernel=choice.kernel.name,
             reason=why,
             refusals=choice.refusals,
+            **self._experts(config),
         )
 
     def _choice(self, config: ExpertsConfig, top_k: int) -> KernelChoice:
-        query = KernelQuery(
-            device=self.device.type,
-            dtype=self.dtype,
-            experts=config,
-            top_k=top_k,
-        )
-        return select_kernel(query, self.kernel)
+        form = config if self.quant is None else canonical(config)
+        return self.method.choice(form, top_k, self.device, self.dtype)
+
+    def _experts(self, config: ExpertsConfig) -> dict[str, Any]:
+        """What the report says of a block's experts and of their quantisation."""
+        said: dict[str, Any] = {"num_experts": config.num_experts}
+        if self.quant is not None:
+            before = config.num_experts * config.params_per_expert * self.dtype.itemsize
+            said["quantization"] = self.quant.name
+            said["expert_bytes"] = (before, quantized_bytes(config, self.quant))
+        return said

@@ -5,7 +5,7 @@ originals; and `unfuse`.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -24,7 +24,7 @@ from moetor.huggingface.block_form import (
     find_left_alone,
     recognise_block,
 )
-from moetor.huggingface.experts_form import Unrecognised, recognise_experts
+from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
 from moetor.huggingface.modules import (
     BlockPlan,
     FusedExperts,
@@ -33,14 +33,16 @@ from moetor.huggingface.modules import (
     install_gate,
 )
 from moetor.huggingface.parallelism import parallelize
+from moetor.huggingface.quantizing import RefuseToSave, check_quantizable, quantize_module
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
 from moetor.huggingface.trial import try_block, try_experts
-from moetor.kernels.select import KernelChoice, kernel_names
-from moetor.layer.experts import Experts
+from moetor.kernels.select import kernel_names
+from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
-from moetor.quantization.method import METHODS
+from moetor.quant_config import QuantConfig
+from moetor.quantization.method import METHODS, quant_config
 
 FuseLevel = Literal["auto", "block", "experts"]
 VerifyMode = bool | Literal["sample"]
@@ -67,9 +69,18 @@ class FuseOptions:
     """What `fuse` was asked for."""
 
     level: FuseLevel
-    quantization: str | None
+    quantization: str | QuantConfig | None
     runner: RunnerConfig
     proofs: Proofs
+
+    @property
+    def method(self) -> str | None:
+        """The quant method that blocks are built with; weights are quantised afterwards."""
+        return (
+            self.quantization
+            if isinstance(self.quantization, str) and (self.quantization in METHODS)
+            else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +96,7 @@ def fuse(
     *,
     level: FuseLevel = "auto",
     kernel: str = "auto",
-    quantization: str | None = None,
+    quantization: str | QuantConfig | None = None,
     verify: VerifyMode = True,
     runner: RunnerConfig | None = None,
     parallel: ParallelConfig | None = None,
@@ -103,7 +114,9 @@ def fuse(
             replaces the experts alone, routing stays in Transformers; `auto` takes the block where
             it can, else the experts.
         kernel: a kernel's name, honoured or refused; `auto` chooses.
-        quantization: name of a quant method, or None.
+        quantization: name of a quantisation (`moetor.quant_config.PRESETS`) or of a quant method,
+            a `QuantConfig`, or None. Every block is proved unquantised first; then the experts of
+            one block after the other are quantised, and their originals released for good.
         verify: compare every replacement with its original on random input; `sample` compares one
             of each form, which is enough where the weights have been compared by other means.
         runner: how the layers are driven; its `kernel` must be left at `auto`, or agree with
@@ -144,12 +157,40 @@ def fuse(
                 "level='auto' to leave it as it is; nothing was changed"
             )
         reports.append(left_alone_report(path, block, reason))
+    quant = quant_config(options.quantization)
+    if quant is not None:
+        for replacement in replacements:
+            check_quantizable(replacement.module, replacement.path, quant)
     for replacement in replacements:
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
     spread = None if parallel is None else parallelize(model, parallel)
+    if quant is not None and replacements:
+        _quantize(model, replacements, reports, quant)
     return FusionReport(reports, spread)
+
+
+def _quantize(
+    model: nn.Module,
+    replacements: list[Replacement],
+    reports: list[BlockReport],
+    quant: QuantConfig,
+) -> None:
+    """Quantises the experts of every replacement, and writes it into the reports."""
+    model.save_pretrained = RefuseToSave()  # type: ignore[assignment]  # its own would be wrong
+    lines = iter([n for n, report in enumerate(reports) if report.level != "none"])
+    for replacement in replacements:
+        place = next(lines)
+        done = quantize_module(replacement.module, replacement.path, quant)
+        reports[place] = replace(
+            reports[place],
+            kernel=done.kernel,
+            refusals=replacement.module.routed_experts.kernel_choice.refusals,
+            quantization=done.name,
+            quantization_error=done.error,
+            expert_bytes=(done.bytes_before, done.bytes_after),
+        )
 
 
 def unfuse(model: nn.Module) -> int:
@@ -157,8 +198,17 @@ def unfuse(model: nn.Module) -> int:
 
     Returns:
         The number of modules restored; 0 for a model that is not fused.
+
+    Raises:
+        FusionError: experts were quantised, which released their originals; nothing is changed.
     """
     fused = fused_modules(model)
+    for path, module in fused:
+        if isinstance(module.routed_experts, QuantizedExperts):
+            raise FusionError(
+                f"the experts of {path!r} were quantised ({module.routed_experts.method.name}) and "
+                "their original weights released; load the model again to have it unfused"
+            )
     for path, module in fused:
         _put(model, path, module.restore())
     return len(fused)
@@ -178,7 +228,7 @@ def _check_options(
     model: nn.Module,
     level: str,
     kernel: str,
-    quantization: str | None,
+    quantization: str | QuantConfig | None,
     verify: VerifyMode,
     runner: RunnerConfig | None,
 ) -> FuseOptions:
@@ -213,7 +263,7 @@ def _check_options(
     )
 
 
-def check_request(level: str, kernel: str, quantization: str | None) -> None:
+def check_request(level: str, kernel: str, quantization: str | QuantConfig | None) -> None:
     """Refuses names that mean nothing, before anything is read or built.
 
     Raises:
@@ -226,10 +276,7 @@ def check_request(level: str, kernel: str, quantization: str | None) -> None:
         raise KernelRefusedError(
             f"unknown kernel {kernel!r}; the kernels are {', '.join(kernel_names())}"
         )
-    if quantization is not None and quantization not in METHODS:
-        raise ConfigError(
-            f"quantization={quantization!r} is not known; possible: None, {', '.join(METHODS)}"
-        )
+    quant_config(quantization)
 
 
 def _prepare(
@@ -246,7 +293,7 @@ def _prepare(
             path,
             block,
             experts_name,
-            quantization=options.quantization,
+            quantization=options.method,
             runner=options.runner,
             hint=hint,
         )
@@ -286,9 +333,9 @@ def _prepare_experts(
     config = recognise_experts(original)
     if not isinstance(config, Unrecognised) and "forward" in original.__dict__:
         config = Unrecognised("their forward is wrapped by a hook")
-    if not isinstance(config, Unrecognised) and options.quantization is not None:
+    if not isinstance(config, Unrecognised) and options.method is not None:
         raise ConfigError(
-            f"block {path!r} can only be fused at level 'experts', which takes no quantization: "
+            f"block {path!r} can only be fused at level 'experts', which takes no quant method: "
             f"{why}"
         )
     if isinstance(config, Unrecognised):
@@ -308,7 +355,7 @@ def _prepare_experts(
             raise
         reason = f"{why}; its experts are not called as (hidden, ids, weights): {failure}"
         return None, left_alone_report(path, block, reason)
-    choice = kernel_choice(fused.routed_experts)
+    choice = fused.routed_experts.kernel_choice
     return Replacement(experts_path, fused), BlockReport(
         name=path,
         family_block=type(block).__name__,
@@ -318,6 +365,7 @@ def _prepare_experts(
         reason=why,
         max_error=error,
         refusals=choice.refusals,
+        num_experts=config.num_experts,
     )
 
 
@@ -333,24 +381,23 @@ def top_k_of(block: nn.Module, num_experts: int) -> int:
     return 1
 
 
-def kernel_choice(experts: Experts) -> KernelChoice:
-    """The kernel of these experts on their present device and dtype, with the refusals before
-    it.
-    """
-    up = experts.weights.gate_up
-    return experts.method.choice(experts.config, experts.top_k, up.device, up.dtype)
-
-
 def left_alone_report(path: str, block: nn.Module, reason: str) -> BlockReport:
     """The line of a block that stays as it is."""
-    return BlockReport(name=path, family_block=type(block).__name__, level="none", reason=reason)
+    packed = (module for module in block.modules() if is_experts(module))
+    return BlockReport(
+        name=path,
+        family_block=type(block).__name__,
+        level="none",
+        reason=reason,
+        num_experts=sum(module.get_parameter("down_proj").shape[0] for module in packed),
+    )
 
 
 def block_report(
     path: str, block: nn.Module, fused: FusedMoEBlock, error: float | None
 ) -> BlockReport:
     """The line of a block fused whole."""
-    choice = kernel_choice(fused.routed_experts)
+    choice = fused.routed_experts.kernel_choice
     return BlockReport(
         name=path,
         family_block=type(block).__name__,
@@ -359,4 +406,5 @@ def block_report(
         kernel=choice.kernel.name,
         max_error=error,
         refusals=choice.refusals,
+        num_experts=fused.routed_experts.config.num_experts,
     )

@@ -5,9 +5,9 @@ Shape letters: T tokens, K top_k, E router logits, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ from moetor.layer import ops
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
 from moetor.layer.moe import ChildNames, LayerParts, MoELayer
+from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.layer.routing.router import as_routing
 from moetor.layer.runner import make_runner
 from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
 from moetor.parallel.layout import LayerLayout
+from moetor.quant_config import QuantConfig
 from moetor.quantization.method import make_method
 
 Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits", "hidden_and_state"]
@@ -310,6 +312,17 @@ class FusedMoEBlock(MoELayer):
         """Lets go of the original block, and of the weights that this rank does not keep."""
         self.__dict__["_original"] = None
 
+    def take_quantized(self, experts: QuantizedExperts, quant: QuantConfig) -> None:
+        """Puts quantised experts in the place of the present ones, and lets go of the original
+        block and its weights.
+        """
+        original: nn.Module | None = self.__dict__["_original"]
+        if original is not None:
+            release(original.get_submodule(self.names.experts))
+        self.forget_original()
+        self.add_module(self.names.experts, experts)
+        self.config = replace(self.config, quantization=quant)
+
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
         original: nn.Module = _kept(self.__dict__["_original"])
@@ -343,11 +356,8 @@ class FusedExperts(nn.Module):
         method = make_method(None, runner.kernel, batch_invariant=runner.batch_invariant)
         experts = Experts(config, method, top_k, weights=experts_weights(original))
         adopt_post_norm(experts, original)
-        # In __dict__, not as a submodule: the parameters are registered here, without a prefix.
-        self.__dict__["_experts"] = experts
+        self._hold(experts)
         self.__dict__["_original"] = original
-        self._parameters = experts._parameters
-        self._modules = experts._modules
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.parallel: LayerLayout | None = None
         self.runner = make_runner(runner)
@@ -380,6 +390,26 @@ class FusedExperts(nn.Module):
         """Lets go of the original module, and of the weights that this rank does not keep."""
         self.__dict__["_original"] = None
 
+    def take_quantized(self, experts: QuantizedExperts, quant: QuantConfig) -> None:
+        """Puts quantised experts in the place of the present ones, and lets go of the original
+        module and its weights.
+        """
+        if self.__dict__["_original"] is not None:
+            release(self.__dict__["_original"])
+        self.forget_original()
+        self._hold(experts)
+
+    def _hold(self, experts: Experts) -> None:
+        # In __dict__, not as a submodule: the parameters are registered here, without a prefix.
+        self.__dict__["_experts"] = experts
+        self._parameters = experts._parameters
+        self._modules = experts._modules
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedExperts:
+        """Moves and casts as the experts do, whose parameters these are."""
+        self.routed_experts._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def restore(self) -> nn.Module:
         """The original module, with the tensors that this one holds now."""
         original: nn.Module = _kept(self.__dict__["_original"])
@@ -411,6 +441,12 @@ def _kept(original: nn.Module | None) -> nn.Module:
             "again to have it unfused"
         )
     return original
+
+
+def release(original: nn.Module) -> None:
+    """Frees the parameters of an experts module that quantised ones have replaced."""
+    for name in original._parameters:
+        original._parameters[name] = None
 
 
 def hand_back_tensors(holder: nn.Module, original: nn.Module) -> None:

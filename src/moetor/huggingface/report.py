@@ -27,6 +27,11 @@ class BlockReport:
         max_error: largest deviation from the original on random input, relative to its largest
             output; None where nothing was compared.
         refusals: the preferred kernels that do not run here, with their reasons.
+        num_experts: routed experts of the block; 0 where they are not packed and were not counted.
+        quantization: name of the experts' quantisation, None where their weights are as they were.
+        quantization_error: norm of the deviation that quantising made in the routed output on
+            random input, over the norm of that output.
+        expert_bytes: of the experts' weights, as they were and as they are.
     """
 
     name: str
@@ -37,6 +42,10 @@ class BlockReport:
     reason: str = ""
     max_error: float | None = None
     refusals: tuple[Refusal, ...] = ()
+    num_experts: int = 0
+    quantization: str | None = None
+    quantization_error: float | None = None
+    expert_bytes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,10 +121,12 @@ class FusionReport:
     Attributes:
         blocks: one by one.
         parallel: how the model was spread over ranks, where it was.
+        weight_bytes: of all the model's weights, as `explain` predicts them; None after `fuse`.
     """
 
     blocks: list[BlockReport]
     parallel: ParallelReport | None = None
+    weight_bytes: int | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -126,10 +137,31 @@ class FusionReport:
         """Number of blocks at this level."""
         return sum(block.level == level for block in self.blocks)
 
+    @property
+    def quantized(self) -> str | None:
+        """How many experts were quantised and what it saved, in one line; None where none was
+        asked for.
+        """
+        done = [block for block in self.blocks if block.quantization is not None]
+        if not done:
+            return None
+        total = sum(block.num_experts for block in self.blocks)
+        before, after = (
+            sum(block.expert_bytes[place] for block in done if block.expert_bytes) / 2**30
+            for place in (0, 1)
+        )
+        names = ", ".join(dict.fromkeys(str(block.quantization) for block in done))
+        return (
+            f"experts: {sum(block.num_experts for block in done)} of {total} quantised ({names}), "
+            f"{before:.3g} -> {after:.3g} GiB"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
         told: dict[str, Any] = {
             "kernels": list(self.kernels),
+            "quantized": self.quantized,
+            "weight_bytes": self.weight_bytes,
             "blocks": [asdict(block) for block in self.blocks],
         }
         if self.parallel is not None:
@@ -165,6 +197,7 @@ class FusionReport:
         notes = [f"kernel {item.kernel} not used: it {item.reason}" for item in refused]
         if self.parallel is not None:
             notes.append(str(self.parallel))
+        notes += [] if self.quantized is None else [self.quantized]
         return "\n".join(
             [*(line.rstrip() for line in lines), f"{len(self.blocks)} MoE blocks: {total}", *notes]
         )

@@ -4,6 +4,7 @@ its perplexity.
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -20,11 +21,22 @@ from moetor.huggingface.fusing import FuseLevel, Progress, check_request, fuse, 
 from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
 from moetor.huggingface.report import BlockReport
 from moetor.huggingface.trial import relative_error, tolerance
+from moetor.quant_config import QuantConfig
+from moetor.quantization.method import quant_config
 
 # Tokens of the comparison of logits, and of the demo's perplexity.
 LOGITS_TOKENS = 32
 PERPLEXITY_TOKENS = 4096
 PERPLEXITY_WINDOW = 512
+# The factor by which a number format may raise the demo's perplexity.
+PERPLEXITY_LIMITS: dict[str, float] = {
+    "fp8": 1.01,
+    "int8": 1.01,
+    "mxfp8": 1.01,
+    "int4": 1.03,
+    "nvfp4": 1.05,
+    "mxfp4": 1.05,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +46,8 @@ class BlockCheck:
     Attributes:
         max_error: largest deviation over the largest original output; None where nothing was
             compared.
+        quantization_error: what quantising its experts did to their output on random input, by the
+            norm; None where they were not quantised.
         note: why the block is not at level `block`, or what is wrong.
     """
 
@@ -44,6 +58,7 @@ class BlockCheck:
     tolerance: float
     ok: bool
     note: str = ""
+    quantization_error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,25 +68,43 @@ class VerifyReport:
     Attributes:
         logits_error: largest deviation of the logits over the largest original logit; in half
             precision that of the median token.
-        logits_tolerance: what the dtype allows after all layers.
+        logits_tolerance: what the dtype allows after all layers; None for quantised experts, whose
+            error is no rounding error of the dtype.
         non_finite: parameters and buffers that hold NaN or infinity.
         perplexity: of the demo's held-out text, original and fused; None for other models.
+        quantized: how many experts were quantised, and from how many bytes to how many.
+        perplexity_limit: by which factor quantised experts may raise the demo's perplexity.
     """
 
     blocks: tuple[BlockCheck, ...]
     logits_error: float
-    logits_tolerance: float
+    logits_tolerance: float | None
     non_finite: tuple[str, ...]
     perplexity: tuple[float, float] | None
+    quantized: str | None = None
+    perplexity_limit: float | None = None
+
+    @property
+    def logits_ok(self) -> bool:
+        """Whether the logits agree; of quantised experts they need only be finite."""
+        limit = math.inf if self.logits_tolerance is None else self.logits_tolerance
+        return self.logits_error <= limit and (
+            self.logits_tolerance is not None or math.isfinite(self.logits_error)
+        )
+
+    @property
+    def perplexity_ok(self) -> bool:
+        """Whether the perplexity is within its limit, where there is one."""
+        if self.perplexity is None or self.perplexity_limit is None:
+            return True
+        original, fused = self.perplexity
+        return fused <= original * self.perplexity_limit
 
     @property
     def ok(self) -> bool:
         """Whether everything agrees and every weight is finite."""
-        return (
-            all(block.ok for block in self.blocks)
-            and self.logits_error <= self.logits_tolerance
-            and not self.non_finite
-        )
+        blocks = all(block.ok for block in self.blocks)
+        return blocks and self.logits_ok and self.perplexity_ok and not self.non_finite
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -83,6 +116,7 @@ def verify(
     *,
     level: FuseLevel = "auto",
     kernel: str = "auto",
+    quantization: str | QuantConfig | None = None,
     dtype: str = "auto",
     device: str = "auto",
     revision: str | None = None,
@@ -93,13 +127,17 @@ def verify(
 
     Args:
         model: a folder, a hub id, `demo`, or a live Transformers model that is not fused.
+        quantization: as for `fuse`. Blocks are compared before their experts are quantised; the
+            report adds what quantising did to each, and to the logits and the perplexity. A live
+            model is copied first, since quantising releases the original weights.
 
     Raises:
         CheckpointError: the model cannot be loaded.
         FusionError: a live model is fused already or in training mode.
         KernelRefusedError: the kernel is unknown or refuses.
     """
-    check_request(level, kernel, None)
+    check_request(level, kernel, quantization)
+    quant = quant_config(quantization)
     if isinstance(model, str):
         live: nn.Module = load_model(
             model,
@@ -109,24 +147,31 @@ def verify(
             trust_remote_code=trust_remote_code,
         )
     else:
-        live = model
+        live = model if quant is None else copy.deepcopy(model)
     measured = _Measured(live, _demo_ids(live) if model == DEMO else None)
     limit = tolerance(next(live.parameters()).dtype)
+    bad_weights = non_finite(live)
     try:
-        report = fuse(live, level=level, kernel=kernel, progress=progress)
+        report = fuse(
+            live, level=level, kernel=kernel, quantization=quantization, progress=progress
+        )
     except FusionMismatchError as mismatch:
-        return _mismatch_report(str(mismatch), limit, non_finite(live))
+        return _mismatch_report(str(mismatch), limit, bad_weights)
     try:
         error, perplexities = measured.compare(live)
     finally:
-        unfuse(live)
+        if report.quantized is None:
+            unfuse(live)
+    # Layers add their errors, and each layer's error passes through the next ones.
+    logits_limit = limit * max(1, len(report.blocks)) ** 0.5
     return VerifyReport(
         blocks=tuple(_check(block, limit) for block in report.blocks),
         logits_error=error,
-        # Layers add their errors, and each layer's error passes through the next ones.
-        logits_tolerance=limit * max(1, len(report.blocks)) ** 0.5,
-        non_finite=non_finite(live),
+        logits_tolerance=logits_limit if report.quantized is None else None,
+        non_finite=bad_weights,
         perplexity=perplexities,
+        quantized=report.quantized,
+        perplexity_limit=None if quant is None else PERPLEXITY_LIMITS[quant.format],
     )
 
 
@@ -156,6 +201,7 @@ def _check(block: BlockReport, limit: float) -> BlockCheck:
         tolerance=limit,
         ok=block.max_error is None or block.max_error <= limit,
         note=block.reason,
+        quantization_error=block.quantization_error,
     )
 
 

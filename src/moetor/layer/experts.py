@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, RouterConfig
 from moetor.errors import ConfigError, UnsupportedError
-from moetor.kernels.base import ExpertWeights
+from moetor.kernels.base import ExpertWeights, Weights
 from moetor.kernels.routing import Routing
+from moetor.kernels.select import KernelChoice
 from moetor.parallel.shard import ExpertShard
 from moetor.quantization.method import ModularMethod, MonolithicMethod
 
@@ -55,8 +56,8 @@ class Experts(nn.Module):
         self.config = config
         self.method = method
         self.top_k = top_k
-        made = weights if weights is not None else self._new_weights(config, device, dtype)
-        self._check_shapes(config, made)
+        made = weights if weights is not None else self.new_weights(config, device, dtype)
+        self.check_shapes(config, made)
         up = self.up_name
         self.register_parameter(up, _as_parameter(made.gate_up))
         self.register_parameter("down_proj", _as_parameter(made.down))
@@ -100,7 +101,7 @@ class Experts(nn.Module):
         key = (shard, *(self._parameters[name] for name in names))
         if key not in taken:
             part = shard.take(self.weights, self.config)
-            self._check_shapes(shard.config(self.config), part)
+            self.check_shapes(shard.config(self.config), part)
             kept = (part.gate_up, part.down, part.gate_up_bias, part.down_bias)
             taken[key] = tuple(_as_parameter(tensor) for tensor in kept)
         self._parameters.update(zip(names, taken[key], strict=True))
@@ -112,7 +113,7 @@ class Experts(nn.Module):
         """
         self.register_parameter("post_norm", None)
         self.add_module(POST_NORM_NAME, norm)
-        self._post_norm_offset = offset
+        self.post_norm_offset = offset
 
     def _post_norm_weight(self) -> Tensor | None:
         norm = self._modules.get(POST_NORM_NAME)
@@ -120,13 +121,32 @@ class Experts(nn.Module):
             return _detached(self.post_norm)
         weight = norm.weight
         assert isinstance(weight, Tensor), "recognised as a norm with a weight"
-        return weight.detach() + self._post_norm_offset
+        return weight.detach() + self.post_norm_offset
+
+    @property
+    def kernel_weights(self) -> Weights:
+        """The parameters, as the method's kernel takes them."""
+        return self.weights
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self.down_proj.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states that they expect."""
+        return self.down_proj.dtype
+
+    @property
+    def kernel_choice(self) -> KernelChoice:
+        """The kernel on the present device and dtype, with the refusals before it."""
+        return self.method.choice(self.config, self.top_k, self.device, self.dtype)
 
     @property
     def kernel_name(self) -> str:
-        """Name of the kernel that these experts run with, on their present device and dtype."""
-        up: Tensor = getattr(self, self.up_name)
-        return self.method.choice(self.config, self.top_k, up.device, up.dtype).kernel.name
+        """Name of that kernel."""
+        return self.kernel_choice.kernel.name
 
     def run(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the routed experts, [T, H].
@@ -139,7 +159,7 @@ class Experts(nn.Module):
                 f"quant method {self.method.name!r} is monolithic: it routes inside its kernel and "
                 "cannot take a routing made elsewhere; use a modular method"
             )
-        return self.method.apply(hidden_TH, routing, self.weights, self.config)
+        return self.method.apply(hidden_TH, routing, self.kernel_weights, self.config)
 
     def run_logits(
         self,
@@ -151,7 +171,7 @@ class Experts(nn.Module):
         """The same from router logits, for a monolithic method."""
         assert isinstance(self.method, MonolithicMethod), "asked by a runner that looked"
         return self.method.apply(
-            hidden_TH, logits_TE, router, selection_bias, self.weights, self.config
+            hidden_TH, logits_TE, router, selection_bias, self.kernel_weights, self.config
         )
 
     def forward(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
@@ -160,14 +180,15 @@ class Experts(nn.Module):
 
     def workspace_bytes_per_token(self) -> int:
         """Temporary memory of a call per token, on the present device and dtype."""
-        up: Tensor = getattr(self, self.up_name)
-        choice = self.method.choice(self.config, self.top_k, up.device, up.dtype)
-        return choice.kernel.workspace_bytes_per_token(self.config, self.top_k, up.dtype)
+        kernel = self.kernel_choice.kernel
+        return kernel.workspace_bytes_per_token(self.config, self.top_k, self.dtype)
 
     @staticmethod
-    def _new_weights(
+    def new_weights(
         config: ExpertsConfig, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> ExpertWeights:
+        """Random weights, as a new module has them."""
+
         def normal(shape: tuple[int, ...], fan_in: int) -> Tensor:
             drawn: Tensor = torch.randn(shape, device=device, dtype=dtype).mul_(fan_in**-0.5)
             return drawn
@@ -185,7 +206,12 @@ class Experts(nn.Module):
         )
 
     @staticmethod
-    def _check_shapes(config: ExpertsConfig, weights: ExpertWeights) -> None:
+    def check_shapes(config: ExpertsConfig, weights: ExpertWeights) -> None:
+        """Compares tensors with the form.
+
+        Raises:
+            ConfigError: a shape that the form does not have.
+        """
         expected: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
             "gate_up": (weights.gate_up, config.gate_up_shape),
             "down": (weights.down, config.down_shape),

@@ -17,19 +17,20 @@ from torch import Tensor, nn
 
 from moetor.config import MoEConfig, RouterConfig, SharedExpertsOrder
 from moetor.errors import ConfigError, InputError, UnsupportedError
-from moetor.kernels.base import ExpertWeights
+from moetor.kernels.base import ExpertWeights, Weights, unquantized
 from moetor.kernels.gate import gate_product
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.routing import Routing
 from moetor.layer.context import get_forward_context, register_layer
 from moetor.layer.experts import Experts
+from moetor.layer.quantized_experts import make_experts
 from moetor.layer.routing.router import CustomRouter, Router, RouterFunction
 from moetor.layer.runner import make_runner
 from moetor.layer.shared_experts import GatedMLP, SharedExperts
 from moetor.layer.token_split import TokenSplit
 from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
 from moetor.parallel.layout import LayerLayout
-from moetor.quantization.method import MonolithicMethod, make_method
+from moetor.quantization.method import MonolithicMethod
 
 _ORDERS_OF_THE_OP = (
     SharedExpertsOrder.INTERNAL_OVERLAPPED,
@@ -92,7 +93,7 @@ class LayerParts:
     """Existing modules to build a layer from; whatever is None is made from the configuration."""
 
     gate: nn.Module | None = None
-    experts: ExpertWeights | None = None
+    experts: Weights | None = None
     shared: nn.Module | None = None
     shared_gate: nn.Module | None = None
     input_transform: nn.Module | None = None
@@ -308,11 +309,27 @@ class MoELayer(nn.Module):
             gate or Gate(config.hidden_size, config.router, bias=config.gate_bias, **made),
         )
 
-    def _add_experts(self, weights: ExpertWeights | None, made: dict[str, Any]) -> None:
+    def _add_experts(self, weights: Weights | None, made: dict[str, Any]) -> None:
         config, runner = self.config, self.config.runner
-        method = make_method(
-            config.quantization, runner.kernel, batch_invariant=runner.batch_invariant
+        form = config.experts
+        multiple = runner.hidden_multiple
+        padded = -(-form.hidden_size // multiple) * multiple
+        if padded != form.hidden_size:
+            if form.post_norm_eps is not None:
+                raise ConfigError("a post-expert norm cannot run on a padded hidden size")
+            plain = unquantized(weights or Experts.new_weights(form, **made))
+            weights = pad_hidden(plain, form.transposed, padded)
+            form = replace(form, hidden_size=padded)
+        experts = make_experts(
+            form,
+            config.quantization,
+            config.router.top_k,
+            kernel=runner.kernel,
+            batch_invariant=runner.batch_invariant,
+            weights=weights,
+            **made,
         )
+        method = experts.method
         if isinstance(method, MonolithicMethod):
             if isinstance(self.token_router, CustomRouter) or config.router.num_zero_experts:
                 raise ConfigError(
@@ -321,15 +338,6 @@ class MoELayer(nn.Module):
                 )
             if self.dispatcher.communicates:
                 raise ConfigError(f"quant method {method.name!r} cannot be dispatched over ranks")
-        multiple = runner.hidden_multiple
-        padded = -(-config.experts.hidden_size // multiple) * multiple
-        form = replace(config.experts, hidden_size=padded)
-        if padded != config.experts.hidden_size:
-            if config.experts.post_norm_eps is not None:
-                raise ConfigError("a post-expert norm cannot run on a padded hidden size")
-            weights = weights or Experts._new_weights(config.experts, **made)
-            weights = pad_hidden(weights, config.experts.transposed, padded)
-        experts = Experts(form, method, config.router.top_k, weights=weights, **made)
         self.add_module(self.names.experts, experts)
         if runner.kernel != "auto":
             _ = experts.kernel_name  # refuses now, not at the first token

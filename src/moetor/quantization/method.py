@@ -7,23 +7,28 @@ inside its kernel. Shape letters: T tokens, K top_k, E experts, H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig, RouterConfig
-from moetor.errors import ConfigError
-from moetor.kernels.base import ExpertWeights, KernelQuery
+from moetor.kernels.base import KernelQuery, Weights
 from moetor.kernels.routing import Routing
 from moetor.kernels.select import KernelChoice, select_kernel, select_router
+from moetor.quant_config import QuantConfig, find_quantization
 
 
 class QuantMethod(ABC):
-    """What both kinds share: a weight format and a choice of kernel."""
+    """What both kinds share: a weight format and a choice of kernel.
 
-    name: ClassVar[str]
-    weight_format: ClassVar[str]
+    Attributes:
+        name: how reports call it.
+        weight_format, activation_format: as in a `KernelQuery`.
+    """
+
+    name: str
+    weight_format: str = "unquantized"
+    activation_format: str = "unquantized"
 
     def __init__(self, kernel: str = "auto", *, batch_invariant: bool = False) -> None:
         self.requested_kernel = kernel
@@ -40,6 +45,7 @@ class QuantMethod(ABC):
             experts=config,
             top_k=top_k,
             weight_format=self.weight_format,
+            activation_format=self.activation_format,
             batch_invariant=self.batch_invariant,
         )
 
@@ -60,39 +66,10 @@ class QuantMethod(ABC):
 class ModularMethod(QuantMethod):
     """The router has routed; the kernel gets weights and ids."""
 
-    @abstractmethod
     def apply(
-        self, hidden_TH: Tensor, routing: Routing, weights: ExpertWeights, config: ExpertsConfig
+        self, hidden_TH: Tensor, routing: Routing, weights: Weights, config: ExpertsConfig
     ) -> Tensor:
         """Weighted sum of the chosen experts, [T, H] in the dtype of `hidden_TH`."""
-
-
-class MonolithicMethod(QuantMethod):
-    """The kernel gets the router logits and routes inside."""
-
-    @abstractmethod
-    def apply(
-        self,
-        hidden_TH: Tensor,
-        logits_TE: Tensor,
-        router: RouterConfig,
-        selection_bias: Tensor | None,
-        weights: ExpertWeights,
-        config: ExpertsConfig,
-    ) -> Tensor:
-        """Weighted sum of the experts that `router` chooses, [T, H] in the dtype of `hidden_TH`."""
-
-
-class UnquantizedMethod(ModularMethod):
-    """Weights in the hidden states' dtype."""
-
-    name = "unquantized"
-    weight_format = "unquantized"
-
-    def apply(
-        self, hidden_TH: Tensor, routing: Routing, weights: ExpertWeights, config: ExpertsConfig
-    ) -> Tensor:
-        """See `ModularMethod.apply`."""
         top_k = routing.topk_ids.shape[1]
         kernel = self.choice(config, top_k, hidden_TH.device, hidden_TH.dtype).kernel
         return kernel(
@@ -105,12 +82,56 @@ class UnquantizedMethod(ModularMethod):
         )
 
 
+class MonolithicMethod(QuantMethod):
+    """The kernel gets the router logits and routes inside."""
+
+    @abstractmethod
+    def apply(
+        self,
+        hidden_TH: Tensor,
+        logits_TE: Tensor,
+        router: RouterConfig,
+        selection_bias: Tensor | None,
+        weights: Weights,
+        config: ExpertsConfig,
+    ) -> Tensor:
+        """Weighted sum of the experts that `router` chooses, [T, H] in the dtype of `hidden_TH`."""
+
+
+class UnquantizedMethod(ModularMethod):
+    """Weights in the hidden states' dtype."""
+
+    name = "unquantized"
+
+
+class QuantizedMethod(ModularMethod):
+    """Weights in one of the formats of `moetor.kernels.formats`.
+
+    Args:
+        weight_format, activation_format: as in a `KernelQuery`.
+        name: how reports call it; the weight format's name where there is none.
+    """
+
+    def __init__(
+        self,
+        weight_format: str,
+        activation_format: str,
+        kernel: str = "auto",
+        *,
+        name: str | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        super().__init__(kernel, batch_invariant=batch_invariant)
+        self.weight_format = weight_format
+        self.activation_format = activation_format
+        self.name = name or weight_format
+
+
 class UnquantizedMonolithicMethod(MonolithicMethod):
     """The same arithmetic behind one call that takes router logits: on a GPU a routing launch and
     the experts' launches, with nothing between them."""
 
     name = "unquantized_monolithic"
-    weight_format = "unquantized"
 
     def apply(
         self,
@@ -118,7 +139,7 @@ class UnquantizedMonolithicMethod(MonolithicMethod):
         logits_TE: Tensor,
         router: RouterConfig,
         selection_bias: Tensor | None,
-        weights: ExpertWeights,
+        weights: Weights,
         config: ExpertsConfig,
     ) -> Tensor:
         """See `MonolithicMethod.apply`."""
@@ -138,19 +159,36 @@ class UnquantizedMonolithicMethod(MonolithicMethod):
 METHODS: dict[str, type[UnquantizedMethod] | type[UnquantizedMonolithicMethod]] = {
     method.name: method for method in (UnquantizedMethod, UnquantizedMonolithicMethod)
 }
+"""Methods that leave weights as they are, by name."""
+
+
+def quant_config(quantization: str | QuantConfig | None) -> QuantConfig | None:
+    """The quantisation that is asked for; None where weights stay as they are.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if quantization is None or quantization in METHODS:
+        return None
+    return find_quantization(quantization)
 
 
 def make_method(
-    quantization: str | None, kernel: str, *, batch_invariant: bool
+    quantization: str | QuantConfig | None, kernel: str, *, batch_invariant: bool
 ) -> ModularMethod | MonolithicMethod:
-    """The method named `quantization` (None: unquantized).
+    """The method for `quantization` (None: unquantized).
 
     Raises:
-        ConfigError: no method has this name.
+        ConfigError: no method and no quantisation has this name.
     """
-    name = quantization or UnquantizedMethod.name
-    if name not in METHODS:
-        raise ConfigError(
-            f"quantization={quantization!r} is not known; possible: None, {', '.join(METHODS)}"
+    config = quant_config(quantization)
+    if config is not None:
+        return QuantizedMethod(
+            config.weight_format,
+            config.activation_format,
+            kernel,
+            name=config.name,
+            batch_invariant=batch_invariant,
         )
+    name = UnquantizedMethod.name if quantization is None else str(quantization)
     return METHODS[name](kernel, batch_invariant=batch_invariant)
