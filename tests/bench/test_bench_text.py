@@ -192,7 +192,7 @@ def test_throughput(folder: str) -> None:
         (["throughput", "--num-prompts", "0"], 2, "--num-prompts 0"),
         (["throughput", "--backend", "vllm"], 2, "generate"),
         (["throughput", "--rounds", "0"], 2, "--rounds 0"),
-        (["latency", "no/such"], 1, "no/such"),
+        (["latency", "./no/such"], 1, "no/such"),
     ],
 )
 def test_bad_usage(
