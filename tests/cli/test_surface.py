@@ -90,6 +90,15 @@ SURFACE: dict[str, dict[str, object]] = {
         "--plot": None,
         "--debug": False,
     },
+    "tune": {
+        "--shape": ("qwen3-30b-a3b",),
+        "--tokens": (1, 4, 16, 64, 256, 1024, 4096),
+        "--dtype": "bfloat16",
+        "--seconds": 60.0,
+        "--again": False,
+        "--seed": 0,
+        "--debug": False,
+    },
     "bench latency": TEXT_BENCH | {"--batch-size": (1,)},
     "bench throughput": TEXT_BENCH | {"--num-prompts": 64, "--batch-size": 32},
 }

@@ -174,3 +174,14 @@ def test_triton_routes_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = select_router(config, "cuda", torch.float32)
     select_router.cache_clear()
     assert (choice.name, choice.route, choice.refusal) == ("triton", triton_routing.route, None)
+
+
+def test_what_a_kernel_says_of_a_case_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tuned(Stub):
+        def note(self, query: KernelQuery) -> str | None:
+            return f"tuned for K={query.top_k}"
+
+    monkeypatch.setattr(select, "KERNELS", (Tuned("fast", None), Stub("other", None)))
+    assert select_kernel(QUERY).note == "tuned for K=2"
+    assert select_kernel(QUERY, "fast").note == "tuned for K=2"
+    assert select_kernel(QUERY, "other").note is None

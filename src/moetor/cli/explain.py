@@ -56,6 +56,8 @@ def run(options: ExplainOptions) -> int:
     for name, one in groups:
         for refusal in one.refusals:
             print(f"kernel {refusal.kernel} not used in {name}: it {refusal.reason}")
+        if one.kernel_note is not None:
+            print(f"kernel {one.kernel} in {name}: {one.kernel_note}")
     if report.quantized is not None:
         print(report.quantized)
     if report.weight_bytes is not None:
@@ -77,6 +79,7 @@ def group_blocks(blocks: Sequence[BlockReport]) -> list[tuple[str, BlockReport]]
             block.router,
             block.reason,
             block.refusals,
+            block.kernel_note,
             block.quantization,
         )
         layers = groups.setdefault(same, (block, []))[1]

@@ -80,6 +80,13 @@ COMMANDS = (
         ),
     ),
     Command(
+        words=("tune",),
+        module="moetor.cli.tune",
+        options="TuneOptions",
+        summary="measure the fastest tiles of the GPU kernels for a layer, and keep them",
+        examples=("moetor tune --shape olmoe", "moetor tune --shape 64,8,2048,1024 --tokens 1,16"),
+    ),
+    Command(
         words=("bench", "layer"),
         module="moetor.cli.bench",
         options="LayerBenchOptions",

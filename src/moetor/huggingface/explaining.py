@@ -137,6 +137,7 @@ class _Explainer:
                     kernel=choice.kernel.name,
                     refusals=choice.refusals,
                     **self._experts(plan.config.experts),
+                    kernel_note=choice.note,
                 )
             why = plan.reason
             if self.level == "block":
@@ -163,6 +164,7 @@ class _Explainer:
             reason=why,
             refusals=choice.refusals,
             **self._experts(config),
+            kernel_note=choice.note,
         )
 
     def _choice(self, config: ExpertsConfig, top_k: int) -> KernelChoice:

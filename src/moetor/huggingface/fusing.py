@@ -366,6 +366,7 @@ def _prepare_experts(
         max_error=error,
         refusals=choice.refusals,
         num_experts=config.num_experts,
+        kernel_note=choice.note,
     )
 
 
@@ -407,4 +408,5 @@ def block_report(
         max_error=error,
         refusals=choice.refusals,
         num_experts=fused.routed_experts.config.num_experts,
+        kernel_note=choice.note,
     )

@@ -32,6 +32,7 @@ class BlockReport:
         quantization_error: norm of the deviation that quantising made in the routed output on
             random input, over the norm of that output.
         expert_bytes: of the experts' weights, as they were and as they are.
+        kernel_note: what the kernel says of how it runs the block, such as being tuned; or None.
     """
 
     name: str
@@ -46,6 +47,7 @@ class BlockReport:
     quantization: str | None = None
     quantization_error: float | None = None
     expert_bytes: tuple[int, int] | None = None
+    kernel_note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,6 +197,8 @@ class FusionReport:
         )
         refused = dict.fromkeys(refusal for block in self.blocks for refusal in block.refusals)
         notes = [f"kernel {item.kernel} not used: it {item.reason}" for item in refused]
+        said = {block.kernel_note: block.kernel for block in self.blocks if block.kernel_note}
+        notes += [f"kernel {kernel} is {note}" for note, kernel in said.items()]
         if self.parallel is not None:
             notes.append(str(self.parallel))
         notes += [] if self.quantized is None else [self.quantized]

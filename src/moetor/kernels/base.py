@@ -105,6 +105,10 @@ class ExpertsKernel(ABC):
             float32 in a fixed order, and the sum is rounded once.
         """
 
+    def note(self, query: KernelQuery) -> str | None:
+        """What a person should know of how `query` runs, as half a sentence, or None."""
+        return None
+
     @abstractmethod
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype

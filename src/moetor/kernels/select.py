@@ -40,10 +40,16 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class KernelChoice:
-    """The answer: the kernel, and the preferred ones that refused."""
+    """The answer.
+
+    Attributes:
+        refusals: the preferred kernels that refused.
+        note: what the kernel says of how it runs the case, as half a sentence, or None.
+    """
 
     kernel: ExpertsKernel
     refusals: tuple[Refusal, ...]
+    note: str | None = None
 
 
 def kernel_names() -> tuple[str, ...]:
@@ -70,7 +76,7 @@ def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
     if requested != "auto":
         for kernel, why in answers:
             if kernel.name == requested and why is None:
-                return KernelChoice(kernel, ())
+                return KernelChoice(kernel, (), kernel.note(query))
             if kernel.name == requested:
                 others = ", ".join(kernel.name for kernel in able) or "none"
                 raise KernelRefusedError(
@@ -82,7 +88,8 @@ def select_kernel(query: KernelQuery, requested: str = "auto") -> KernelChoice:
         raise KernelRefusedError(f"no kernel runs this case: {reasons}")
     chosen = able[0]
     before = {kernel.name for kernel in KERNELS[: KERNELS.index(chosen)]}
-    return KernelChoice(chosen, tuple(refusal for refusal in refusals if refusal.kernel in before))
+    kept = tuple(refusal for refusal in refusals if refusal.kernel in before)
+    return KernelChoice(chosen, kept, chosen.note(query))
 
 
 RouteFunction = Callable[[Tensor, RouterConfig, Tensor | None, torch.dtype], Routing]

@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from moetor.kernels.cache import cache_root
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -70,11 +72,6 @@ def find_compiler(environment: dict[str, str] | None = None) -> Compiler:
     if named:
         raise BuildError(f"needs a C++ compiler, and $CXX={named!r} does not run")
     raise BuildError(f"needs a C++ compiler, and none of {', '.join(_COMPILERS)} was found")
-
-
-def _cache_root(environment: dict[str, str]) -> Path:
-    root = environment.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "moetor"
 
 
 def _fingerprint(compiler: Compiler) -> str:
@@ -156,7 +153,7 @@ def build(environment: dict[str, str] | None = None) -> Path:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"runs on x86-64 Linux, not on {platform.machine()} {sys.platform}")
     compiler = find_compiler(env)
-    folder = _cache_root(env) / f"native-{_fingerprint(compiler)}"
+    folder = cache_root(env) / f"native-{_fingerprint(compiler)}"
     if (folder / LIBRARY_NAME).is_file():
         return folder / LIBRARY_NAME
     library = _writable_folder(folder) / LIBRARY_NAME

@@ -1,4 +1,5 @@
-"""Routed experts on NVIDIA GPUs: the small or the large path, by the number of tokens.
+"""Routed experts on NVIDIA GPUs: the small or the large path, by the number of tokens, with the
+tiles that `moetor tune` measured on this GPU or else with computed ones.
 
 Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate.
 """
@@ -9,11 +10,32 @@ import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
-from moetor.kernels.base import ExpertsKernel, KernelQuery, Weights
+from moetor.kernels.base import (
+    ExpertsKernel,
+    ExpertWeights,
+    KernelQuery,
+    Weights,
+    unquantized,
+)
 from moetor.kernels.triton import support
-from moetor.kernels.triton.choose import use_small
-from moetor.kernels.triton.large import TritonLargeKernel
-from moetor.kernels.triton.small import TritonSmallKernel
+from moetor.kernels.triton.choose import SmallPlan, next_power_of_2, use_small
+from moetor.kernels.triton.large import TritonLargeKernel, run_large
+from moetor.kernels.triton.small import TritonSmallKernel, run_small
+from moetor.kernels.triton.tuned import Plan, plans_of, tuned_plan
+
+
+def run_plan(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    plan: Plan,
+) -> Tensor:
+    """The path of `plan`, with its tiles, on inputs that are known to be right."""
+    if isinstance(plan, SmallPlan):
+        return run_small(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config, plan)
+    return run_large(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config, plan)
 
 
 class TritonKernel(ExpertsKernel):
@@ -40,7 +62,14 @@ class TritonKernel(ExpertsKernel):
         batch_invariant: bool = False,
     ) -> Tensor:
         """See `ExpertsKernel`. With `batch_invariant` the large path takes every call, with one
-        plan; gradients are not recorded."""
+        computed plan; gradients are not recorded."""
+        if not batch_invariant:
+            plan = self._tuned(hidden_TH, topk_ids_TK, config)
+            if plan is not None:
+                plain = unquantized(weights)
+                call = (hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
+                support.check_call(self.name, *call)
+                return run_plan(*call, plan)
         small = (
             not batch_invariant
             and hidden_TH.dim() == topk_ids_TK.dim() == 2
@@ -56,6 +85,27 @@ class TritonKernel(ExpertsKernel):
             config,
             batch_invariant=batch_invariant,
         )
+
+    @staticmethod
+    def _tuned(hidden_TH: Tensor, topk_ids_TK: Tensor, config: ExpertsConfig) -> Plan | None:
+        """The measured plan for this call, or None."""
+        if not (hidden_TH.is_cuda and hidden_TH.dim() == topk_ids_TK.dim() == 2):
+            return None
+        tokens, top_k = topk_ids_TK.shape
+        if tokens == 0:
+            return None
+        size = hidden_TH.element_size()
+        return tuned_plan(config, top_k, next_power_of_2(tokens), size, hidden_TH.get_device())
+
+    def note(self, query: KernelQuery) -> str | None:
+        """For how many tokens plans are tuned on the current GPU."""
+        if query.batch_invariant or self.refusal(query) is not None:
+            return None
+        plans = plans_of(torch.cuda.current_device())
+        tokens = plans.tokens(query.experts, query.top_k, query.dtype.itemsize)
+        if not tokens:
+            return None
+        return f"tuned on this GPU for up to {', '.join(map(str, tokens))} tokens"
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
