@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from engine_cases import (
+
+from engine.engine_cases import (
     NEW,
     assert_empty,
     greedy,
@@ -13,7 +14,6 @@ from engine_cases import (
     random_prompts,
     run_staggered,
 )
-
 from moetor.errors import UnsupportedError
 from moetor.tools.tiny import FAMILIES, family_of
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import (
+from torch import Tensor
+
+from engine.engine_cases import (
     assert_empty,
     greedy,
     make_engine,
@@ -17,8 +19,6 @@ from engine_cases import (
     random_prompts,
     run_staggered,
 )
-from torch import Tensor
-
 from moetor.engine import SamplingParams, graphs
 
 

@@ -25,7 +25,7 @@ _WHOLE = ((21, 9, 0), (1, 0, 38), (1, 1, 1), (0, 1, 1))
 # Of a row's difference, relative to the logits: a wrong key gives about 1, another order of sums a
 # few roundings. In half precision a token may change its experts, so that the median is taken.
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
-_HALF_TOLERANCE = 0.1
+_HALF_TOLERANCE = 0.3
 
 
 def choose_strategy(served: ServedModel) -> Strategy:

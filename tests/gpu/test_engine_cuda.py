@@ -1,0 +1,35 @@
+"""The engine on a GPU: tokens of `generate`, with CUDA graphs and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.engine_cases import (
+    assert_empty,
+    greedy,
+    make_engine,
+    make_model,
+    own_tokens,
+    random_prompts,
+    run_staggered,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4", "deepseek_v3", "qwen3_next"])
+def test_tokens_are_those_of_generate(name: str) -> None:
+    model = make_model(name, 3)
+    prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
+    wanted = [own_tokens(name, model, prompt) for prompt in prompts]
+    model = model.cuda()
+    for eager in (False, True):
+        engine = make_engine(model, max_num_seqs=5, enforce_eager=eager)
+        done = run_staggered(engine, prompts, [greedy()] * 5, every=1)
+        assert [done[str(i)].error for i in range(5)] == [None] * 5
+        found = [done[str(i)].outputs[0].token_ids for i in range(5)]
+        same = sum(a == b for a, b in zip(found, wanted, strict=True))
+        assert found == wanted, (same, engine.strategy, engine.without_graphs)
+        assert_empty(engine)
+        print(name, engine.strategy, "|", engine.without_graphs or "graphs")
