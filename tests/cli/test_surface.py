@@ -99,6 +99,14 @@ SURFACE: dict[str, dict[str, object]] = {
         "--seed": 0,
         "--debug": False,
     },
+    "bench shared": {
+        "--layer": ("all",),
+        "--tokens": (1, 4, 16, 64, 128, 256, 512, 1024),
+        "--dtype": "bfloat16",
+        "--seed": 0,
+        "--json": None,
+        "--debug": False,
+    },
     "bench latency": TEXT_BENCH | {"--batch-size": (1,)},
     "bench throughput": TEXT_BENCH | {"--num-prompts": 64, "--batch-size": 32},
 }

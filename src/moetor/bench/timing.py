@@ -14,6 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ _WARM_UP_SECONDS = 0.3
 RESTED_SAMPLES, REST_SECONDS = 5, 0.04
 
 StepCall = Callable[[Step], Tensor]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +96,7 @@ class CpuSampler(Sampler):
         return time.perf_counter() - start
 
 
-class CudaSampler(Sampler):
+class CudaSampler(Sampler, Generic[Item]):
     """Times a pass over all steps, from one CUDA graph where the variant can be captured.
 
     A graph of the whole pass keeps the host out of the result: launching from Python takes longer
@@ -107,7 +109,12 @@ class CudaSampler(Sampler):
     """
 
     def __init__(
-        self, call: StepCall, steps: Sequence[Step], *, passes: int = 1, capture: bool = True
+        self,
+        call: Callable[[Item], Tensor],
+        steps: Sequence[Item],
+        *,
+        passes: int = 1,
+        capture: bool = True,
     ) -> None:
         self._call = call
         self._capture = capture

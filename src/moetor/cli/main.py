@@ -97,6 +97,13 @@ COMMANDS = (
         ),
     ),
     Command(
+        words=("bench", "shared"),
+        module="moetor.cli.bench_shared",
+        options="SharedBenchOptions",
+        summary="time layers with shared experts, on one stream and on two",
+        examples=("moetor bench shared", "moetor bench shared --layer qwen2-57b-a14b --tokens 1"),
+    ),
+    Command(
         words=("bench", "latency"),
         module="moetor.cli.bench_text",
         options="LatencyOptions",
