@@ -143,6 +143,7 @@ def test_an_unknown_format_is_refused_by_every_kernel_with_a_reason() -> None:
     for name in kernel_names()[1:]:
         why = {
             "triton": "runs on NVIDIA GPUs",
+            "grouped_mm": "runs on NVIDIA GPUs",
             "native": "reads unquantised weights, not runes",
         }.get(name, "knows no weight format runes")
         assert f"{name} {why}" in str(caught.value)

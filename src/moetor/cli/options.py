@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # `moetor.kernels.select` has the kernels themselves; it imports torch, which `--help` must not.
-KernelName = Literal["auto", "native", "triton", "torch", "reference"]
+KernelName = Literal["auto", "native", "triton", "torch", "grouped_mm", "reference"]
 QuantizationName = Literal[
     "fp8",
     "fp8_tensor",

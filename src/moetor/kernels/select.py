@@ -13,6 +13,7 @@ from moetor.config import RouterConfig
 from moetor.errors import KernelRefusedError
 from moetor.kernels.base import ExpertsKernel, KernelQuery
 from moetor.kernels.grouped import GroupedKernel
+from moetor.kernels.grouped_mm import GroupedMMKernel
 from moetor.kernels.native.kernel import NativeKernel
 from moetor.kernels.reference import ReferenceKernel
 from moetor.kernels.routing import Routing
@@ -26,6 +27,7 @@ KERNELS: tuple[ExpertsKernel, ...] = (
     NativeKernel(),
     TritonKernel(),
     GroupedKernel(),
+    GroupedMMKernel(),
     ReferenceKernel(),
 )
 
