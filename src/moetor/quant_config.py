@@ -143,6 +143,15 @@ PRESETS: dict[str, QuantConfig] = {
 }
 """The quantisations that have a name of their own."""
 
+
+def quantization_name(weight_format: str, activation_format: str) -> str:
+    """What a report calls these formats: the preset that makes them, or the weight format."""
+    for name, preset in PRESETS.items():
+        if (preset.weight_format, preset.activation_format) == (weight_format, activation_format):
+            return name
+    return weight_format
+
+
 # What people ask other libraries for, and what to ask for here.
 _ELSEWHERE = {
     **dict.fromkeys(("bitsandbytes", "bnb", "8bit", "load_in_8bit", "llm_int8"), "int8"),

@@ -17,8 +17,8 @@ import moetor
 from huggingface.tiny import GPT_OSS, QWEN2, QWEN3, Tiny
 from moetor.errors import ConfigError, FusionError, InputError, KernelRefusedError
 from moetor.huggingface import verifying
-from moetor.huggingface.fusing import fused_modules
 from moetor.huggingface.loading import load_model
+from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.verifying import perplexity
 from moetor.kernels.dequantize import dequantize_expert
 from moetor.layer.quantized_experts import QuantizedExperts

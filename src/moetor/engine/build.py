@@ -23,7 +23,7 @@ from moetor.engine.trial import choose_strategy
 from moetor.errors import CheckpointError, ConfigError
 from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dummy import CONFIGS, dummy_model
-from moetor.huggingface.fusing import FuseLevel
+from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
 
 _UNCOUNTED = 2**62

@@ -19,7 +19,8 @@ from moetor.huggingface.block_form import (
 )
 from moetor.huggingface.checkpoint import first_line
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
-from moetor.huggingface.fusing import FuseLevel, check_request, left_alone_report, top_k_of
+from moetor.huggingface.fuse_options import FuseLevel, check_request
+from moetor.huggingface.fusing import left_alone_report, top_k_of
 from moetor.huggingface.loading import (
     find_device,
     find_dtype,

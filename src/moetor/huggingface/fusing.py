@@ -4,9 +4,8 @@ originals; and `unfuse`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import nn
 
@@ -25,6 +24,13 @@ from moetor.huggingface.block_form import (
     recognise_block,
 )
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
+from moetor.huggingface.fuse_options import (
+    FuseLevel,
+    FuseOptions,
+    Progress,
+    VerifyMode,
+    check_options,
+)
 from moetor.huggingface.modules import (
     BlockPlan,
     FusedExperts,
@@ -33,54 +39,23 @@ from moetor.huggingface.modules import (
     install_gate,
 )
 from moetor.huggingface.parallelism import parallelize
-from moetor.huggingface.quantizing import RefuseToSave, check_quantizable, quantize_module
+from moetor.huggingface.quantized_loading import random_weights
+from moetor.huggingface.quantizing import (
+    QuantizedBlock,
+    RefuseToSave,
+    attach_quantized,
+    check_quantizable,
+    quantize_module,
+)
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
 from moetor.huggingface.trial import try_block, try_experts
-from moetor.kernels.select import kernel_names
+from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import METHODS, quant_config
-
-FuseLevel = Literal["auto", "block", "experts"]
-VerifyMode = bool | Literal["sample"]
-Progress = Callable[[int, int, str], None]
-"""`progress(done, total, name of the block)`."""
-
-
-class Proofs:
-    """Which replacements are compared with their originals: all, none, or one of each form."""
-
-    def __init__(self, verify: VerifyMode) -> None:
-        self.verify = verify
-        self._seen: set[Hashable] = set()
-
-    def needed(self, form: Hashable) -> bool:
-        """Whether this block is compared; `form` is what blocks share that differ in weights."""
-        new = form not in self._seen
-        self._seen.add(form)
-        return new if self.verify == "sample" else bool(self.verify)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FuseOptions:
-    """What `fuse` was asked for."""
-
-    level: FuseLevel
-    quantization: str | QuantConfig | None
-    runner: RunnerConfig
-    proofs: Proofs
-
-    @property
-    def method(self) -> str | None:
-        """The quant method that blocks are built with; weights are quantised afterwards."""
-        return (
-            self.quantization
-            if isinstance(self.quantization, str) and (self.quantization in METHODS)
-            else None
-        )
+from moetor.quantization.method import quant_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +109,50 @@ def fuse(
             in which case the model may be fused, and is not spread.
         ParallelError: the ranks have different models.
     """
-    options = _check_options(model, level, kernel, quantization, verify, runner)
+    options = check_options(model, level, kernel, quantization, verify, runner)
     if parallel is not None:
         make_groups(parallel, next(model.parameters()).device)  # refuses before anything is built
+    return _fuse(model, options, parallel, progress)
+
+
+def fuse_loaded(
+    model: nn.Module,
+    held: Mapping[str, QuantizedExpertWeights],
+    *,
+    kernel: str = "auto",
+    level: FuseLevel = "auto",
+    quantization: str | QuantConfig | None = None,
+    verify: VerifyMode = True,
+    progress: Progress | None = None,
+) -> FusionReport:
+    """As `fuse`, for a model of which some experts were loaded quantised.
+
+    Their blocks are proved with random weights in the experts' places; then the loaded ones take
+    these. Where it raises, the model is of no use.
+
+    Args:
+        held: by path of the experts module, whose own weights are stand-ins.
+        quantization: of the experts that were not.
+
+    Raises:
+        FusionError: also where a block of quantised experts cannot be fused.
+    """
+    options = check_options(model, level, kernel, quantization, verify, None)
+    return _fuse(model, replace(options, held=held), None, progress)
+
+
+def _fuse(
+    model: nn.Module,
+    options: FuseOptions,
+    parallel: ParallelConfig | None,
+    progress: Progress | None,
+) -> FusionReport:
     replacements: list[Replacement] = []
     reports: list[BlockReport] = []
     found = list(find_blocks(model))
     hint: RouterConfig | None = None
     for number, (path, block, experts_name) in enumerate(found, 1):
-        replacement, report = _prepare(path, block, experts_name, options, hint)
+        replacement, report = _prepare_held(path, block, experts_name, options, hint)
         reports.append(report)
         if replacement is not None:
             replacements.append(replacement)
@@ -159,38 +169,72 @@ def fuse(
         reports.append(left_alone_report(path, block, reason))
     quant = quant_config(options.quantization)
     if quant is not None:
-        for replacement in replacements:
-            check_quantizable(replacement.module, replacement.path, quant)
+        for one in _unquantized(replacements):
+            check_quantizable(one.module, one.path, quant)
     for replacement in replacements:
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
     spread = None if parallel is None else parallelize(model, parallel)
-    if quant is not None and replacements:
-        _quantize(model, replacements, reports, quant)
+    if quant is not None:
+        _quantize(replacements, reports, quant)
+    if any(report.quantization is not None for report in reports):
+        model.save_pretrained = RefuseToSave()  # type: ignore[assignment]  # its own would be wrong
     return FusionReport(reports, spread)
 
 
+def _unquantized(replacements: list[Replacement]) -> list[Replacement]:
+    return [
+        one for one in replacements if not isinstance(one.module.routed_experts, QuantizedExperts)
+    ]
+
+
+def _prepare_held(
+    path: str,
+    block: nn.Module,
+    experts_name: str,
+    options: FuseOptions,
+    hint: RouterConfig | None,
+) -> tuple[Replacement | None, BlockReport]:
+    """As `_prepare`, with the weights that were loaded for the block's experts, if any were."""
+    experts_path = f"{path}.{experts_name}" if path else experts_name
+    held = options.held.get(experts_path)
+    if held is None:
+        return _prepare(path, block, experts_name, options, hint)
+    with random_weights(block.get_submodule(experts_name)):
+        replacement, report = _prepare(path, block, experts_name, options, hint)
+        if replacement is None:
+            raise FusionError(
+                f"block {path!r} holds quantised experts and cannot be fused: {report.reason}. "
+                "Load a checkpoint that is not quantised, without quantization"
+            )
+        done = attach_quantized(replacement.module, held)
+    return replacement, _quantized_report(report, replacement, done)
+
+
+def _quantized_report(
+    report: BlockReport, replacement: Replacement, done: QuantizedBlock
+) -> BlockReport:
+    return replace(
+        report,
+        kernel=done.kernel,
+        refusals=replacement.module.routed_experts.kernel_choice.refusals,
+        quantization=done.name,
+        quantization_error=done.error,
+        expert_bytes=(done.bytes_before, done.bytes_after),
+    )
+
+
 def _quantize(
-    model: nn.Module,
-    replacements: list[Replacement],
-    reports: list[BlockReport],
-    quant: QuantConfig,
+    replacements: list[Replacement], reports: list[BlockReport], quant: QuantConfig
 ) -> None:
     """Quantises the experts of every replacement, and writes it into the reports."""
-    model.save_pretrained = RefuseToSave()  # type: ignore[assignment]  # its own would be wrong
-    lines = iter([n for n, report in enumerate(reports) if report.level != "none"])
-    for replacement in replacements:
-        place = next(lines)
-        done = quantize_module(replacement.module, replacement.path, quant)
-        reports[place] = replace(
-            reports[place],
-            kernel=done.kernel,
-            refusals=replacement.module.routed_experts.kernel_choice.refusals,
-            quantization=done.name,
-            quantization_error=done.error,
-            expert_bytes=(done.bytes_before, done.bytes_after),
-        )
+    lines = [number for number, report in enumerate(reports) if report.level != "none"]
+    places = dict(zip((one.path for one in replacements), lines, strict=True))
+    for one in _unquantized(replacements):
+        done = quantize_module(one.module, one.path, quant)
+        place = places[one.path]
+        reports[place] = _quantized_report(reports[place], one, done)
 
 
 def unfuse(model: nn.Module) -> int:
@@ -222,61 +266,6 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
         )
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent).add_module(name, module)
-
-
-def _check_options(
-    model: nn.Module,
-    level: str,
-    kernel: str,
-    quantization: str | QuantConfig | None,
-    verify: VerifyMode,
-    runner: RunnerConfig | None,
-) -> FuseOptions:
-    check_request(level, kernel, quantization)
-    if verify not in (True, False, "sample"):
-        raise ConfigError(f"verify={verify!r} is not one of True, False, 'sample'")
-    runner = runner or RunnerConfig()
-    if runner.kernel not in ("auto", kernel):
-        raise ConfigError(
-            f"kernel={kernel!r} and runner.kernel={runner.kernel!r} disagree; name one of them"
-        )
-    if runner.hidden_multiple != 1:
-        raise ConfigError("fuse shares the model's weights and cannot pad them: hidden_multiple=1")
-    if fused_modules(model):
-        raise FusionError("the model is fused already; call moetor.unfuse(model) first")
-    if model.training and any(parameter.requires_grad for parameter in model.parameters()):
-        raise FusionError(
-            "the model is in training mode and its parameters want gradients; fused layers are "
-            "for inference. Call model.eval() first"
-        )
-    return FuseOptions(
-        level=level,  # type: ignore[arg-type]  # checked above
-        quantization=quantization,
-        runner=RunnerConfig(
-            name=runner.name,
-            workspace_bytes=runner.workspace_bytes,
-            kernel=kernel,
-            batch_invariant=runner.batch_invariant,
-            reduce_results=runner.reduce_results,
-        ),
-        proofs=Proofs(verify),
-    )
-
-
-def check_request(level: str, kernel: str, quantization: str | QuantConfig | None) -> None:
-    """Refuses names that mean nothing, before anything is read or built.
-
-    Raises:
-        ConfigError: unknown level or quantisation.
-        KernelRefusedError: unknown kernel.
-    """
-    if level not in ("auto", "block", "experts"):
-        raise ConfigError(f"level={level!r} is not one of auto, block, experts")
-    if kernel not in kernel_names():
-        raise KernelRefusedError(
-            f"unknown kernel {kernel!r}; the kernels are {', '.join(kernel_names())}"
-        )
-    quant_config(quantization)
 
 
 def _prepare(

@@ -21,6 +21,11 @@ from moetor.errors import CheckpointError, ConfigError, MoetorError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, first_line
 from moetor.huggingface.expert_mapping import ExpertNames
 from moetor.huggingface.load_plan import make_plan
+from moetor.huggingface.quantized_loading import (
+    QuantizingSink,
+    check_kernel,
+    quantizable_experts,
+)
 from moetor.huggingface.skeleton import (
     concrete_class,
     empty_model,
@@ -29,6 +34,8 @@ from moetor.huggingface.skeleton import (
     settle_dtype,
 )
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
+from moetor.kernels.formats import QuantizedExpertWeights
+from moetor.quant_config import QuantConfig
 
 DEMO = "demo"
 DTYPES = {
@@ -153,7 +160,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         ),
         progress=progress,
-    )[0]
+    ).model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +171,8 @@ class LoadOptions:
         dtype: None for that of the checkpoint.
         key_mapping: regular expressions and replacements for the checkpoint's names.
         expert_names: of a checkpoint whose experts have names that no table knows.
+        quantization: of the experts' weights, as they are read.
+        kernel: that is to compute with quantised experts, refused before anything is read.
     """
 
     dtype: torch.dtype | None = None
@@ -172,6 +181,23 @@ class LoadOptions:
     trust_remote_code: bool = False
     key_mapping: Mapping[str, str] | None = None
     expert_names: ExpertNames | None = None
+    quantization: QuantConfig | None = None
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """What `stream_model` made.
+
+    Attributes:
+        figures: what the load took.
+        quantized: experts that were quantised on the way, by path of their module, whose own
+            parameters are stand-ins without memory: `fuse_loaded` puts them into their places.
+    """
+
+    model: PreTrainedModel
+    figures: LoadFigures
+    quantized: Mapping[str, QuantizedExpertWeights]
 
 
 def stream_model(
@@ -180,7 +206,7 @@ def stream_model(
     *,
     maker: Callable[[Any], Any] | None = None,
     progress: LoadProgress | None = None,
-) -> tuple[PreTrainedModel, LoadFigures]:
+) -> LoadedModel:
     """As `load_model`, with what the load took.
 
     Args:
@@ -206,11 +232,17 @@ def stream_model(
             key_mapping=options.key_mapping,
             expert_names=options.expert_names,
         )
+        shapes = dict(empty.state_dict())
+        sink, quantizing = PlainSink(shapes, options.device), None
+        if options.quantization is not None:
+            forms = quantizable_experts(empty, plan)
+            check_kernel(forms, options.quantization, options.kernel, options.device, dtype)
+            quantizing = QuantizingSink(shapes, options.device, forms, options.quantization)
         figures = stream_weights(
             empty,
             plan,
             CheckpointReader(checkpoint),
-            PlainSink(dict(empty.state_dict()), options.device),
+            quantizing or sink,
             device=options.device,
             progress=progress,
         )
@@ -223,7 +255,8 @@ def stream_model(
             revision=revision,
             trust_remote_code=remote,
         )
-    return finished, figures
+        quantized = {} if quantizing is None else quantizing.quantized()
+    return LoadedModel(model=finished, figures=figures, quantized=quantized)
 
 
 def _folder(source: str, revision: str | None) -> Path:

@@ -13,7 +13,8 @@ from transformers.models.auto import modeling_auto
 
 from moetor.errors import ConfigError, FusionError, UnsupportedError
 from moetor.huggingface.expert_mapping import ExpertNames
-from moetor.huggingface.fusing import Progress, VerifyMode, check_request, fuse
+from moetor.huggingface.fuse_options import Progress, VerifyMode, check_request
+from moetor.huggingface.fusing import fuse_loaded
 from moetor.huggingface.loading import (
     LoadOptions,
     find_device,
@@ -22,6 +23,8 @@ from moetor.huggingface.loading import (
     stream_model,
 )
 from moetor.huggingface.streaming import LoadProgress
+from moetor.quant_config import QuantConfig
+from moetor.quantization.method import quant_config
 
 Verify = Literal["sample", "all", "off"]
 _VERIFY: Mapping[str, VerifyMode] = {"sample": "sample", "all": True, "off": False}
@@ -49,7 +52,7 @@ class _Streamed:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
-        quantization: str | None = None,
+        quantization: str | QuantConfig | None = None,
         parallel: object | None = None,
         kernel: str = "auto",
         verify: Verify = "sample",
@@ -68,7 +71,8 @@ class _Streamed:
             model: a folder, a hub id, or `demo`.
             dtype: `float32`, `bfloat16`, `float16` or the torch dtype; `auto` for the checkpoint's.
             device: cpu, cuda or cuda:N; `auto` for the first GPU, else the CPU.
-            quantization: None; no format can be made while loading yet.
+            quantization: name of a quantisation (`moetor.quant_config.PRESETS`) or a `QuantConfig`
+                for the routed experts, which are quantised one by one as they are read.
             parallel: None; a model cannot be spread over several devices yet.
             kernel: a kernel's name, honoured or refused; `auto` chooses.
             verify: `sample` compares one fused block of each form with its original, `all` every
@@ -89,10 +93,10 @@ class _Streamed:
             KernelRefusedError: the kernel is unknown or refuses.
             UnsupportedError: the model is of another kind, quantised, or not possible here.
         """
-        _refuse_later(quantization, parallel)
+        _refuse_later(parallel)
         if verify not in _VERIFY:
             raise ConfigError(f"verify={verify!r} is not one of {', '.join(_VERIFY)}")
-        check_request("auto", kernel, None)
+        check_request("auto", kernel, quantization)
         options = LoadOptions(
             dtype=dtype if isinstance(dtype, torch.dtype) else find_dtype(dtype),
             device=find_device(str(device)),
@@ -100,11 +104,21 @@ class _Streamed:
             trust_remote_code=trust_remote_code,
             key_mapping=key_mapping,
             expert_names=expert_names,
+            quantization=quant_config(quantization),
+            kernel=kernel,
         )
         with _bar(f"loading {model}", "tensors") if progress else nullcontext() as shown:
-            loaded, _ = stream_model(model, options, maker=cls._class_of, progress=shown)
+            made = stream_model(model, options, maker=cls._class_of, progress=shown)
+            loaded = made.model
         with _bar(f"fusing {model}", "blocks") if progress else nullcontext() as shown:
-            report = fuse(loaded, kernel=kernel, verify=_VERIFY[verify], progress=shown)
+            report = fuse_loaded(
+                loaded,
+                made.quantized,
+                kernel=kernel,
+                quantization=quantization,
+                verify=_VERIFY[verify],
+                progress=shown,
+            )
         if not report.count("block") + report.count("experts"):
             reasons = dict.fromkeys(block.reason for block in report.blocks)
             raise FusionError(
@@ -164,12 +178,7 @@ class MoEForMultimodalLM(_Streamed):
     )
 
 
-def _refuse_later(quantization: str | None, parallel: object | None) -> None:
-    if quantization is not None:
-        raise UnsupportedError(
-            f"quantization={quantization!r}: experts cannot be quantised while they are loaded "
-            "yet; leave it None"
-        )
+def _refuse_later(parallel: object | None) -> None:
     if parallel is not None:
         raise UnsupportedError(
             "parallel: a checkpoint cannot be loaded onto several devices yet; leave it None"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from moetor.layer.routing.router import as_routing
 from moetor.layer.runner import make_runner
 from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
 from moetor.parallel.layout import LayerLayout
-from moetor.quant_config import QuantConfig
 from moetor.quantization.method import make_method
 
 Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits", "hidden_and_state"]
@@ -312,16 +311,15 @@ class FusedMoEBlock(MoELayer):
         """Lets go of the original block, and of the weights that this rank does not keep."""
         self.__dict__["_original"] = None
 
-    def take_quantized(self, experts: QuantizedExperts, quant: QuantConfig) -> None:
+    def take_quantized(self, experts: QuantizedExperts) -> None:
         """Puts quantised experts in the place of the present ones, and lets go of the original
-        block and its weights.
+        block and its weights. `config` goes on describing the layer as it was built.
         """
         original: nn.Module | None = self.__dict__["_original"]
         if original is not None:
             release(original.get_submodule(self.names.experts))
         self.forget_original()
         self.add_module(self.names.experts, experts)
-        self.config = replace(self.config, quantization=quant)
 
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
@@ -390,7 +388,7 @@ class FusedExperts(nn.Module):
         """Lets go of the original module, and of the weights that this rank does not keep."""
         self.__dict__["_original"] = None
 
-    def take_quantized(self, experts: QuantizedExperts, quant: QuantConfig) -> None:
+    def take_quantized(self, experts: QuantizedExperts) -> None:
         """Puts quantised experts in the place of the present ones, and lets go of the original
         module and its weights.
         """

@@ -1,11 +1,11 @@
-"""Quantising the experts of fused modules in place, and releasing the originals.
+"""Quantised experts for fused modules: made from the originals, which are released, or loaded.
 
 Shape letters: T tokens, K top_k, H hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from torch import Tensor
 from moetor.errors import FusionError, InputError, MoetorError
 from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
 from moetor.huggingface.trial import TRIAL_TOKENS, random_hidden
-from moetor.kernels.formats import canonical
+from moetor.kernels.formats import QuantizedExpertWeights, canonical
 from moetor.kernels.routing import Routing
 from moetor.layer.experts import POST_NORM_NAME, Experts
-from moetor.layer.quantized_experts import QuantizedExperts
+from moetor.layer.quantized_experts import QuantizedExperts, method_for
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import ModularMethod, make_method
-from moetor.quantization.sink import quantize_experts
+from moetor.quantization.sink import deinterleaved, quantize_experts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +30,14 @@ class QuantizedBlock:
         name: of the quantisation.
         kernel: that runs them now.
         error: Frobenius norm of the routed output's deviation from the unquantised experts', over
-            that of their output, on normal hidden states and a random routing.
+            that of their output, on normal hidden states and a random routing; None for experts
+            that were loaded quantised.
         bytes_before, bytes_after: of the two products' weights.
     """
 
     name: str
     kernel: str
-    error: float
+    error: float | None
     bytes_before: int
     bytes_after: int
 
@@ -96,8 +97,46 @@ def quantize_module(
         bytes_before=weights.gate_up.nbytes + weights.down.nbytes,
         bytes_after=quantized.quantized_weights.nbytes,
     )
-    module.take_quantized(quantized, quant)
+    module.take_quantized(quantized)
     return report
+
+
+def attach_quantized(
+    module: FusedMoEBlock | FusedExperts, held: QuantizedExpertWeights
+) -> QuantizedBlock:
+    """Gives a fused module, whose own weights are random ones, those that were loaded for it.
+
+    Args:
+        held: without biases and norm, which the module has.
+
+    Raises:
+        KernelRefusedError: the requested kernel does not read the format.
+    """
+    experts, config = module.routed_experts, module.routed_experts.config
+    old, plain = experts.method, experts.weights
+    bias = plain.gate_up_bias
+    weights = replace(
+        held,
+        gate_up_bias=None if bias is None else deinterleaved(bias.T, config).T.contiguous(),
+        down_bias=plain.down_bias,
+        post_norm=plain.post_norm,
+    )
+    method = method_for(weights, old.requested_kernel, batch_invariant=old.batch_invariant)
+    quantized = QuantizedExperts(
+        config, method, experts.top_k, weights=weights, dtype=experts.dtype
+    )
+    norm = experts._modules.get(POST_NORM_NAME)
+    if norm is not None:
+        quantized.adopt_post_norm(norm, experts.post_norm_offset)
+    kernel = quantized.kernel_name
+    module.take_quantized(quantized)
+    return QuantizedBlock(
+        name=method.name,
+        kernel=kernel,
+        error=None,
+        bytes_before=config.num_experts * config.params_per_expert * experts.dtype.itemsize,
+        bytes_after=held.nbytes,
+    )
 
 
 def _method(experts: Experts, quant: QuantConfig) -> ModularMethod:

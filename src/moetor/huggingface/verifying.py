@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moetor.demo import heldout_text
 from moetor.errors import FusionMismatchError
-from moetor.huggingface.fusing import FuseLevel, Progress, check_request, fuse, unfuse
+from moetor.huggingface.fuse_options import FuseLevel, Progress, check_request
+from moetor.huggingface.fusing import fuse, unfuse
 from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
 from moetor.huggingface.report import BlockReport
 from moetor.huggingface.trial import relative_error, tolerance

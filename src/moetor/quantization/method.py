@@ -15,7 +15,7 @@ from moetor.config import ExpertsConfig, RouterConfig
 from moetor.kernels.base import KernelQuery, Weights
 from moetor.kernels.routing import Routing
 from moetor.kernels.select import KernelChoice, select_kernel, select_router
-from moetor.quant_config import QuantConfig, find_quantization
+from moetor.quant_config import QuantConfig, find_quantization, quantization_name
 
 
 class QuantMethod(ABC):
@@ -109,7 +109,7 @@ class QuantizedMethod(ModularMethod):
 
     Args:
         weight_format, activation_format: as in a `KernelQuery`.
-        name: how reports call it; the weight format's name where there is none.
+        name: how reports call it; by default the preset with these formats.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class QuantizedMethod(ModularMethod):
         super().__init__(kernel, batch_invariant=batch_invariant)
         self.weight_format = weight_format
         self.activation_format = activation_format
-        self.name = name or weight_format
+        self.name = name or quantization_name(weight_format, activation_format)
 
 
 class UnquantizedMonolithicMethod(MonolithicMethod):
