@@ -158,7 +158,7 @@ def variants(
     kernel = TritonKernel()
     yield Variant(name="triton", call=lambda x, w, ids, weights: kernel(x, w, ids, weights, config))
     small, large = (
-        choose.small_plan(config, top_k, tokens, itemsize),
+        choose.small_plan(config, top_k, itemsize, device),
         choose.large_plan(config, top_k, tokens, itemsize, device),
     )
 
@@ -176,7 +176,7 @@ def variants(
 
     if "small" in kinds and tokens <= 8:
         yield of_small("", small)
-        yield of_small("overlap", replace(small, overlap=True))
+        yield of_small("unchained", replace(small, pdl=False))
     if "large" in kinds:
         yield of_large("", large)
     if "plans" in kinds and tokens <= 4:

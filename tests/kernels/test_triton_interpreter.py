@@ -42,10 +42,10 @@ def test_under_the_interpreter(path: str, seed: int) -> None:
 
 def _cases(path: str) -> Iterator[tuple[str, object]]:
     from layer.expert_cases import EDGES, FORMS
-    from moetor.kernels.triton.support import unsupported_form
+    from moetor.kernels.triton.choose import small_form
 
     for case in FORMS + EDGES:
-        if unsupported_form(case.config, case.top_k) is None:
+        if path != "small" or small_form(case.config) is None:
             config = case.config
             if path == "descriptors":  # they need rows of a multiple of 16 bytes
                 config = replace(config, hidden_size=16, intermediate_size=24)
@@ -68,19 +68,20 @@ def _run(path: str, drawn: object, config: object, dtype: torch.dtype) -> Tensor
         config,
     )
     tokens, top_k = drawn.topk_ids.shape
+    device = choose.Device(sms=132, shared=232448, capability=(8, 0))
     if path == "small":
         if dtype == torch.float32:
-            plan = choose.small_plan(config, top_k, tokens, dtype.itemsize)
+            plan = choose.small_plan(config, top_k, dtype.itemsize, device)
         else:
             plan = choose.SmallPlan(
                 up=choose.VectorTile(rows=4, depth=8, warps=1),
                 down=choose.VectorTile(rows=4, depth=8, warps=1),
+                parts=2 if config.transposed else 0,
             )
         return run_small(*inputs, plan)
     tile = choose.Tile(
         rows=16, columns=16, depth=16, warps=1, stages=1, group=2, tma=path == "descriptors"
     )
-    device = choose.Device(sms=132, shared=232448, capability=(9, 0))
     plan = choose.LargePlan(up=tile, down=tile)
     if path == "large" and dtype == torch.float32:
         plan = choose.large_plan(config, top_k, tokens, dtype.itemsize, device)
@@ -88,21 +89,26 @@ def _run(path: str, drawn: object, config: object, dtype: torch.dtype) -> Tensor
 
 
 def _check_map(rng: torch.Generator) -> None:
-    """Every kept slot in exactly one tile, of its expert, in token order."""
-    from moetor.config import ExpertsConfig
-    from moetor.kernels.triton.large import _make_tile_map
+    """Every kept slot in exactly one row, in tiles of its expert, in token order."""
+    from moetor.kernels.triton.sort import make_row_tiles
 
-    for experts, tokens, top_k, rows in [(1, 1, 1, 16), (5, 40, 3, 16), (3, 200, 2, 32)]:
-        config = ExpertsConfig(num_experts=experts, hidden_size=4, intermediate_size=4)
+    for experts, tokens, top_k, rows in [
+        (1, 1, 1, 16), (5, 40, 3, 16), (3, 200, 2, 32), (8, 700, 2, 16), (130, 90, 4, 64),
+    ]:  # fmt: skip
         ids = torch.randint(0, experts + 1, (tokens, top_k), generator=rng, dtype=torch.int32)
-        made = _make_tile_map(ids, config, rows)
+        made = make_row_tiles(ids, experts, rows, pdl=False)
+        used, slots, flat = int(made.used), ids.numel(), ids.flatten().tolist()
+        assert used <= made.tiles
         found: dict[int, list[int]] = {expert: [] for expert in range(experts)}
-        for expert, start, count in zip(*(field.tolist() for field in made[1:]), strict=True):
-            assert 0 <= count <= rows
-            found[expert] += made.order[start : start + count].tolist()
-        flat = ids.flatten().tolist()
-        for expert, slots in found.items():
-            assert slots == [slot for slot, other in enumerate(flat) if other == expert]
+        place = made.place.flatten().tolist()
+        for row, slot in enumerate(made.order[: used * rows].tolist()):
+            assert 0 <= slot <= slots
+            if slot < slots:  # the others are padding
+                found[int(made.expert[row // rows])].append(slot)
+                assert place[slot] == row
+        for expert, placed in found.items():
+            assert placed == [slot for slot, other in enumerate(flat) if other == expert]
+        assert [at == -1 for at in place] == [expert == experts for expert in flat]
 
 
 def _check_routing(rng: torch.Generator) -> None:

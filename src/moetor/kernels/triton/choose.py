@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 
 from moetor.config import Activation, ExpertsConfig
 
-# Reading an expert once more costs its bytes over the memory's bandwidth; the large path costs
-# two more launches and a scatter. About 6 us at 4 TB/s: the small path may waste this much.
-_WASTE_BYTES = 24 * 2**20
+# Reading an expert once more costs up to its bytes over the memory's bandwidth; the large path
+# costs two more launches, a scatter and empty rows. Measured on an H200: worth this many bytes.
+_WASTE_BYTES = 70 * 2**20
 # Above this many tokens a program per slot does more arithmetic than the vector units have room
 # for while the weights stream by.
 _SMALL_TOKENS = 4
+# Programs that share the depth of a product of transposed weights, at most.
+MOST_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +43,8 @@ class Tile:
         columns: BN; a gated first product has BN gate and BN up columns.
         depth: BK.
         group: row tiles that walk the columns together.
-        tma: the weight is read through a tensor descriptor.
+        tma: the weight (and the rows of a second product) are read through tensor descriptors.
+        persistent: programs that walk over all tiles of a second product; 0 for one a tile.
     """
 
     rows: int
@@ -51,6 +54,7 @@ class Tile:
     stages: int
     group: int = 8
     tma: bool = False
+    persistent: int = 0
 
     def shared_bytes(self, *, width: int, itemsize: int) -> int:
         """Upper bound of the shared memory: all stages of both operands, and the barriers.
@@ -76,20 +80,30 @@ class VectorTile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallPlan:
-    """Both launches of the small path; `overlap` starts the second before the first has ended
-    (programmatic dependent launch, compute capability 9.0)."""
+    """Tiles of both products of the small path.
+
+    Attributes:
+        parts: programs that share the depth of the second product, which a third launch adds up;
+            0: one program has all of it, and all slots of a token.
+        pdl: a launch starts before the one ahead of it has ended (programmatic dependent launch,
+            compute capability 9.0 and later).
+    """
 
     up: VectorTile
     down: VectorTile
-    overlap: bool = False
+    parts: int = 0
+    pdl: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargePlan:
-    """Both products of the large path; they share `rows`."""
+    """Both products of the large path; they share `rows`. `pdl` as in `SmallPlan`, for the sort
+    and the sum: a product that starts early holds shared memory that the one before it could use.
+    """
 
     up: Tile
     down: Tile
+    pdl: bool = False
 
 
 ActivationConstants = tuple[str, float, float | None, bool, float, float | None, float | None]
@@ -126,8 +140,19 @@ def active_experts(num_experts: int, slots: int) -> float:
     return float(num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** slots))
 
 
+def small_form(config: ExpertsConfig) -> str | None:
+    """Why the small path does not have this form, as half a sentence."""
+    if config.post_norm_eps is not None:
+        return "does not have the norm of each expert's output"
+    if config.activation.function is not None:
+        return f"cannot call a Python activation ({config.activation.label})"
+    return None
+
+
 def use_small(config: ExpertsConfig, top_k: int, tokens: int, itemsize: int) -> bool:
-    """Whether the small path is expected to be the faster one."""
+    """Whether the small path has the form and is expected to be the faster one."""
+    if small_form(config) is not None:
+        return False
     if tokens <= 1:
         return True
     if tokens > _SMALL_TOKENS:
@@ -135,34 +160,45 @@ def use_small(config: ExpertsConfig, top_k: int, tokens: int, itemsize: int) -> 
     # A token's own slots are distinct, other tokens' may meet the same experts.
     distinct = config.num_experts * (1.0 - (1.0 - top_k / config.num_experts) ** tokens)
     wasted = max(0.0, tokens * top_k - distinct) * config.params_per_expert * itemsize
-    return wasted <= _WASTE_BYTES
+    return tokens <= 2 or wasted <= _WASTE_BYTES
 
 
-def small_plan(config: ExpertsConfig, top_k: int, tokens: int, itemsize: int) -> SmallPlan:
-    """Tiles of the small path. They do not depend on `tokens`, so neither do a token's bits."""
-    wide = 16 // itemsize * 32  # elements that a warp reads at once, 16 bytes a thread
+def small_plan(config: ExpertsConfig, top_k: int, itemsize: int, device: Device) -> SmallPlan:
+    """Tiles of the small path; they do not depend on the number of tokens, so neither do a token's
+    bits."""
+    pdl = device.capability[0] >= 9
     if config.transposed:
-        # The output axis is the contiguous one: long rows, little depth.
-        columns = min(64, max(16, next_power_of_2(config.intermediate_size)))
-        slots = next_power_of_2(top_k)
-        up = VectorTile(rows=columns, depth=64, warps=4)
-        room = max(1, 4096 // (slots * columns))
-        down = VectorTile(rows=columns, depth=min(64, max(4, room)), warps=4)
-        if slots * down.rows * down.depth > 8192:
-            down = replace(down, rows=max(1, 8192 // (slots * down.depth)))
-        return SmallPlan(up=up, down=down)
+        return _small_plan_transposed(config, top_k, device, pdl)
+    wide = 512 // itemsize  # elements that a warp reads at once, 16 bytes a thread
+    # A multiple of what a warp reads that leaves no rest, if there is one.
     depth = min(2 * wide, max(16, next_power_of_2(config.hidden_size)))
-    halves = 2 if config.gated else 1
-    up = VectorTile(rows=8 // halves, depth=depth, warps=4)
+    while depth > wide and config.hidden_size % depth:
+        depth //= 2
+    up = VectorTile(rows=2, depth=depth, warps=1)
+    # All slots of a token side by side: 16 to 32 elements a thread and step.
     slots = next_power_of_2(top_k)
-    depth = min(2 * wide, max(16, next_power_of_2(config.intermediate_size)))
-    while depth > wide and config.intermediate_size % depth:
-        depth //= 2
-    room = 4096 // (slots * depth)
-    rows = min(8, max(1, room))
-    while slots * rows * depth > 8192 and depth > 16:
-        depth //= 2
-    return SmallPlan(up=up, down=VectorTile(rows=rows, depth=depth, warps=4))
+    depth = min(max(16, 1024 // slots), max(16, next_power_of_2(config.intermediate_size)))
+    rows, warps = (2, 2) if config.intermediate_size < 1536 else (8, 4)
+    while slots * rows * depth > 8192 and rows > 1:
+        rows //= 2
+    return SmallPlan(up=up, down=VectorTile(rows=rows, depth=depth, warps=warps), pdl=pdl)
+
+
+def _small_plan_transposed(
+    config: ExpertsConfig, top_k: int, device: Device, pdl: bool
+) -> SmallPlan:
+    """The output axis is the contiguous one: whole lines of it, and the depth shared out."""
+    columns = 32 if config.interleaved else 64
+    up = VectorTile(
+        rows=min(columns, max(16, next_power_of_2(config.intermediate_size))),
+        depth=4096 // columns,
+        warps=4,
+    )
+    columns = min(128, max(16, next_power_of_2(config.hidden_size)))
+    programs = -(-config.hidden_size // columns) * top_k
+    parts = min(MOST_PARTS, max(1, round(2.7 * device.sms / programs)))
+    down = VectorTile(rows=columns, depth=64, warps=4)
+    return SmallPlan(up=up, down=down, parts=parts, pdl=pdl)
 
 
 def _fit(tile: Tile, device: Device, *, halves: int, itemsize: int) -> Tile:
@@ -198,7 +234,9 @@ def tile_rows(config: ExpertsConfig, top_k: int, tokens: int) -> int:
     """BM: what holds most experts' rows in one tile, from 16 to 128."""
     slots = tokens * top_k
     mean = slots / max(1.0, active_experts(config.num_experts, slots))
-    return min(128, max(16, next_power_of_2(1.25 * mean)))
+    rows = min(128, max(16, next_power_of_2(1.25 * mean)))
+    # Half-empty tiles of 128 rows cost more than a second look at a weight whose depth is short.
+    return 64 if rows == 128 and mean < 96 and config.hidden_size < 4096 else rows
 
 
 def large_plan(
@@ -206,33 +244,44 @@ def large_plan(
 ) -> LargePlan:
     """Tiles of the large path; `tokens=None` gives one plan for any number (batch invariance)."""
     rows = 64 if tokens is None else tile_rows(config, top_k, tokens)
-    halves = 2 if config.gated else 1
     if itemsize == 4:
         # Exact float32 products run on the vector units; 64 rows would spill registers.
         rows = min(rows, 32)
-        up = Tile(rows=rows, columns=64 // halves, depth=32, warps=4, stages=2)
-        down = Tile(rows=rows, columns=64, depth=32, warps=4, stages=2)
-    elif rows <= 32:
-        # Bound by memory: two or more programs per multiprocessor, many bytes in flight.
-        up = Tile(rows=rows, columns=64 // halves, depth=128, warps=4, stages=4)
-        down = Tile(rows=rows, columns=64, depth=128, warps=4, stages=4)
-    elif rows == 64:
-        up = Tile(rows=rows, columns=128 // halves, depth=64, warps=4, stages=4)
-        down = Tile(rows=rows, columns=128, depth=64, warps=4, stages=4)
-    else:
-        # 64 accumulators a thread and operand: the second operand's tile is 256 wide.
-        up = Tile(rows=rows, columns=256 // halves, depth=64, warps=8, stages=4)
-        down = Tile(rows=rows, columns=256, depth=64, warps=8, stages=4)
-        if device.capability[0] != 9:
-            # Without warpgroup products the operands pass through registers.
-            up = replace(up, columns=128 // halves, stages=3)
-            down = replace(down, columns=128, stages=3)
-    up = _at_most(up, config.intermediate_size, config.hidden_size)
+    halves = 2 if config.gated else 1
+    hopper = device.capability[0] == 9
+
+    def tile(depth: int) -> Tile:
+        if itemsize == 4:
+            return Tile(rows=rows, columns=64, depth=32, warps=4, stages=2)
+        if rows <= 32:
+            # Bound by memory: two programs per multiprocessor, many bytes in flight.
+            if depth % 128 == 0:
+                return Tile(rows=rows, columns=128, depth=128, warps=4, stages=3)
+            return Tile(rows=rows, columns=128, depth=64, warps=4, stages=5)
+        if rows == 64:
+            return Tile(rows=rows, columns=128, depth=64, warps=4, stages=4, tma=hopper)
+        if hopper:
+            # 64 accumulators a thread and operand: the second operand's tile is 256 wide.
+            return Tile(rows=rows, columns=256, depth=64, warps=8, stages=4, tma=True)
+        # Without warpgroup products the operands pass through registers.
+        return Tile(rows=rows, columns=128, depth=64, warps=8, stages=3)
+
+    up = tile(config.hidden_size)
+    up = _at_most(
+        replace(up, columns=up.columns // halves), config.intermediate_size, config.hidden_size
+    )
+    down = tile(config.intermediate_size)
+    if hopper and rows == 128 and itemsize == 2:
+        # Programs that walk over tiles load the next one's operands under the last one's store. A
+        # short depth makes that store the larger part: two programs a multiprocessor hide it.
+        down = replace(down, persistent=device.sms)
+        if config.intermediate_size < 1536:
+            down = replace(down, columns=128, warps=4, stages=3, persistent=2 * device.sms)
     down = _at_most(down, config.hidden_size, config.intermediate_size)
-    tma = device.capability[0] == 9 and itemsize == 2 and rows == 128
     return LargePlan(
-        up=replace(_fit(up, device, halves=halves, itemsize=itemsize), tma=tma),
-        down=replace(_fit(down, device, halves=1, itemsize=itemsize), tma=tma),
+        up=_fit(up, device, halves=halves, itemsize=itemsize),
+        down=_fit(down, device, halves=1, itemsize=itemsize),
+        pdl=device.capability[0] >= 9,
     )
 
 

@@ -8,6 +8,22 @@ An activation travels as the compile-time tuple of `choose.activation_constants`
 
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
+from triton.language.extra.cuda import (  # type: ignore[import-not-found, unused-ignore]
+    gdc_launch_dependents,
+    gdc_wait,
+)
+
+
+@triton.jit
+def chain(PDL: tl.constexpr):
+    """Waits for the launches before this one, then lets the next one start.
+
+    In this order, so that a launch may rely on all that lies two or more launches back without
+    waiting for it.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -47,6 +63,8 @@ def _pointwise(x, ACT: tl.constexpr):
         y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     elif ACT[0] == "relu":
         y = tl.where(x < 0, 0.0, x)
+    elif ACT[0] == "identity":
+        y = x
     else:
         tl.static_assert(ACT[0] == "relu2")
         positive = tl.where(x < 0, 0.0, x)

@@ -6,15 +6,18 @@ Shape letters: T tokens, K top_k, S = T * K slots, E experts, H hidden, I interm
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moetor.config import ExpertsConfig
+from moetor.config import Activation, ExpertsConfig
+from moetor.kernels.activations import activate
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights, unquantized
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import (
+    ActivationConstants,
     LargePlan,
     Tile,
     activation_constants,
@@ -22,45 +25,14 @@ from moetor.kernels.triton.choose import (
     next_power_of_2,
     tma_allowed,
 )
+from moetor.kernels.triton.sort import RowTiles, make_row_tiles
+
+# The activation of a first product that ends without one.
+_IDENTITY: ActivationConstants = ("identity", 1.0, None, False, 0.0, None, None)
 
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-class _TileMap(NamedTuple):
-    """Slots sorted by expert, and per row tile: its expert, first sorted slot, rows (0: empty)."""
-
-    order: Tensor
-    expert: Tensor
-    start: Tensor
-    rows: Tensor
-
-    @property
-    def tiles(self) -> int:
-        return self.rows.shape[0]
-
-
-def _make_tile_map(topk_ids_TK: Tensor, config: ExpertsConfig, rows: int) -> _TileMap:
-    from moetor.kernels.triton import large_kernels
-
-    slots = topk_ids_TK.numel()
-    tiles = slots // rows + config.num_experts
-    order_S = topk_ids_TK.new_empty((slots,))
-    maps = topk_ids_TK.new_empty((3, tiles))
-    made = _TileMap(order_S, maps[0], maps[1], maps[2])
-    chunk = min(4096, max(128, next_power_of_2(slots)))
-    large_kernels.tile_map[(config.num_experts,)](
-        topk_ids_TK,
-        *made,
-        slots,
-        tiles,
-        E=config.num_experts,
-        BM=rows,
-        CHUNK=chunk,
-        num_warps=8 if chunk > 1024 else 4,
-    )
-    return made
 
 
 def _operand(weight_EXY: Tensor, tile: Tile, depth: int, *, transposed: bool, width: int) -> Any:
@@ -85,6 +57,18 @@ def _operand(weight_EXY: Tensor, tile: Tile, depth: int, *, transposed: bool, wi
     return TensorDescriptor.from_tensor(weight_EXY.view(-1, inner), block)
 
 
+def _rows_operand(act_RI: Tensor, tile: Tile) -> Any:
+    """A tensor descriptor over the rows of a product's input, or None where pointers must do."""
+    depth = act_RI.shape[1]
+    if not tile.tma or depth * act_RI.element_size() % 16 or depth < tile.depth:
+        return None
+    from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
+        TensorDescriptor,
+    )
+
+    return TensorDescriptor.from_tensor(act_RI, [tile.rows, tile.depth])
+
+
 def run_large(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
@@ -93,34 +77,60 @@ def run_large(
     config: ExpertsConfig,
     plan: LargePlan,
 ) -> Tensor:
-    """All four launches, with the tiles of `plan`, on inputs that are known to be right."""
-    tokens, top_k = topk_ids_TK.shape
+    """All launches, with the tiles of `plan`, on inputs that are known to be right."""
     out_TH = torch.empty_like(hidden_TH)
-    if tokens == 0:
+    if topk_ids_TK.shape[0] == 0:
         return out_TH
     # Contiguous copies live until the call is over; most routers make contiguous tensors anyway.
     topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
-    act_SI = hidden_TH.new_empty((tokens * top_k, config.intermediate_size))
-    slot_out_SH = hidden_TH.new_empty((tokens * top_k, config.hidden_size))
     with support.on_device_of(hidden_TH):
-        made = _make_tile_map(topk_ids_TK, config, plan.up.rows)
-        _launch_up(hidden_TH, topk_weights_TK, weights, config, plan.up, made, act_SI)
-        _launch_down(act_SI, topk_weights_TK, weights, config, plan.down, made, slot_out_SH)
-        _launch_sum(slot_out_SH, topk_ids_TK, config, out_TH)
+        made = make_row_tiles(topk_ids_TK, config.num_experts, plan.up.rows, pdl=plan.pdl)
+        act_RI = _activated(hidden_TH, topk_weights_TK, weights, config, plan, made)
+        rows_RH = hidden_TH.new_empty((made.rows, config.hidden_size))
+        launch_down(act_RI, weights, config, plan, made, rows_RH)
+        launch_sum(rows_RH, topk_weights_TK, weights, config, plan, made, out_TH)
     return out_TH
 
 
-def _launch_up(
+def _activated(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
     weights: ExpertWeights,
     config: ExpertsConfig,
-    tile: Tile,
-    made: _TileMap,
-    act_SI: Tensor,
+    plan: LargePlan,
+    made: RowTiles,
+) -> Tensor:
+    """The activations [R, I]; a Python activation runs between the two products."""
+    if config.activation.function is None:
+        act_RI = hidden_TH.new_empty((made.rows, config.intermediate_size))
+        constants = activation_constants(config.activation)
+        launch_up(hidden_TH, topk_weights_TK, weights, config, plan, made, act_RI, constants)
+        return act_RI
+    up_RJ = hidden_TH.new_empty((made.rows, config.up_size))
+    plain = replace(
+        config, gated=False, interleaved=False, intermediate_size=config.up_size,
+        activation=Activation(),
+    )  # fmt: skip
+    launch_up(hidden_TH, topk_weights_TK, weights, plain, plan, made, up_RJ, _IDENTITY)
+    return activate(
+        up_RJ, config.activation, gated=config.gated, interleaved=config.interleaved
+    ).contiguous()
+
+
+def launch_up(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    plan: LargePlan,
+    made: RowTiles,
+    act_RI: Tensor,
+    constants: ActivationConstants,
 ) -> None:
+    """The first product and its activation."""
     from moetor.kernels.triton import large_kernels
 
+    tile = plan.up
     stride_e, stride_n, stride_k = support.output_stride(
         weights.gate_up, transposed=config.transposed
     )
@@ -137,9 +147,11 @@ def _launch_up(
         topk_weights_TK,
         weights.gate_up if described is None else described,
         support.flat(weights.gate_up_bias, hidden_TH),
-        act_SI,
-        *made,
-        made.tiles,
+        act_RI,
+        made.order,
+        made.expert,
+        made.used,
+        topk_weights_TK.numel(),
         config.intermediate_size * stride_n,
         stride_e,
         stride_n,
@@ -152,28 +164,30 @@ def _launch_up(
         TRANSPOSED=config.transposed,
         HAS_BIAS=weights.gate_up_bias is not None,
         WEIGHT_ON_INPUT=config.weight_on_input,
-        ACT=activation_constants(config.activation),
+        ACT=constants,
         TMA=described is not None,
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.depth,
         GROUP=tile.group,
+        PDL=plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
 
 
-def _launch_down(
-    act_SI: Tensor,
-    topk_weights_TK: Tensor,
+def launch_down(
+    act_RI: Tensor,
     weights: ExpertWeights,
     config: ExpertsConfig,
-    tile: Tile,
-    made: _TileMap,
-    slot_out_SH: Tensor,
+    plan: LargePlan,
+    made: RowTiles,
+    rows_RH: Tensor,
 ) -> None:
+    """The second product, for every row of every tile."""
     from moetor.kernels.triton import large_kernels
 
+    tile = plan.down
     stride_e, stride_n, stride_k = support.output_stride(weights.down, transposed=config.transposed)
     described = _operand(
         weights.down,
@@ -182,15 +196,17 @@ def _launch_down(
         transposed=config.transposed,
         width=tile.columns,
     )
-    blocks = _cdiv(config.hidden_size, tile.columns)
-    large_kernels.large_down[(made.tiles * blocks,)](
-        act_SI,
-        topk_weights_TK,
+    described_rows = _rows_operand(act_RI, tile)
+    programs = made.tiles * _cdiv(config.hidden_size, tile.columns)
+    if tile.persistent:
+        programs = min(programs, tile.persistent)
+    large_kernels.large_down[(programs,)](
+        act_RI if described_rows is None else described_rows,
         weights.down if described is None else described,
-        support.flat(weights.down_bias, act_SI),
-        slot_out_SH,
-        *made,
-        made.tiles,
+        support.flat(weights.down_bias, act_RI),
+        rows_RH,
+        made.expert,
+        made.used,
         stride_e,
         stride_n,
         stride_k,
@@ -198,32 +214,50 @@ def _launch_down(
         I=config.intermediate_size,
         TRANSPOSED=config.transposed,
         HAS_BIAS=weights.down_bias is not None,
-        WEIGHT_ON_INPUT=config.weight_on_input,
         TMA=described is not None,
+        TMA_ROWS=described_rows is not None,
         BM=tile.rows,
         BN=tile.columns,
         BK=tile.depth,
         GROUP=tile.group,
+        PERSISTENT=tile.persistent > 0,
+        PDL=plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
 
 
-def _launch_sum(
-    slot_out_SH: Tensor, topk_ids_TK: Tensor, config: ExpertsConfig, out_TH: Tensor
+def launch_sum(
+    rows_RH: Tensor,
+    topk_weights_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    plan: LargePlan,
+    made: RowTiles,
+    out_TH: Tensor,
 ) -> None:
+    """The weighted sum over a token's slots, after the norm of each expert's output if there is
+    one."""
     from moetor.kernels.triton import large_kernels
 
-    columns = min(1024, next_power_of_2(config.hidden_size))
-    large_kernels.sum_slots[(out_TH.shape[0], _cdiv(config.hidden_size, columns))](
-        slot_out_SH,
-        topk_ids_TK,
+    columns = next_power_of_2(config.hidden_size)
+    if config.post_norm_eps is None:
+        columns = min(1024, columns)
+    large_kernels.sum_rows[(out_TH.shape[0], _cdiv(config.hidden_size, columns))](
+        rows_RH,
+        made.place,
+        topk_weights_TK,
+        support.flat(weights.post_norm, rows_RH),
         out_TH,
-        E=config.num_experts,
-        K=topk_ids_TK.shape[1],
+        K=topk_weights_TK.shape[1],
         H=config.hidden_size,
+        WEIGHT_ON_INPUT=config.weight_on_input,
+        EPS=None if config.post_norm_eps is None else float(config.post_norm_eps),
+        SCALE_FIRST=config.post_norm_order == "scale_first",
         BN=columns,
-        num_warps=4,
+        PDL=plan.pdl,
+        num_warps=4 if columns <= 2048 else 8,
+        **support.chained(plan.pdl),
     )
 
 
@@ -264,7 +298,9 @@ class TritonLargeKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Activations and outputs of a token's slots, their order, copies of a strided routing,
-        and the tile map as if each token had one of its own."""
-        rows = (config.intermediate_size + config.hidden_size) * dtype.itemsize
-        return top_k * (rows + 16) + 12 * (config.num_experts + top_k)
+        """Rows of both products, their maps, copies of a strided routing. A slot may begin a tile
+        of 16 rows; larger tiles are taken only where experts have rows to fill half of them."""
+        widths = config.hidden_size + config.intermediate_size
+        if config.activation.function is not None:
+            widths += 2 * config.up_size
+        return top_k * (17 * (widths * dtype.itemsize + 4) + 24)

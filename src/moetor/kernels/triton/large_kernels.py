@@ -1,8 +1,7 @@
-"""Four launches for many tokens: tile map, up + activation, down, sum over slots.
+"""Three launches for many tokens: up + activation, down, weighted sum over a token's slots.
 
-Slots are sorted by expert, and rows of one expert are cut into tiles of BM. Expert e owns the tiles
-from `before(e) // BM + e` on, where before(e) counts the slots of smaller ids: that is enough room
-for every expert, needs no prefix sum over experts, and at most E tiles stay empty.
+Rows are slots sorted by expert into tiles of BM (`sort_kernels.py`); a tile has one expert, and its
+padding rows compute what nobody reads.
 
 Shape letters: T tokens, K top_k, S = T * K slots, E experts, H hidden, I intermediate; BM rows, BN
 columns and BK depth of a tile.
@@ -13,63 +12,7 @@ columns and BK depth of a tile.
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
-from moetor.kernels.triton.device_code import activate_gated, activate_ungated
-
-
-@triton.jit(do_not_specialize=["slots", "tiles"])
-def tile_map(
-    ids,
-    order,
-    tile_expert,
-    tile_start,
-    tile_rows,
-    slots,
-    tiles,
-    E: tl.constexpr,
-    BM: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program per expert: its slots in token order, and its tiles.
-
-    Each program reads all ids, which sit in the cache; none waits for another, and no atomic makes
-    the order depend on timing.
-    """
-    expert = tl.program_id(0)
-    lane = tl.arange(0, CHUNK)
-    smaller = tl.zeros((CHUNK,), tl.int32)
-    equal = tl.zeros((CHUNK,), tl.int32)
-    s0 = 0
-    while s0 < slots:
-        found = tl.load(ids + s0 + lane, mask=lane < slots - s0, other=E)
-        smaller += ((found >= 0) & (found < expert)).to(tl.int32)
-        equal += (found == expert).to(tl.int32)
-        s0 += CHUNK
-    start = tl.sum(smaller, axis=0)
-    count = tl.sum(equal, axis=0)
-    place = start
-    s0 = 0
-    while s0 < slots:
-        found = tl.load(ids + s0 + lane, mask=lane < slots - s0, other=E)
-        mine = found == expert
-        rank = tl.cumsum(mine.to(tl.int32), axis=0)
-        tl.store(order + place + rank - 1, s0 + lane, mask=mine)
-        place += tl.sum(mine.to(tl.int32), axis=0)
-        s0 += CHUNK
-    first = start // BM + expert
-    last = (start + count) // BM + expert + 1
-    if expert == E - 1:
-        last = tiles
-    cell = tl.arange(0, 128)
-    t0 = first
-    while t0 < last:
-        tile = t0 + cell
-        inside = tile < last
-        row = (tile - first) * BM
-        rows = tl.minimum(tl.maximum(count - row, 0), BM)
-        tl.store(tile_expert + tile, tl.zeros((128,), tl.int32) + expert, mask=inside)
-        tl.store(tile_start + tile, start + row, mask=inside)
-        tl.store(tile_rows + tile, rows, mask=inside)
-        t0 += 128
+from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
 
 
 @triton.jit
@@ -77,7 +20,7 @@ def _swizzle(pid, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
     """Row tile and column block: GROUP row tiles walk the columns together and share them in L2."""
     width = GROUP * BLOCKS
     first = (pid // width) * GROUP
-    height = tl.minimum(tiles - first, GROUP)
+    height = tl.maximum(tl.minimum(tiles - first, GROUP), 1)
     inner = pid % width
     return first + inner % height, inner // height
 
@@ -116,7 +59,7 @@ def _load_b(
     return b
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["slots"])
 def large_up(
     hidden,
     topk_weights,
@@ -125,9 +68,8 @@ def large_up(
     act,
     order,
     tile_expert,
-    tile_start,
-    tile_rows,
-    tiles,
+    used,
+    slots,
     up_offset,
     stride_e,
     stride_n,
@@ -146,18 +88,20 @@ def large_up(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """act[sorted slot, BN columns] = activation(hidden[token] @ W1[expert].T)."""
+    """act[row, BN columns] = activation(hidden[token of row] @ W1[expert].T)."""
+    chain(PDL)
     BLOCKS: tl.constexpr = (I + BN - 1) // BN
-    tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
-    rows = tl.load(tile_rows + tile)
-    if rows == 0:
+    tiles = tl.load(used)
+    if tl.program_id(0) >= tiles * BLOCKS:
         return
+    tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
     expert = tl.load(tile_expert + tile)
-    m = tl.arange(0, BM)
-    real = m < rows
-    place = tl.load(tile_start + tile) + m
-    slot = tl.load(order + place, mask=real, other=0)
+    row = tile * BM + tl.arange(0, BM)
+    slot = tl.load(order + row)
+    real = slot < slots
+    slot = tl.where(real, slot, 0)
     COLUMNS: tl.constexpr = 2 * BN if INTERLEAVED else BN
     LAST: tl.constexpr = 2 * I if INTERLEAVED else I
     J: tl.constexpr = 2 * I if GATED else I
@@ -170,20 +114,20 @@ def large_up(
         pointers = hidden
         pointers_up = hidden
         if TRANSPOSED:
-            row = expert * H
-            row_up = row
+            first = expert * H
+            first_up = first
             at = block * COLUMNS
             at_up = at + I
         else:
-            row = expert * J + block * COLUMNS
-            row_up = row + I
+            first = expert * J + block * COLUMNS
+            first_up = first + I
             at = 0
             at_up = 0
     else:
         at = n
         at_up = n
-        row = 0
-        row_up = 0
+        first = 0
+        first_up = 0
         base = weight + expert.to(tl.int64) * stride_e
         pointers = base + n.to(tl.int64)[None, :] * stride_n + k[:, None] * stride_k
         pointers_up = pointers + up_offset
@@ -191,19 +135,20 @@ def large_up(
     acc_up = tl.zeros((BM, COLUMNS), tl.float32)
     for k0 in range(0, H, BK):
         step = k0 * stride_k
+        # Padding rows are zeros: they read nothing, and products of zeros draw less power.
         if H % BK == 0:
             a = tl.load(inputs + k0, mask=real[:, None], other=0.0)
         else:
             a = tl.load(inputs + k0, mask=real[:, None] & (k[None, :] < H - k0), other=0.0)
-        b = _load_b(weight, pointers, step, row, at, k, k0, LAST, H, EVEN, TMA, TRANSPOSED)
+        b = _load_b(weight, pointers, step, first, at, k, k0, LAST, H, EVEN, TMA, TRANSPOSED)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         if TWO:
             c = _load_b(
-                weight, pointers_up, step, row_up, at_up, k, k0, LAST, H, EVEN, TMA, TRANSPOSED
+                weight, pointers_up, step, first_up, at_up, k, k0, LAST, H, EVEN, TMA, TRANSPOSED
             )
             acc_up = tl.dot(a, c, acc_up, input_precision="ieee")
     if WEIGHT_ON_INPUT:
-        scale = tl.load(topk_weights + slot, mask=real, other=0.0)[:, None]
+        scale = tl.load(topk_weights + slot)[:, None]
         acc = acc * scale
         acc_up = acc_up * scale
     if HAS_BIAS:
@@ -218,23 +163,25 @@ def large_up(
         out = activate_gated(acc, acc_up, ACT)
     else:
         out = activate_ungated(acc, ACT)
+    if HAS_BIAS:
+        out = tl.where(real[:, None], out, 0.0)
     i = block * BN + tl.arange(0, BN)
-    pointers_out = act + place.to(tl.int64)[:, None] * I + i[None, :]
-    tl.store(pointers_out, out.to(act.dtype.element_ty), mask=real[:, None] & (i[None, :] < I))
+    pointers_out = act + row.to(tl.int64)[:, None] * I + i[None, :]
+    if I % BN == 0:
+        tl.store(pointers_out, out.to(act.dtype.element_ty))
+    else:
+        tl.store(pointers_out, out.to(act.dtype.element_ty), mask=i[None, :] < I)
 
 
-@triton.jit(do_not_specialize=["tiles"])
-def large_down(
+@triton.jit
+def _down_tile(
     act,
-    topk_weights,
     weight,
     bias,
-    slot_out,
-    order,
+    out,
     tile_expert,
-    tile_start,
-    tile_rows,
-    tiles,
+    tile,
+    block,
     stride_e,
     stride_n,
     stride_k,
@@ -242,29 +189,20 @@ def large_down(
     I: tl.constexpr,  # noqa: E741
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    WEIGHT_ON_INPUT: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
-    """slot_out[slot, BN columns] = weight * (act[sorted slot] @ W2[expert].T)."""
-    BLOCKS: tl.constexpr = (H + BN - 1) // BN
-    tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
-    rows = tl.load(tile_rows + tile)
-    if rows == 0:
-        return
-    expert = tl.load(tile_expert + tile)
-    m = tl.arange(0, BM)
-    real = m < rows
-    place = tl.load(tile_start + tile) + m
+    """out[rows of a tile, BN columns] = act[rows] @ W2[expert].T."""
     EVEN: tl.constexpr = I % BK == 0 and H % BN == 0
+    expert = tl.load(tile_expert + tile)
+    rows = tile * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
     n = block * BN + tl.arange(0, BN)
-    inputs = act + place.to(tl.int64)[:, None] * I + k[None, :]
     if TMA:
-        pointers = act
+        pointers = out
         if TRANSPOSED:
             row = expert * I
             at = block * BN
@@ -276,42 +214,113 @@ def large_down(
         row = 0
         base = weight + expert.to(tl.int64) * stride_e
         pointers = base + n.to(tl.int64)[None, :] * stride_n + k[:, None] * stride_k
+    if TMA_ROWS:
+        inputs = out
+    else:
+        inputs = act + rows.to(tl.int64)[:, None] * I + k[None, :]
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, I, BK):
-        if I % BK == 0:
-            a = tl.load(inputs + k0, mask=real[:, None], other=0.0)
+        if TMA_ROWS:
+            a = act.load([tile * BM, k0])
+        elif I % BK == 0:
+            a = tl.load(inputs + k0)
         else:
-            a = tl.load(inputs + k0, mask=real[:, None] & (k[None, :] < I - k0), other=0.0)
+            a = tl.load(inputs + k0, mask=k[None, :] < I - k0, other=0.0)
         b = _load_b(weight, pointers, k0 * stride_k, row, at, k, k0, H, I, EVEN, TMA, TRANSPOSED)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    slot = tl.load(order + place, mask=real, other=0)
     if HAS_BIAS:
         at_bias = bias + expert.to(tl.int64) * H + n
         acc += tl.load(at_bias, mask=n < H, other=0.0).to(tl.float32)[None, :]
-    if not WEIGHT_ON_INPUT:
-        acc = acc * tl.load(topk_weights + slot, mask=real, other=0.0)[:, None]
-    pointers_out = slot_out + slot.to(tl.int64)[:, None] * H + n[None, :]
-    mask = real[:, None] & (n[None, :] < H)
-    tl.store(pointers_out, acc.to(slot_out.dtype.element_ty), mask=mask)
+    pointers_out = out + rows.to(tl.int64)[:, None] * H + n[None, :]
+    if H % BN == 0:
+        tl.store(pointers_out, acc.to(out.dtype.element_ty))
+    else:
+        tl.store(pointers_out, acc.to(out.dtype.element_ty), mask=n[None, :] < H)
 
 
 @triton.jit
-def sum_slots(
-    slot_out,
-    ids,
+def large_down(
+    act,
+    weight,
+    bias,
     out,
-    E: tl.constexpr,
+    tile_expert,
+    used,
+    stride_e,
+    stride_n,
+    stride_k,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    TMA_ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[row, BN columns] = act[row] @ W2[expert].T + bias, for every row of every tile."""
+    chain(PDL)
+    BLOCKS: tl.constexpr = (H + BN - 1) // BN
+    tiles = tl.load(used)
+    if PERSISTENT:
+        for pid in tl.range(tl.program_id(0), tiles * BLOCKS, tl.num_programs(0), flatten=True):
+            tile, block = _swizzle(pid, tiles, BLOCKS, GROUP)
+            _down_tile(
+                act, weight, bias, out, tile_expert, tile, block, stride_e, stride_n, stride_k,
+                H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
+            )  # fmt: skip
+    else:
+        if tl.program_id(0) >= tiles * BLOCKS:
+            return
+        tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
+        _down_tile(
+            act, weight, bias, out, tile_expert, tile, block, stride_e, stride_n, stride_k,
+            H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
+        )  # fmt: skip
+
+
+@triton.jit
+def sum_rows(
+    rows,
+    place,
+    topk_weights,
+    norm,
+    out,
     K: tl.constexpr,
     H: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    EPS: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
     BN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """out[token] = sum of its slots in slot order, in float32; a dropped slot was never written."""
+    """out[token] = sum over its slots, in slot order and float32, of weight * rows[place of slot].
+
+    With EPS, each row passes an RMS norm first (`moetor.kernels.norm`); BN then spans all of H.
+    """
+    chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = h < H
+    if EPS is not None:
+        gain = tl.load(norm + h, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BN,), tl.float32)
     for slot in tl.static_range(K):
-        expert = tl.load(ids + token * K + slot)
-        kept = (expert >= 0) & (expert < E)
-        at = slot_out + (token * K + slot) * H + h
-        total += tl.load(at, mask=kept & (h < H), other=0.0).to(tl.float32)
-    tl.store(out + token * H + h, total.to(out.dtype.element_ty), mask=h < H)
+        row = tl.load(place + token * K + slot)
+        y = tl.load(rows + row.to(tl.int64) * H + h, mask=inside & (row >= 0), other=0.0)
+        y = y.to(tl.float32)
+        if EPS is not None:
+            if SCALE_FIRST:
+                y = y * gain
+            y = y * tl.rsqrt(tl.sum(y * y, axis=0) / H + EPS)
+            if not SCALE_FIRST:
+                y = y * gain
+        if not WEIGHT_ON_INPUT:
+            # A dropped slot counts nothing, whatever its weight is.
+            y = y * tl.where(row >= 0, tl.load(topk_weights + token * K + slot), 0.0)
+        total += y
+    tl.store(out + token * H + h, total.to(out.dtype.element_ty), mask=inside)

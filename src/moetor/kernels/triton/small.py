@@ -1,4 +1,4 @@
-"""Routed experts for few tokens on NVIDIA GPUs: two launches, neither sorting nor padding.
+"""Routed experts for few tokens on NVIDIA GPUs: no launch sorts or pads.
 
 Shape letters: T tokens, K top_k, S = T * K slots, E experts, H hidden, I intermediate.
 """
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
+from moetor.errors import KernelRefusedError
 from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights, unquantized
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import (
+    MOST_PARTS,
     SmallPlan,
     activation_constants,
     next_power_of_2,
+    small_form,
     small_plan,
 )
 
@@ -31,78 +34,157 @@ def run_small(
     config: ExpertsConfig,
     plan: SmallPlan,
 ) -> Tensor:
-    """Both launches, with the tiles of `plan`, on inputs that are known to be right."""
-    from moetor.kernels.triton import small_kernels  # the first import of Triton
+    """All launches, with the tiles of `plan`, on inputs that are known to be right."""
 
-    tokens, top_k = topk_ids_TK.shape
     out_TH = torch.empty_like(hidden_TH)
-    if tokens == 0:
+    if topk_ids_TK.shape[0] == 0:
         return out_TH
-    slots, size = tokens * top_k, config.intermediate_size
     # Contiguous copies live until the call is over; most routers make contiguous tensors anyway.
     topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
-    act_SI = hidden_TH.new_empty((slots, size), dtype=torch.float32)
+    slots = topk_ids_TK.numel()
+    act_SI = hidden_TH.new_empty((slots, config.intermediate_size), dtype=torch.float32)
+    with support.on_device_of(hidden_TH):
+        _launch_up(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config, plan, act_SI)
+        launch_down = _launch_down_parts if plan.parts else _launch_down
+        launch_down(act_SI, topk_weights_TK, topk_ids_TK, weights, config, plan, out_TH)
+    return out_TH
+
+
+def _launch_up(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    plan: SmallPlan,
+    act_SI: Tensor,
+) -> None:
+    from moetor.kernels.triton import small_kernels  # the first import of Triton
+
+    slots, size = act_SI.shape
     stride_e, stride_n, stride_k = support.output_stride(
         weights.gate_up, transposed=config.transposed
     )
-    launch = {"launch_pdl": True} if plan.overlap else {}
-    with support.on_device_of(hidden_TH):
-        small_kernels.small_up[(slots * _cdiv(size, plan.up.rows),)](
-            hidden_TH,
-            topk_ids_TK,
-            topk_weights_TK,
-            weights.gate_up,
-            support.flat(weights.gate_up_bias, hidden_TH),
-            act_SI,
-            slots,
-            size * stride_n,
-            stride_e,
-            stride_n,
-            stride_k,
-            E=config.num_experts,
-            K=top_k,
-            H=config.hidden_size,
-            I=size,
-            GATED=config.gated,
-            INTERLEAVED=config.interleaved,
-            HAS_BIAS=weights.gate_up_bias is not None,
-            WEIGHT_ON_INPUT=config.weight_on_input,
-            ACT=activation_constants(config.activation),
-            BN=plan.up.rows,
-            BK=plan.up.depth,
-            STAGES=plan.up.stages,
-            PDL=plan.overlap,
-            num_warps=plan.up.warps,
-        )
-        stride_e, stride_n, stride_k = support.output_stride(
-            weights.down, transposed=config.transposed
-        )
-        small_kernels.small_down[(tokens * _cdiv(config.hidden_size, plan.down.rows),)](
-            act_SI,
-            topk_ids_TK,
-            topk_weights_TK,
-            weights.down,
-            support.flat(weights.down_bias, hidden_TH),
-            out_TH,
-            tokens,
-            stride_e,
-            stride_n,
-            stride_k,
-            E=config.num_experts,
-            K=top_k,
-            H=config.hidden_size,
-            I=size,
-            HAS_BIAS=weights.down_bias is not None,
-            WEIGHT_ON_INPUT=config.weight_on_input,
-            KP=next_power_of_2(top_k),
-            BN=plan.down.rows,
-            BK=plan.down.depth,
-            STAGES=plan.down.stages,
-            PDL=plan.overlap,
-            num_warps=plan.down.warps,
-            **launch,
-        )
-    return out_TH
+    small_kernels.small_up[(slots * _cdiv(size, plan.up.rows),)](
+        hidden_TH,
+        topk_ids_TK,
+        topk_weights_TK,
+        weights.gate_up,
+        support.flat(weights.gate_up_bias, hidden_TH),
+        act_SI,
+        slots,
+        size * stride_n,
+        stride_e,
+        stride_n,
+        stride_k,
+        E=config.num_experts,
+        K=topk_ids_TK.shape[1],
+        H=config.hidden_size,
+        I=size,
+        GATED=config.gated,
+        INTERLEAVED=config.interleaved,
+        HAS_BIAS=weights.gate_up_bias is not None,
+        WEIGHT_ON_INPUT=config.weight_on_input,
+        ACT=activation_constants(config.activation),
+        BN=plan.up.rows,
+        BK=plan.up.depth,
+        STAGES=plan.up.stages,
+        PDL=plan.pdl,
+        num_warps=plan.up.warps,
+    )
+
+
+def _launch_down(
+    act_SI: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    plan: SmallPlan,
+    out_TH: Tensor,
+) -> None:
+    from moetor.kernels.triton import small_kernels
+
+    (tokens, top_k), tile = topk_ids_TK.shape, plan.down
+    stride_e, stride_n, stride_k = support.output_stride(weights.down, transposed=config.transposed)
+    small_kernels.small_down[(tokens * _cdiv(config.hidden_size, tile.rows),)](
+        act_SI,
+        topk_ids_TK,
+        topk_weights_TK,
+        weights.down,
+        support.flat(weights.down_bias, out_TH),
+        out_TH,
+        tokens,
+        stride_e,
+        stride_n,
+        stride_k,
+        E=config.num_experts,
+        K=top_k,
+        H=config.hidden_size,
+        I=config.intermediate_size,
+        HAS_BIAS=weights.down_bias is not None,
+        WEIGHT_ON_INPUT=config.weight_on_input,
+        KP=next_power_of_2(top_k),
+        BN=tile.rows,
+        BK=tile.depth,
+        STAGES=tile.stages,
+        PDL=plan.pdl,
+        num_warps=tile.warps,
+        **support.chained(plan.pdl),
+    )
+
+
+def _launch_down_parts(
+    act_SI: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+    plan: SmallPlan,
+    out_TH: Tensor,
+) -> None:
+    from moetor.kernels.triton import small_kernels
+
+    (tokens, top_k), tile, hidden = topk_ids_TK.shape, plan.down, config.hidden_size
+    parts = act_SI.new_empty((tokens * top_k, plan.parts, hidden))
+    stride_e, stride_n, stride_k = support.output_stride(weights.down, transposed=config.transposed)
+    small_kernels.small_down_parts[(tokens * top_k * plan.parts * _cdiv(hidden, tile.rows),)](
+        act_SI,
+        topk_ids_TK,
+        weights.down,
+        parts,
+        stride_e,
+        stride_n,
+        stride_k,
+        E=config.num_experts,
+        H=hidden,
+        I=config.intermediate_size,
+        PARTS=plan.parts,
+        DEPTH=_cdiv(config.intermediate_size, plan.parts),
+        BN=tile.rows,
+        BK=tile.depth,
+        PDL=plan.pdl,
+        num_warps=tile.warps,
+        **support.chained(plan.pdl),
+    )
+    columns = min(256, next_power_of_2(hidden))
+    small_kernels.small_sum[(_cdiv(hidden, columns), tokens)](
+        parts,
+        topk_ids_TK,
+        topk_weights_TK,
+        support.flat(weights.down_bias, out_TH),
+        out_TH,
+        E=config.num_experts,
+        K=top_k,
+        H=hidden,
+        HAS_BIAS=weights.down_bias is not None,
+        WEIGHT_ON_INPUT=config.weight_on_input,
+        PARTS=plan.parts,
+        BN=columns,
+        PDL=plan.pdl,
+        num_warps=4,
+        **support.chained(plan.pdl),
+    )
 
 
 class TritonSmallKernel(ExpertsKernel):
@@ -113,7 +195,7 @@ class TritonSmallKernel(ExpertsKernel):
 
     def refusal(self, query: KernelQuery) -> str | None:
         """No NVIDIA GPU, no Triton, or a dtype or form that the kernels do not have."""
-        return support.refusal(query)
+        return support.refusal(query) or small_form(query.experts)
 
     def __call__(
         self,
@@ -128,12 +210,17 @@ class TritonSmallKernel(ExpertsKernel):
         """See `ExpertsKernel`. Always batch-invariant; gradients are not recorded."""
         plain = unquantized(weights)
         support.check_call(self.name, hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
-        tokens, top_k = topk_ids_TK.shape
-        plan = small_plan(config, top_k, tokens, hidden_TH.element_size())
+        reason = small_form(config)
+        if reason is not None:
+            raise KernelRefusedError(f"kernel {self.name!r} {reason}; use kernel 'triton'")
+        device = support.device_of(hidden_TH)
+        plan = small_plan(config, topk_ids_TK.shape[1], hidden_TH.element_size(), device)
         return run_small(hidden_TH, topk_weights_TK, topk_ids_TK, plain, config, plan)
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """The activations of a token's slots in float32, and copies of a strided routing."""
-        return top_k * (4 * config.intermediate_size + 8)
+        """The activations and outputs of a token's slots in float32, and copies of a strided
+        routing."""
+        parts = MOST_PARTS * config.hidden_size if config.transposed else 0
+        return top_k * (4 * (config.intermediate_size + parts) + 8)

@@ -1,4 +1,4 @@
-"""Two launches for few tokens: no sort, no padding, every product a float32 vector sum.
+"""Two or three launches for few tokens: no sort, no padding, every product a float32 vector sum.
 
 Shape letters: T tokens, K top_k, S = T * K slots, E experts, H hidden, I intermediate, N rows of a
 weight matrix that one program owns (BN), BK its depth per step.
@@ -10,10 +10,9 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 from triton.language.extra.cuda import (  # type: ignore[import-not-found, unused-ignore]
     gdc_launch_dependents,
-    gdc_wait,
 )
 
-from moetor.kernels.triton.device_code import activate_gated, activate_ungated
+from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -45,7 +44,7 @@ def small_up(
 ):
     """act[slot, BN columns] = activation(W1[expert of slot] @ hidden[token of slot]), float32."""
     if PDL:
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # itself it was launched after all before it, so that ids are there
     # The slot runs fastest: programs that share an expert's rows run side by side, and all but the
     # first find them in the cache.
     slot = tl.program_id(0) % slots
@@ -158,14 +157,14 @@ def small_down(
             w = tl.load(
                 pointers + i0 * stride_k, mask=inside, other=0.0, eviction_policy="evict_first"
             )
-            if PDL and i0 == 0:
-                gdc_wait()
+            if i0 == 0:
+                chain(PDL)  # the first weights are on their way; the ids were there before up began
             x = tl.load(inputs + i0, mask=kept[:, None, None], other=0.0)
         else:
             depth = i[None, None, :] < I - i0
             w = tl.load(pointers + i0 * stride_k, mask=inside & depth, other=0.0)
-            if PDL and i0 == 0:
-                gdc_wait()
+            if i0 == 0:
+                chain(PDL)
             x = tl.load(inputs + i0, mask=kept[:, None, None] & depth, other=0.0)
         acc += w.to(tl.float32) * x
     y = tl.sum(acc, axis=2)
@@ -175,3 +174,90 @@ def small_down(
     # A dropped slot's row is 0 whatever its weight is.
     total = tl.sum(y * scale[:, None], axis=0)
     tl.store(out + token * H + h, total.to(out.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def small_down_parts(
+    act,
+    ids,
+    weight,
+    parts,
+    stride_e,
+    stride_n,
+    stride_k,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    PARTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """parts[slot, part, BN columns] = W2[expert] @ act[slot], over DEPTH of the depth.
+
+    For weights whose output axis is the contiguous one: a program reads whole lines of BN columns,
+    and the depth is shared out so that there are programs for all multiprocessors.
+    """
+    BLOCKS: tl.constexpr = (H + BN - 1) // BN
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    part = pid // BLOCKS % PARTS
+    slot = (pid // (BLOCKS * PARTS)).to(tl.int64)
+    expert = tl.load(ids + slot)
+    kept = (expert >= 0) & (expert < E)
+    expert = tl.where(kept, expert, 0).to(tl.int64)
+    h = block * BN + tl.arange(0, BN)
+    i = part * DEPTH + tl.arange(0, BK)
+    pointers = weight + expert * stride_e + h[None, :].to(tl.int64) * stride_n
+    inside = kept & (h < H)[None, :]
+    acc = tl.zeros((BK, BN), tl.float32)
+    for i0 in range(0, DEPTH, BK):
+        here = i + i0
+        mask = inside & (here < tl.minimum(part * DEPTH + DEPTH, I))[:, None]
+        at = pointers + here.to(tl.int64)[:, None] * stride_k
+        w = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+        if i0 == 0:
+            chain(PDL)
+        x = tl.load(act + slot * I + here, mask=kept & (here < I), other=0.0)
+        acc += w.to(tl.float32) * x[:, None]
+    total = tl.sum(acc, axis=0)
+    tl.store(parts + (slot * PARTS + part) * H + h, total, mask=h < H)
+
+
+@triton.jit
+def small_sum(
+    parts,
+    ids,
+    topk_weights,
+    bias,
+    out,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    BN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[token] = sum over slots, in slot order, of weight * (sum of the slot's parts + bias)."""
+    chain(PDL)
+    token = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = h < H
+    total = tl.zeros((BN,), tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        expert = tl.load(ids + slot)
+        kept = (expert >= 0) & (expert < E)
+        y = tl.zeros((BN,), tl.float32)
+        for part in tl.static_range(PARTS):
+            y += tl.load(parts + (slot * PARTS + part) * H + h, mask=inside & kept, other=0.0)
+        if HAS_BIAS:
+            at = bias + expert.to(tl.int64) * H + h
+            y += tl.load(at, mask=inside & kept, other=0.0).to(tl.float32)
+        if not WEIGHT_ON_INPUT:
+            y = y * tl.where(kept, tl.load(topk_weights + slot), 0.0)
+        total += y
+    tl.store(out + token * H + h, total.to(out.dtype.element_ty), mask=inside)

@@ -53,12 +53,12 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def unsupported_form(config: ExpertsConfig, top_k: int) -> str | None:
-    """Why no Triton kernel has this form, as half a sentence."""
-    if config.post_norm_eps is not None:
-        return "does not have the norm of each expert's output"
-    if config.activation.function is not None:
-        return f"cannot call a Python activation ({config.activation.label})"
+def chained(pdl: bool) -> dict[str, bool]:
+    """The launch option of a kernel that begins with `device_code.chain`."""
+    return {"launch_pdl": True} if pdl else {}
+
+
+def _too_many_slots(top_k: int) -> str | None:
     if top_k > _MAX_TOP_K:
         return f"takes at most {_MAX_TOP_K} slots per token, not {top_k}"
     return None
@@ -88,7 +88,7 @@ def refusal(query: KernelQuery) -> str | None:
         return f"reads unquantised weights, not {query.weight_format}"
     if query.dtype not in DTYPES:
         return f"computes in bfloat16, float16 or float32, not {query.dtype}"
-    return unsupported_form(query.experts, query.top_k) or device_refusal(query.device)
+    return _too_many_slots(query.top_k) or device_refusal(query.device)
 
 
 def _check(
@@ -140,6 +140,11 @@ def check_inputs(
             _check(bias, name, (config.num_experts, size), dtype, device)
         elif config.has_bias:
             raise InputError(f"has_bias=True, and {name} is missing")
+    if config.post_norm_eps is not None:
+        if weights.post_norm is None:
+            raise InputError("post_norm_eps is set, and the norm's weight is missing")
+        norm = weights.post_norm
+        _check(norm, "post_norm", (config.hidden_size,), norm.dtype, device)
 
 
 def check_call(

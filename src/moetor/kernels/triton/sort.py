@@ -1,0 +1,94 @@
+"""Slots sorted by expert into row tiles: what the large path's products walk over.
+
+Shape letters: T tokens, K top_k, S = T * K slots, E experts, R rows (tiles * BM).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moetor.kernels.triton import support
+from moetor.kernels.triton.choose import next_power_of_2
+
+_CHUNK = 128  # slots ranked at once: a [128, 128] comparison is 128 registers a thread
+_DIRECT = 1024  # up to here every program counts all slots for itself
+
+
+class RowTiles(NamedTuple):
+    """All int32, all on the device; the host knows upper bounds alone.
+
+    Attributes:
+        order: [R] slot of each row; S in padding rows, undefined beyond the tiles in use.
+        place: [T, K] row of each slot, -1 for a dropped one.
+        expert: [tiles] expert of each tile in use.
+        used: [1] number of tiles in use.
+    """
+
+    order: Tensor
+    place: Tensor
+    expert: Tensor
+    used: Tensor
+
+    @property
+    def tiles(self) -> int:
+        """Upper bound of the tiles."""
+        return self.expert.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.order.shape[0]
+
+
+def most_tiles(slots: int, num_experts: int, rows: int) -> int:
+    """Upper bound of the tiles of `rows` rows that `slots` slots fill: a full share each, and one
+    begun tile per expert."""
+    return slots // rows + min(num_experts, slots)
+
+
+def make_row_tiles(topk_ids_TK: Tensor, num_experts: int, rows: int, *, pdl: bool) -> RowTiles:
+    """Sorts contiguous int32 ids; ids outside [0, num_experts) are dropped slots.
+
+    Args:
+        rows: BM, a power of two.
+        pdl: launched with programmatic dependent launch.
+    """
+    from moetor.kernels.triton import sort_kernels
+
+    slots = topk_ids_TK.numel()
+    tiles = most_tiles(slots, num_experts, rows)
+    memory = topk_ids_TK.new_empty((tiles * rows + slots + tiles + 1,))
+    order, place, expert, used = memory.split((tiles * rows, slots, tiles, 1))
+    made = RowTiles(order, place.view(topk_ids_TK.shape), expert, used)
+    direct = slots <= _DIRECT
+    chunk = min(_CHUNK, max(32, next_power_of_2(slots)))
+    blocks = -(-slots // chunk)
+    padded = next_power_of_2(num_experts + 1)
+    sizes = {"E": num_experts, "EP": padded, "CHUNK": chunk, "PDL": pdl, "num_warps": 4}
+    counts = totals = used
+    if not direct:
+        counts = topk_ids_TK.new_empty((blocks + 1, padded))
+        totals = counts[blocks]
+        sort_kernels.count_slots[(blocks,)](
+            topk_ids_TK, counts, slots, **sizes, **support.chained(pdl)
+        )
+        columns = min(16, padded)
+        sort_kernels.scan_counts[(padded // columns,)](
+            counts, totals, blocks, EP=padded, BE=columns, ROWS=256, PDL=pdl, num_warps=8,
+            **support.chained(pdl),
+        )  # fmt: skip
+    sort_kernels.place_slots[(max(blocks, num_experts),)](
+        topk_ids_TK,
+        counts,
+        totals,
+        *made,
+        slots,
+        blocks,
+        BM=rows,
+        DIRECT=direct,
+        **sizes,
+        **support.chained(pdl),
+    )
+    return made
