@@ -17,6 +17,7 @@ from moetor.kernels.triton.choose import (
     LargePlan,
     large_plan,
     next_power_of_2,
+    small_form,
     small_plan,
     tile_rows,
     tma_allowed,
@@ -95,13 +96,17 @@ def test_no_tile_exceeds_the_shared_memory(device: Device, itemsize: int) -> Non
                 assert tile.warps in (4, 8)
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm{d.capability[0]}{d.capability[1]}")
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_the_small_path_keeps_its_accumulators_in_registers(itemsize: int) -> None:
+def test_the_small_path_keeps_its_accumulators_in_registers(device: Device, itemsize: int) -> None:
     for top_k, config in configs():
-        plan = small_plan(config, top_k, 1, itemsize)
+        plan = small_plan(config, top_k, itemsize, device)
         operands = 2 if config.gated else 1
         up = operands * plan.up.rows * plan.up.depth
-        down = next_power_of_2(top_k) * plan.down.rows * plan.down.depth
+        assert (plan.parts > 0) == config.transposed
+        assert plan.pdl == (device.capability >= (9, 0))
+        side_by_side = 1 if plan.parts else next_power_of_2(top_k)
+        down = side_by_side * plan.down.rows * plan.down.depth
         for tile, elements in ((plan.up, up), (plan.down, down)):
             assert is_power_of_2(tile.rows)
             assert is_power_of_2(tile.depth)
@@ -112,14 +117,12 @@ def test_a_plan_for_any_number_of_tokens_is_one_plan() -> None:
     for top_k, config in configs():
         plan: LargePlan = large_plan(config, top_k, None, 2, DEVICES[3])
         assert plan == large_plan(config, top_k, None, 2, DEVICES[3])
-        plans = {small_plan(config, top_k, tokens, 2) for tokens in (1, 2, 4)}
-        assert len(plans) == 1
 
 
 def test_row_tiles_grow_with_the_rows_of_an_expert() -> None:
     config = ExpertsConfig(num_experts=128, hidden_size=2048, intermediate_size=768)
     rows = [tile_rows(config, 8, tokens) for tokens in (1, 64, 256, 512, 1024, 4096)]
-    assert rows == [16, 16, 32, 64, 128, 128]
+    assert rows == [16, 16, 32, 64, 64, 128]
 
 
 def test_the_small_path_takes_few_tokens_that_share_little() -> None:
@@ -129,7 +132,10 @@ def test_the_small_path_takes_few_tokens_that_share_little() -> None:
     assert use_small(fine, 8, 2, 2)
     assert not use_small(fine, 8, 64, 2)
     assert use_small(coarse, 2, 1, 2)
-    assert not use_small(coarse, 2, 2, 2)
+    assert use_small(fine, 8, 4, 2)
+    assert not use_small(fine, 8, 5, 2)
+    assert use_small(coarse, 2, 2, 2)
+    assert not use_small(coarse, 2, 3, 2)
     assert use_small(coarse, 2, 0, 2)
 
 
@@ -160,8 +166,6 @@ QUERY = KernelQuery(device="cuda", dtype=torch.bfloat16, experts=CONFIG, top_k=2
         (replace(QUERY, device="cpu"), "NVIDIA"),
         (replace(QUERY, dtype=torch.float64), "float64"),
         (replace(QUERY, weight_format="int4"), "int4"),
-        (replace(QUERY, experts=replace(CONFIG, post_norm_eps=1e-6)), "norm"),
-        (replace(QUERY, experts=replace(CONFIG, activation=Activation(function=abs))), "abs"),
         (replace(QUERY, top_k=65), "64"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -170,6 +174,15 @@ def test_refuses_with_a_reason(kernel: TritonKernel, query: KernelQuery, words: 
     reason = kernel.refusal(query)
     assert reason is not None
     assert words in reason
+
+
+def test_the_small_path_leaves_some_forms_to_the_large_one() -> None:
+    for config, words in (
+        (replace(CONFIG, post_norm_eps=1e-6), "norm"),
+        (replace(CONFIG, activation=Activation(function=abs)), "abs"),
+    ):
+        assert words in str(small_form(config))
+        assert not use_small(config, 2, 1, 2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -36,7 +36,7 @@ def plan_variants(
     """
     config, top_k = shape.experts, shape.top_k
     device = support.gpu(0)
-    small = choose.small_plan(config, top_k, tokens, itemsize)
+    small = choose.small_plan(config, top_k, itemsize, device)
     large = choose.large_plan(config, top_k, tokens, itemsize, device)
 
     def of_small(plan: choose.SmallPlan) -> VariantCall:

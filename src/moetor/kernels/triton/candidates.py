@@ -10,20 +10,26 @@ from typing import Any
 from moetor.kernels.triton.choose import Device, LargePlan, SmallPlan, Tile, VectorTile
 
 # (rows, depth, warps, stages) of the vector products over rows of the weight.
-_UP = ((4, 256, 4, 1), (8, 256, 4, 1), (4, 512, 4, 1), (8, 512, 8, 1), (2, 1024, 4, 1),
-       (4, 1024, 4, 1), (4, 512, 2, 1), (4, 512, 4, 3), (2, 512, 4, 1))  # fmt: skip
-_DOWN = ((1, 512, 4, 1), (2, 512, 4, 1), (4, 256, 4, 1), (4, 128, 4, 1), (8, 128, 4, 1),
-         (1, 256, 4, 1), (2, 256, 2, 1), (2, 256, 4, 3), (2, 256, 8, 1))  # fmt: skip
+_UP = ((1, 512, 1, 1), (2, 256, 1, 1), (2, 512, 1, 1), (2, 1024, 2, 1), (2, 1024, 4, 1),
+       (1, 2048, 4, 1), (4, 256, 2, 1), (8, 256, 4, 1))  # fmt: skip
+_DOWN = ((2, 128, 2, 1), (2, 256, 1, 1), (2, 256, 4, 1), (4, 128, 4, 1), (8, 128, 4, 1),
+         (8, 128, 8, 1), (4, 256, 2, 1), (8, 512, 4, 1))  # fmt: skip
 
 
 def small_candidates(plan: SmallPlan, *, transposed: bool) -> Iterator[tuple[str, SmallPlan]]:
     """Other tiles of the small path, each with a name that says what differs.
 
     Args:
-        transposed: the weights' storage; its tiles are another kind, and only `overlap` is varied.
+        transposed: the weights' storage, which has tiles of another kind.
     """
-    yield "overlap" if not plan.overlap else "no overlap", replace(plan, overlap=not plan.overlap)
+    if plan.pdl:
+        yield "unchained", replace(plan, pdl=False)
     if transposed:
+        for parts, columns, depth in ((2, 64, 128), (4, 64, 64), (4, 64, 128), (8, 32, 128)):
+            down = replace(plan.down, rows=columns, depth=depth)
+            if (parts, down) != (plan.parts, plan.down):
+                changed = replace(plan, parts=parts, down=down)
+                yield f"down {parts} parts {columns}x{depth}", changed
         return
     for rows, depth, warps, stages in _UP:
         tile = VectorTile(rows=rows, depth=depth, warps=warps, stages=stages)
@@ -39,7 +45,7 @@ def large_candidates(
     plan: LargePlan, device: Device, *, gated: bool, itemsize: int
 ) -> Iterator[tuple[str, LargePlan]]:
     """The chosen tiles with one thing changed; none needs more shared memory than there is."""
-    for name, changed in _large_changes(plan):
+    for name, changed in _large_changes(plan, device):
         widths = ((changed.up, 2 if gated else 1), (changed.down, 1))
         if changed != plan and all(
             tile.shared_bytes(width=halves * tile.columns, itemsize=itemsize) <= device.shared
@@ -48,9 +54,10 @@ def large_candidates(
             yield name, changed
 
 
-def _large_changes(plan: LargePlan) -> Iterator[tuple[str, LargePlan]]:
+def _large_changes(plan: LargePlan, device: Device) -> Iterator[tuple[str, LargePlan]]:
     def both(**changes: Any) -> LargePlan:
-        return LargePlan(up=replace(plan.up, **changes), down=replace(plan.down, **changes))
+        up, down = replace(plan.up, **changes), replace(plan.down, **changes)
+        return replace(plan, up=up, down=down)
 
     rows = plan.up.rows
     for other in (rows // 2, rows * 2):
@@ -63,10 +70,12 @@ def _large_changes(plan: LargePlan) -> Iterator[tuple[str, LargePlan]]:
     if rows <= 32:
         yield "stages+2", both(stages=plan.up.stages + 2)
         yield "BK64 s6", both(depth=64, stages=6)
-        yield "BN*2", LargePlan(up=_wider(plan.up), down=_wider(plan.down))
+        yield "BN*2", replace(plan, up=_wider(plan.up), down=_wider(plan.down))
     if rows == 128:
-        yield "BN/2 w4", LargePlan(up=_narrower(plan.up), down=_narrower(plan.down))
+        yield "BN/2 w4", replace(plan, up=_narrower(plan.up), down=_narrower(plan.down))
         yield "down BN128", replace(plan, down=replace(plan.down, columns=128))
+        many = 0 if plan.down.persistent else device.sms
+        yield f"down persistent={many}", replace(plan, down=replace(plan.down, persistent=many))
 
 
 def _wider(tile: Tile) -> Tile:
