@@ -14,7 +14,7 @@ from moetor.config import Activation, ExpertsConfig
 _WASTE_BYTES = 70 * 2**20
 # Above this many tokens a program per slot does more arithmetic than the vector units have room
 # for while the weights stream by.
-_SMALL_TOKENS = 4
+_SMALL_TOKENS = 8
 # Programs that share the depth of a product of transposed weights, at most.
 MOST_PARTS = 8
 
@@ -45,6 +45,7 @@ class Tile:
         group: row tiles that walk the columns together.
         tma: the weight (and the rows of a second product) are read through tensor descriptors.
         persistent: programs that walk over all tiles of a second product; 0 for one a tile.
+        halves: tiles whose upper half is padding compute their lower half alone.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class Tile:
     group: int = 8
     tma: bool = False
     persistent: int = 0
+    halves: bool = False
 
     def shared_bytes(self, *, width: int, itemsize: int) -> int:
         """Upper bound of the shared memory: all stages of both operands, and the barriers.
@@ -153,14 +155,14 @@ def use_small(config: ExpertsConfig, top_k: int, tokens: int, itemsize: int) -> 
     """Whether the small path has the form and is expected to be the faster one."""
     if small_form(config) is not None:
         return False
-    if tokens <= 1:
+    if tokens <= 2:
         return True
-    if tokens > _SMALL_TOKENS:
+    if tokens > _SMALL_TOKENS or config.transposed:
         return False
     # A token's own slots are distinct, other tokens' may meet the same experts.
     distinct = config.num_experts * (1.0 - (1.0 - top_k / config.num_experts) ** tokens)
     wasted = max(0.0, tokens * top_k - distinct) * config.params_per_expert * itemsize
-    return tokens <= 2 or wasted <= _WASTE_BYTES
+    return wasted <= _WASTE_BYTES
 
 
 def small_plan(config: ExpertsConfig, top_k: int, itemsize: int, device: Device) -> SmallPlan:
@@ -170,11 +172,12 @@ def small_plan(config: ExpertsConfig, top_k: int, itemsize: int, device: Device)
     if config.transposed:
         return _small_plan_transposed(config, top_k, device, pdl)
     wide = 512 // itemsize  # elements that a warp reads at once, 16 bytes a thread
-    # A multiple of what a warp reads that leaves no rest, if there is one.
-    depth = min(2 * wide, max(16, next_power_of_2(config.hidden_size)))
+    # Whole rows by one warp where they are short: 64 to 128 products a thread and step.
+    short = config.hidden_size < 4096
+    depth = min((8 if short else 4) * wide, max(16, next_power_of_2(config.hidden_size)))
     while depth > wide and config.hidden_size % depth:
         depth //= 2
-    up = VectorTile(rows=2, depth=depth, warps=1)
+    up = VectorTile(rows=1 if short else 2, depth=depth, warps=1 if short else 2)
     # All slots of a token side by side: 16 to 32 elements a thread and step.
     slots = next_power_of_2(top_k)
     depth = min(max(16, 1024 // slots), max(16, next_power_of_2(config.intermediate_size)))
@@ -234,9 +237,7 @@ def tile_rows(config: ExpertsConfig, top_k: int, tokens: int) -> int:
     """BM: what holds most experts' rows in one tile, from 16 to 128."""
     slots = tokens * top_k
     mean = slots / max(1.0, active_experts(config.num_experts, slots))
-    rows = min(128, max(16, next_power_of_2(1.25 * mean)))
-    # Half-empty tiles of 128 rows cost more than a second look at a weight whose depth is short.
-    return 64 if rows == 128 and mean < 96 and config.hidden_size < 4096 else rows
+    return min(128, max(16, next_power_of_2(1.25 * mean)))
 
 
 def large_plan(
@@ -271,7 +272,11 @@ def large_plan(
         replace(up, columns=up.columns // halves), config.intermediate_size, config.hidden_size
     )
     down = tile(config.intermediate_size)
-    if hopper and rows == 128 and itemsize == 2:
+    # Where an expert fills few tiles, its last one is a large part of the work.
+    many = tokens is not None and tokens * top_k >= 512 * config.num_experts
+    if rows == 128:
+        up, down = replace(up, halves=True), replace(down, halves=not (hopper and many))
+    if hopper and rows == 128 and many:
         # Programs that walk over tiles load the next one's operands under the last one's store. A
         # short depth makes that store the larger part: two programs a multiprocessor hide it.
         down = replace(down, persistent=device.sms)

@@ -60,7 +60,7 @@ def _operand(weight_EXY: Tensor, tile: Tile, depth: int, *, transposed: bool, wi
 def _rows_operand(act_RI: Tensor, tile: Tile) -> Any:
     """A tensor descriptor over the rows of a product's input, or None where pointers must do."""
     depth = act_RI.shape[1]
-    if not tile.tma or depth * act_RI.element_size() % 16 or depth < tile.depth:
+    if not tile.tma or tile.halves or depth * act_RI.element_size() % 16 or depth < tile.depth:
         return None
     from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
         TensorDescriptor,
@@ -170,6 +170,7 @@ def launch_up(
         BN=tile.columns,
         BK=tile.depth,
         GROUP=tile.group,
+        HALVES=tile.halves,
         PDL=plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -205,8 +206,10 @@ def launch_down(
         weights.down if described is None else described,
         support.flat(weights.down_bias, act_RI),
         rows_RH,
+        made.order,
         made.expert,
         made.used,
+        made.place.numel(),
         stride_e,
         stride_n,
         stride_k,
@@ -221,6 +224,7 @@ def launch_down(
         BK=tile.depth,
         GROUP=tile.group,
         PERSISTENT=tile.persistent > 0,
+        HALVES=tile.halves,
         PDL=plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,

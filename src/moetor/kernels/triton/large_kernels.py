@@ -59,17 +59,18 @@ def _load_b(
     return b
 
 
-@triton.jit(do_not_specialize=["slots"])
-def large_up(
+@triton.jit
+def _up_tile(
     hidden,
     topk_weights,
     weight,
     bias,
     act,
     order,
-    tile_expert,
-    used,
     slots,
+    expert,
+    row0,
+    block,
     up_offset,
     stride_e,
     stride_n,
@@ -87,18 +88,9 @@ def large_up(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """act[row, BN columns] = activation(hidden[token of row] @ W1[expert].T)."""
-    chain(PDL)
-    BLOCKS: tl.constexpr = (I + BN - 1) // BN
-    tiles = tl.load(used)
-    if tl.program_id(0) >= tiles * BLOCKS:
-        return
-    tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
-    expert = tl.load(tile_expert + tile)
-    row = tile * BM + tl.arange(0, BM)
+    """act[BM rows, BN columns] = activation(hidden[token of row] @ W1[expert].T)."""
+    row = row0 + tl.arange(0, BM)
     slot = tl.load(order + row)
     real = slot < slots
     slot = tl.where(real, slot, 0)
@@ -173,6 +165,63 @@ def large_up(
         tl.store(pointers_out, out.to(act.dtype.element_ty), mask=i[None, :] < I)
 
 
+@triton.jit(do_not_specialize=["slots"])
+def large_up(
+    hidden,
+    topk_weights,
+    weight,
+    bias,
+    act,
+    order,
+    tile_expert,
+    used,
+    slots,
+    up_offset,
+    stride_e,
+    stride_n,
+    stride_k,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    ACT: tl.constexpr,
+    TMA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    HALVES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """act[row, BN columns] = activation(hidden[token of row] @ W1[expert].T).
+
+    With HALVES, a tile whose upper half is padding computes its lower half alone.
+    """
+    chain(PDL)
+    BLOCKS: tl.constexpr = (I + BN - 1) // BN
+    tiles = tl.load(used)
+    if tl.program_id(0) >= tiles * BLOCKS:
+        return
+    tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
+    expert = tl.load(tile_expert + tile)
+    if HALVES and tl.load(order + tile * BM + BM // 2) >= slots:
+        _up_tile(
+            hidden, topk_weights, weight, bias, act, order, slots, expert, tile * BM, block,
+            up_offset, stride_e, stride_n, stride_k, K, H, I, GATED, INTERLEAVED, TRANSPOSED,
+            HAS_BIAS, WEIGHT_ON_INPUT, ACT, TMA, BM // 2, BN, BK,
+        )  # fmt: skip
+    else:
+        _up_tile(
+            hidden, topk_weights, weight, bias, act, order, slots, expert, tile * BM, block,
+            up_offset, stride_e, stride_n, stride_k, K, H, I, GATED, INTERLEAVED, TRANSPOSED,
+            HAS_BIAS, WEIGHT_ON_INPUT, ACT, TMA, BM, BN, BK,
+        )  # fmt: skip
+
+
 @triton.jit
 def _down_tile(
     act,
@@ -181,6 +230,7 @@ def _down_tile(
     out,
     tile_expert,
     tile,
+    row0,
     block,
     stride_e,
     stride_n,
@@ -198,7 +248,7 @@ def _down_tile(
     """out[rows of a tile, BN columns] = act[rows] @ W2[expert].T."""
     EVEN: tl.constexpr = I % BK == 0 and H % BN == 0
     expert = tl.load(tile_expert + tile)
-    rows = tile * BM + tl.arange(0, BM)
+    rows = row0 + tl.arange(0, BM)
     k = tl.arange(0, BK)
     n = block * BN + tl.arange(0, BN)
     if TMA:
@@ -221,7 +271,7 @@ def _down_tile(
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, I, BK):
         if TMA_ROWS:
-            a = act.load([tile * BM, k0])
+            a = act.load([row0, k0])
         elif I % BK == 0:
             a = tl.load(inputs + k0)
         else:
@@ -238,14 +288,16 @@ def _down_tile(
         tl.store(pointers_out, acc.to(out.dtype.element_ty), mask=n[None, :] < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def large_down(
     act,
     weight,
     bias,
     out,
+    order,
     tile_expert,
     used,
+    slots,
     stride_e,
     stride_n,
     stride_k,
@@ -260,9 +312,13 @@ def large_down(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[row, BN columns] = act[row] @ W2[expert].T + bias, for every row of every tile."""
+    """out[row, BN columns] = act[row] @ W2[expert].T + bias.
+
+    HALVES as in `large_up`; a persistent program computes whole tiles.
+    """
     chain(PDL)
     BLOCKS: tl.constexpr = (H + BN - 1) // BN
     tiles = tl.load(used)
@@ -270,17 +326,23 @@ def large_down(
         for pid in tl.range(tl.program_id(0), tiles * BLOCKS, tl.num_programs(0), flatten=True):
             tile, block = _swizzle(pid, tiles, BLOCKS, GROUP)
             _down_tile(
-                act, weight, bias, out, tile_expert, tile, block, stride_e, stride_n, stride_k,
-                H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
+                act, weight, bias, out, tile_expert, tile, tile * BM, block, stride_e, stride_n,
+                stride_k, H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
             )  # fmt: skip
     else:
         if tl.program_id(0) >= tiles * BLOCKS:
             return
         tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
-        _down_tile(
-            act, weight, bias, out, tile_expert, tile, block, stride_e, stride_n, stride_k,
-            H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
-        )  # fmt: skip
+        if HALVES and tl.load(order + tile * BM + BM // 2) >= slots:
+            _down_tile(
+                act, weight, bias, out, tile_expert, tile, tile * BM, block, stride_e, stride_n,
+                stride_k, H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM // 2, BN, BK,
+            )  # fmt: skip
+        else:
+            _down_tile(
+                act, weight, bias, out, tile_expert, tile, tile * BM, block, stride_e, stride_n,
+                stride_k, H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
+            )  # fmt: skip
 
 
 @triton.jit
