@@ -229,7 +229,7 @@ def test_no_candidate_exceeds_the_shared_memory(name: str, shared: int) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_list_is_short(name: str) -> None:
     shape = SHAPES[name]
-    plan = choose.small_plan(shape.experts, shape.top_k, 1, 2)
+    plan = choose.small_plan(shape.experts, shape.top_k, 2, H100)
     found = [other for _, other in small_candidates(plan, transposed=shape.experts.transposed)]
     assert 1 <= len(found) <= 40
     assert len(set(found)) == len(found)
@@ -249,7 +249,7 @@ def test_cases_rise_and_make_no_weights() -> None:
 KEY = plan_key(CONFIG, 8, 16, 2)
 FOUND = TunedPlan(plan=START, seconds=1e-5, chosen_seconds=2e-5, complete=True)
 SMALL = TunedPlan(
-    plan=choose.small_plan(CONFIG, 8, 1, 2), seconds=1e-5, chosen_seconds=1e-5, complete=False
+    plan=choose.small_plan(CONFIG, 8, 2, H100), seconds=1e-5, chosen_seconds=1e-5, complete=False
 )
 
 

@@ -115,7 +115,7 @@ def gpu_cases(
         return lambda: GpuPlanTimer(shape, count, weights(), seed)
 
     for count in sorted(tokens):
-        small: Plan = choose.small_plan(config, top_k, count, itemsize)
+        small: Plan = choose.small_plan(config, top_k, itemsize, device)
         large: Plan = choose.large_plan(config, top_k, count, itemsize, device)
         starts: tuple[Plan, ...] = (large, small)
         if choose.use_small(config, top_k, count, itemsize):
