@@ -43,6 +43,11 @@ class FakeTimer(PlanTimer):
 
     def __init__(self, seconds: Callable[[Plan], float | None], clock: Clock) -> None:
         self.formula, self.clock = seconds, clock
+        self.prepared: set[Plan] = set()
+
+    def prepare(self, plans: list[Plan]) -> None:
+        assert self.prepared.isdisjoint(plans)  # nothing is compiled twice
+        self.prepared.update(plans)
 
     def seconds(self, plan: Plan) -> float | None:
         self.clock.now += 1

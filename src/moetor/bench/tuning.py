@@ -19,12 +19,18 @@ from moetor.kernels.triton.tuned import Plan, TunedPlan, TunedPlans
 # A plan must be faster than the computed one by this much to be kept: timings differ from run to
 # run.
 _GAIN = 1.02
+# Plans that are compiled side by side.
+_AT_ONCE = 8
 
 Neighbours = Callable[[Plan], Iterable[tuple[str, Plan]]]
 
 
 class PlanTimer(ABC):
     """Times plans for one shape and number of tokens."""
+
+    @abstractmethod
+    def prepare(self, plans: list[Plan]) -> None:
+        """What can be done for several plans at once before they are timed; nothing fails here."""
 
     @abstractmethod
     def seconds(self, plan: Plan) -> float | None:
@@ -177,14 +183,17 @@ class _Search:
 
     def _climb(self, plan: Plan) -> bool:
         """Walks from `plan` to the fastest plan around; False where time was up."""
+        assert self._timer is not None, "made in run"
         while True:
-            best = plan
-            for name, other in self._case.neighbours(plan):
+            around = list(self._case.neighbours(plan))
+            for start in range(0, len(around), _AT_ONCE):
                 if self._clock() >= self._until:
                     return False
-                self._time(name, other)
-                if self._seconds_of(other) < self._seconds_of(best):
-                    best = other
+                some = around[start : start + _AT_ONCE]
+                self._timer.prepare([other for _, other in some if other not in self._seen])
+                for name, other in some:
+                    self._time(name, other)
+            best = min([plan, *(other for _, other in around)], key=self._seconds_of)
             if best == plan:
                 return True
             plan = best
