@@ -6,6 +6,7 @@ Shape letters: T tokens, K top_k, H hidden.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,9 @@ def test_a_captured_layer_follows_its_input(order: str, tokens: int, seed: int) 
     assert not torch.equal(chosen[0], chosen[1])
 
 
+@pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="other processes take memory meanwhile"
+)
 def test_memory_comes_from_the_caching_allocator(seed: int) -> None:
     torch.manual_seed(seed)
     layer = make_layer()
@@ -192,8 +196,11 @@ def test_memory_comes_from_the_caching_allocator(seed: int) -> None:
 # --- compilation ---------------------------------------------------------------------------------
 
 
-def compiled_checks(model: Callable[[Tensor], Tensor], make: Callable[[int], Tensor]) -> None:
-    """One graph, CUDA graphs inside, and no compilation for a third number of tokens."""
+def compiled_checks(
+    model: Callable[[Tensor], Tensor], make: Callable[[int], Tensor], limit: float
+) -> None:
+    """One graph, CUDA graphs inside, and no compilation for a third number of tokens; the relative
+    error of every token below `limit`."""
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
         for tokens in (7, 12):
@@ -205,29 +212,32 @@ def compiled_checks(model: Callable[[Tensor], Tensor], make: Callable[[int], Ten
                     torch.compiler.cudagraph_mark_step_begin()
                     out = compiled(x).clone()
                     wanted = model(x)
-                    error = (out.float() - wanted.float()).norm() / wanted.float().norm()
-                    assert error < 2e-2, f"{tokens} tokens: {error:.1e}"
+                    errors = (out.float() - wanted.float()).norm(dim=-1)
+                    error = float((errors / wanted.float().norm(dim=-1)).max())
+                    assert error < limit, f"{tokens} tokens: {error:.1e}"
 
 
 @pytest.mark.parametrize("order", ["no_overlap", "multi_stream_overlapped"])
 def test_a_compiled_layer_with_cuda_graphs(order: str, seed: int) -> None:
     torch.manual_seed(seed)
     shared = SharedExpertsConfig(intermediate_size=128, sigmoid_gate=True, order=order)
-    compiled_checks(make_layer(shared=shared), hidden)
+    # In float32: half-precision logits of a compiled gate product may choose other experts.
+    layer = make_layer(shared=shared).float()
+    compiled_checks(layer, lambda tokens: hidden(tokens).float(), 1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen2_moe", "gpt_oss"])
 def test_a_whole_fused_model_compiles_with_cuda_graphs(family: str, seed: int) -> None:
-    model = tiny_model(family, torch.bfloat16, seed).cuda()
+    """In float32: in half precision a rounding may choose other experts, here and in the compiled
+    model."""
+    model = tiny_model(family, torch.float32, seed).cuda()
     original = copy.deepcopy(model)
     report = moetor.fuse(model)
     assert all(block.kernel == "triton" for block in report.blocks)
     inputs = {name: value.cuda() for name, value in tiny_inputs(family, model).items()}
     wanted = logits_of(family, original, inputs)
     got = logits_of(family, model, inputs)
-    # Half precision: some token takes another expert where scores are equal.
-    errors = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert errors.median() < 5e-2
+    assert ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < 1e-4
 
     def logits(input_ids: Tensor) -> Tensor:
         out: Tensor = model(input_ids=input_ids, use_cache=False).logits
@@ -236,4 +246,4 @@ def test_a_whole_fused_model_compiles_with_cuda_graphs(family: str, seed: int) -
     def draw(tokens: int) -> Tensor:
         return torch.randint(3, model.config.vocab_size - 8, (1, tokens), device="cuda")
 
-    compiled_checks(logits, draw)
+    compiled_checks(logits, draw, 1e-3)
