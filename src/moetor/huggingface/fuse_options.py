@@ -10,6 +10,7 @@ from torch import nn
 
 from moetor.config import RunnerConfig
 from moetor.errors import ConfigError, FusionError, KernelRefusedError
+from moetor.huggingface.dense_fusing import is_dense_fused
 from moetor.huggingface.modules import fused_modules
 from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.select import kernel_names
@@ -85,7 +86,7 @@ def check_options(
         )
     if runner.hidden_multiple != 1:
         raise ConfigError("fuse shares the model's weights and cannot pad them: hidden_multiple=1")
-    if fused_modules(model):
+    if fused_modules(model) or is_dense_fused(model):
         raise FusionError("the model is fused already; call moetor.unfuse(model) first")
     if model.training and any(parameter.requires_grad for parameter in model.parameters()):
         raise FusionError(

@@ -23,6 +23,7 @@ from moetor.huggingface.block_form import (
     find_left_alone,
     recognise_block,
 )
+from moetor.huggingface.dense_fusing import fuse_dense, unfuse_dense
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
 from moetor.huggingface.fuse_options import (
     FuseLevel,
@@ -73,6 +74,7 @@ def fuse(
     kernel: str = "auto",
     quantization: str | QuantConfig | None = None,
     verify: VerifyMode = True,
+    dense: bool = False,
     runner: RunnerConfig | None = None,
     parallel: ParallelConfig | None = None,
     progress: Progress | None = None,
@@ -94,6 +96,9 @@ def fuse(
             one block after the other are quantised, and their originals released for good.
         verify: compare every replacement with its original on random input; `sample` compares one
             of each form, which is enough where the weights have been compared by other means.
+        dense: also fuse what stands around the experts: linear modules with one input, gated MLPs,
+            norms with the sums before them, rotary positions. What is not recognised is left
+            alone, and the report's `dense` says why.
         runner: how the layers are driven; its `kernel` must be left at `auto`, or agree with
             `kernel`.
         parallel: spread the fused model over the ranks that have joined, as
@@ -110,9 +115,12 @@ def fuse(
         ParallelError: the ranks have different models.
     """
     options = check_options(model, level, kernel, quantization, verify, runner)
+    if dense and parallel is not None:
+        raise ConfigError("dense=True joins weights that `parallel` would split; choose one")
     if parallel is not None:
         make_groups(parallel, next(model.parameters()).device)  # refuses before anything is built
-    return _fuse(model, options, parallel, progress)
+    report = _fuse(model, options, parallel, progress)
+    return replace(report, dense=fuse_dense(model, verify=bool(verify))) if dense else report
 
 
 def fuse_loaded(
@@ -241,7 +249,7 @@ def unfuse(model: nn.Module) -> int:
     """Puts the original modules back, with the tensors that the fused ones hold now.
 
     Returns:
-        The number of modules restored; 0 for a model that is not fused.
+        The number of blocks and experts restored; 0 for a model that is not fused.
 
     Raises:
         FusionError: experts were quantised, which released their originals; nothing is changed.
@@ -253,6 +261,7 @@ def unfuse(model: nn.Module) -> int:
                 f"the experts of {path!r} were quantised ({module.routed_experts.method.name}) and "
                 "their original weights released; load the model again to have it unfused"
             )
+    unfuse_dense(model)
     for path, module in fused:
         _put(model, path, module.restore())
     return len(fused)

@@ -116,6 +116,29 @@ class ParallelReport:
         return "\n".join(lines)
 
 
+DenseKind = Literal["model", "norm", "product", "mlp", "attention", "layer", "rows"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseReport:
+    """A part around the experts.
+
+    Attributes:
+        name: path of the module, or of the modules that share a product.
+        kind: `norm`, `product` (linear modules with one input), `mlp` (gate, up and activation),
+            `attention` (head norms, rotary positions and cache write), `layer` (its sums with the
+            norms after them), `rows` (a linear module for few rows), `model` (nothing could be
+            tried).
+        done: whether it was fused.
+        reason: why not.
+    """
+
+    name: str
+    kind: DenseKind
+    done: bool
+    reason: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class FusionReport:
     """All MoE blocks of a model, in the order of its modules. `print` it for a table.
@@ -124,11 +147,13 @@ class FusionReport:
         blocks: one by one.
         parallel: how the model was spread over ranks, where it was.
         weight_bytes: of all the model's weights, as `explain` predicts them; None after `fuse`.
+        dense: what was fused around the experts, where it was asked for.
     """
 
     blocks: list[BlockReport]
     parallel: ParallelReport | None = None
     weight_bytes: int | None = None
+    dense: list[DenseReport] = field(default_factory=list)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -168,7 +193,20 @@ class FusionReport:
         }
         if self.parallel is not None:
             told["parallel"] = self.parallel.to_dict()
+        if self.dense:
+            told["dense"] = [asdict(part) for part in self.dense]
         return told
+
+    def dense_lines(self) -> list[str]:
+        """What was fused around the experts: a line for all, and one for each reason."""
+        if not self.dense:
+            return []
+        done = Counter(part.kind for part in self.dense if part.done)
+        counts = ", ".join(f"{count} x {kind}" for kind, count in done.items()) or "nothing"
+        left = Counter((part.kind, part.reason) for part in self.dense if not part.done)
+        return [f"around the experts: {counts}"] + [
+            f"{count} x {kind} left alone: {reason}" for (kind, reason), count in left.items()
+        ]
 
     def __str__(self) -> str:
         head = ("block", "class", "level", "kernel", "max error", "routing", "reason")
@@ -203,5 +241,10 @@ class FusionReport:
             notes.append(str(self.parallel))
         notes += [] if self.quantized is None else [self.quantized]
         return "\n".join(
-            [*(line.rstrip() for line in lines), f"{len(self.blocks)} MoE blocks: {total}", *notes]
+            [
+                *(line.rstrip() for line in lines),
+                f"{len(self.blocks)} MoE blocks: {total}",
+                *notes,
+                *self.dense_lines(),
+            ]
         )

@@ -1,0 +1,294 @@
+"""Fuses the parts of a model that are no experts: linear modules with one input, gated MLPs, norms,
+attention between its projections and the attention itself, and the sums of a decoder layer.
+
+Nothing is known by a family's name. One forward pass is observed; what is recognised in it must
+reproduce it, part by part, before the model is changed, and the fused model must give its logits.
+Every module keeps its place and its parameters' names; what changes is its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetor.errors import FusionMismatchError
+from moetor.huggingface.dense_attention import AttentionForward, recognise_attention
+from moetor.huggingface.dense_layers import (
+    LayerForward,
+    layer_error,
+    layer_tolerance,
+    recognise_layer,
+)
+from moetor.huggingface.dense_norms import NormForward, looks_like_norm, recognise_norm
+from moetor.huggingface.dense_observe import (
+    Call,
+    Observation,
+    attention_by,
+    is_own,
+    observe,
+    plain_attention,
+    random_ids,
+    run,
+)
+from moetor.huggingface.dense_products import (
+    ACTIVATIONS,
+    FewRowsForward,
+    GatedMLPForward,
+    JoinedPart,
+    JoinedProduct,
+    joinable,
+    packed,
+)
+from moetor.huggingface.experts_form import Unrecognised
+from moetor.huggingface.report import DenseReport
+from moetor.huggingface.trial import relative_error, tolerance
+from moetor.kernels import dense
+
+_FORWARDS = (
+    NormForward, JoinedPart, FewRowsForward, GatedMLPForward, AttentionForward, LayerForward,
+)  # fmt: skip
+
+
+def fuse_dense(model: nn.Module, *, verify: bool = True) -> list[DenseReport]:
+    """Fuses what is recognised, in place, and says what was not and why.
+
+    Args:
+        model: a Transformers model; blocks of experts may be fused already.
+        verify: compare the fused model's logits with the original's, beside the parts.
+
+    Raises:
+        FusionMismatchError: the parts agree and the whole does not; the model is as it was.
+    """
+    observed = observe(model)
+    if isinstance(observed, Unrecognised):
+        return [DenseReport(name="", kind="model", done=False, reason=observed.reason)]
+    reports: list[DenseReport] = []
+    with _same_attention(model, observed):
+        before = run(model, random_ids(model.config)) if verify else None
+        if before is not None and not torch.equal(before, run(model, random_ids(model.config))):
+            reason = "it does not give the same logits twice"
+            return [DenseReport(name="", kind="model", done=False, reason=reason)]
+        norms = _find_norms(observed, reports)
+        groups = _find_groups(observed, reports)
+        attention = _find_attention(observed, norms, reports)
+        layers = _find_layers(observed, norms, reports)
+        forwards: dict[str, Any] = {**norms, **attention, **layers}
+        for path, forward in forwards.items():
+            model.get_submodule(path).__dict__["forward"] = forward
+        _install_products(model, observed, groups, reports)
+        _install_rows(observed, reports)
+        if before is not None:
+            _check_whole(model, before)
+    return reports
+
+
+def unfuse_dense(model: nn.Module) -> int:
+    """Gives every module its own forward again; how many had another."""
+    products = set()
+    count = 0
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, _FORWARDS):
+            continue
+        count += 1
+        if isinstance(forward, JoinedPart):
+            products.add(forward.product)
+        else:
+            module.__dict__.pop("forward")
+    for product in products:
+        product.remove()
+    return count
+
+
+def is_dense_fused(model: nn.Module) -> bool:
+    """Whether `fuse_dense` changed the model."""
+    return any(isinstance(m.__dict__.get("forward"), _FORWARDS) for m in model.modules())
+
+
+def _same_attention(model: nn.Module, observed: Observation) -> AbstractContextManager[None]:
+    return attention_by(model, plain_attention) if observed.watched else nullcontext()
+
+
+def _check_whole(model: nn.Module, before: Tensor) -> None:
+    with torch.no_grad():
+        after = run(model, random_ids(model.config))
+    deviation = (after.double() - before.double()).abs().amax(-1) / before.double().abs().max()
+    half = before.dtype in (torch.float16, torch.bfloat16)
+    # In half precision a token may get other experts after another rounding.
+    error = float((deviation.median() if half else deviation.max()).item())
+    limit = 0.1 if half else 1e-3
+    if not error <= limit:
+        unfuse_dense(model)
+        raise FusionMismatchError(
+            f"with its dense parts fused the model's logits differ by {error:.1e} of the largest, "
+            f"{limit:.0e} is allowed; the dense parts are as they were. Use dense=False"
+        )
+
+
+def _find_norms(observed: Observation, reports: list[DenseReport]) -> dict[str, NormForward]:
+    found: dict[str, NormForward] = {}
+    for path, call in observed.calls.items():
+        if not looks_like_norm(call.module) or not isinstance(call.input, Tensor):
+            continue
+        made = recognise_norm(call.module, call.input)
+        reports.append(_report(path, "norm", made))
+        if not isinstance(made, Unrecognised):
+            found[path] = made
+    return found
+
+
+def _find_groups(observed: Observation, reports: list[DenseReport]) -> list[list[Call]]:
+    """Linear modules of one parent that were called with one tensor, where one product of their
+    packed weights gives what they gave.
+    """
+    groups: dict[tuple[str, int], list[Call]] = {}
+    for path, call in observed.calls.items():
+        if isinstance(call.module, nn.Linear) and isinstance(call.input, Tensor):
+            groups.setdefault((path.rpartition(".")[0], id(call.input)), []).append(call)
+    found = []
+    for calls in groups.values():
+        modules: list[Any] = [call.module for call in calls]
+        if not joinable(modules) or not all(map(is_own, modules)) or _tied(modules):
+            continue
+        weight, bias = packed(modules)
+        sizes = [module.weight.shape[0] for module in modules]
+        product = dense.linear(calls[0].input, weight, bias).split(sizes, dim=-1)
+        errors = [relative_error(x, call.output) for x, call in zip(product, calls, strict=True)]
+        names = " + ".join([calls[0].path, *(call.path.rpartition(".")[2] for call in calls[1:])])
+        if max(errors) > tolerance(weight.dtype):
+            why = f"one product differs by {max(errors):.1e}"
+            reports.append(DenseReport(name=names, kind="product", done=False, reason=why))
+            continue
+        found.append(calls)
+        reports.append(DenseReport(name=names, kind="product", done=True))
+    return found
+
+
+def _tied(modules: list[Any]) -> bool:
+    """Whether two of them hold one weight, or a weight that is part of another tensor."""
+    weights = [module.weight for module in modules]
+    places = {weight.data_ptr() for weight in weights}
+    whole = all(w.untyped_storage().nbytes() == w.numel() * w.element_size() for w in weights)
+    return len(places) < len(weights) or not whole or weights[0].device.type == "meta"
+
+
+def _find_attention(
+    observed: Observation, norms: dict[str, NormForward], reports: list[DenseReport]
+) -> dict[str, AttentionForward]:
+    found: dict[str, AttentionForward] = {}
+    for path, call in observed.calls.items():
+        seen = observed.attention.get(id(call.module))
+        if seen is None or not is_own(call.module):
+            continue
+        prefix = f"{path}."
+        own = {
+            name.removeprefix(prefix): norm
+            for name, norm in norms.items()
+            if name.startswith(prefix)
+        }
+        made = recognise_attention(call, seen, own)
+        reports.append(_report(path, "attention", made))
+        if not isinstance(made, Unrecognised):
+            found[path] = made
+    return found
+
+
+def _find_layers(
+    observed: Observation, norms: dict[str, NormForward], reports: list[DenseReport]
+) -> dict[str, LayerForward]:
+    found: dict[str, LayerForward] = {}
+    for path, call in _layer_calls(observed, norms):
+        made = recognise_layer(call, observed, norms)
+        if not isinstance(made, Unrecognised):
+            error = layer_error(made, call)
+            if error > layer_tolerance(call.first_output.dtype):
+                made = Unrecognised(f"norm, mixer, norm, MLP and two sums differ by {error:.1e}")
+        reports.append(_report(path, "layer", made))
+        if not isinstance(made, Unrecognised):
+            found[path] = made
+    by_input = {id(observed.calls[path].input): norm for path, norm in norms.items()}
+    for path, made in found.items():
+        made.follower = by_input.get(id(observed.calls[path].first_output))
+    return found
+
+
+def _layer_calls(
+    observed: Observation, norms: dict[str, NormForward]
+) -> Iterator[tuple[str, Call]]:
+    """Members of a list of modules that have recognised norms among their children and answer with
+    what they are given the shape of.
+    """
+    parents = {path.rpartition(".")[0] for path in norms}
+    for path, call in observed.calls.items():
+        x, y = call.input, call.first_output
+        listed = path.rpartition(".")[2].isdigit() and path in parents and is_own(call.module)
+        if listed and isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape:
+            yield path, call
+
+
+def _parent(model: nn.Module, calls: list[Call]) -> nn.Module:
+    return model.get_submodule(calls[0].path.rpartition(".")[0])
+
+
+def _install_products(
+    model: nn.Module, observed: Observation, groups: list[list[Call]], reports: list[DenseReport]
+) -> None:
+    for calls in groups:
+        mlp = _gated_mlp(observed, calls)
+        parent_forward = _parent(model, calls).__dict__.get("forward")
+        product = JoinedProduct(
+            [call.module for call in calls],  # type: ignore[misc]
+            contiguous=not isinstance(parent_forward, AttentionForward),
+        )
+        product.install()
+        if mlp is not None:
+            parent, down, activation = mlp
+            parent.module.__dict__["forward"] = GatedMLPForward(
+                parent.module, product, down, activation
+            )
+            reports.append(DenseReport(name=parent.path, kind="mlp", done=True))
+
+
+def _gated_mlp(observed: Observation, calls: list[Call]) -> tuple[Call, str, Any] | None:
+    """The MLP whose gate and up these are, its down projection and its activation."""
+    parent = observed.calls.get(calls[0].path.rpartition(".")[0])
+    if parent is None or len(calls) != 2 or not is_own(parent.module):
+        return None
+    others = [
+        call
+        for call in observed.children(parent.path)
+        if isinstance(call.module, nn.Linear) and call.path not in {one.path for one in calls}
+    ]
+    plain = len(parent.given) == 1 and not parent.extra and parent.input is calls[0].input
+    if len(others) != 1 or not plain or not isinstance(parent.output, Tensor):
+        return None
+    if any(call.module._forward_hooks or call.module._forward_pre_hooks for call in calls):
+        return None
+    down = others[0]
+    weight, bias = packed([call.module for call in calls])  # type: ignore[misc]
+    for activation in ACTIVATIONS:
+        act = dense.gated_linear(parent.input, weight, bias, activation)
+        if relative_error(act, down.input) <= tolerance(act.dtype):
+            same = relative_error(down.output, parent.output) == 0.0
+            return (parent, down.path.rpartition(".")[2], activation) if same else None
+    return None
+
+
+def _install_rows(observed: Observation, reports: list[DenseReport]) -> None:
+    """Every other linear module on a GPU."""
+    for path, call in observed.calls.items():
+        module = call.module
+        if type(module) is not nn.Linear or not is_own(module) or not module.weight.is_cuda:
+            continue
+        module.__dict__["forward"] = FewRowsForward(module)
+        reports.append(DenseReport(name=path, kind="rows", done=True))
+
+
+def _report(path: str, kind: Any, made: object) -> DenseReport:
+    if isinstance(made, Unrecognised):
+        return DenseReport(name=path, kind=kind, done=False, reason=made.reason)
+    return DenseReport(name=path, kind=kind, done=True)
