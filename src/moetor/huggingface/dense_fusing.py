@@ -269,7 +269,7 @@ def _gated_mlp(observed: Observation, calls: list[Call]) -> tuple[Call, str, Any
     if any(call.module._forward_hooks or call.module._forward_pre_hooks for call in calls):
         return None
     down = others[0]
-    weight, bias = packed([call.module for call in calls])  # type: ignore[misc]
+    weight, bias = packed([call.module for call in calls])
     for activation in ACTIVATIONS:
         act = dense.gated_linear(parent.input, weight, bias, activation)
         if relative_error(act, down.input) <= tolerance(act.dtype):
