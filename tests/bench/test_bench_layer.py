@@ -220,7 +220,7 @@ def _refused(capsys: pytest.CaptureFixture[str], status: int, *flags: str) -> st
         (["--kernel", "fastest"], "auto, native"),
         (["--peers", "sglang"], "eager, grouped_mm, batched_mm, vllm, dense"),
         (["--variants", "plans"], "device cuda"),
-        (["--variants", "all"], "small, large, plans"),
+        (["--variants", "all"], "small, large, plans, routing"),
         (["--seconds", "0"], "--seconds 0"),
         (["--peers", "none,eager"], "none"),
         (["--dtype", "int8"], "bfloat16"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moetor.bench import plan_variants
 from moetor.bench.peers import TransformersPeer, make_peer, refusal
 from moetor.bench.shapes import SHAPES, LayerShape, parse_shapes
 from moetor.bench.weights import make_weights
@@ -149,3 +150,14 @@ def test_dense_products_have_a_layers_arithmetic() -> None:
     assert counter.get_total_flops() == 12 * 2 * PLAIN.experts.params_per_expert
     assert refusal("dense", PLAIN, 4, 2, "cuda", 0) is not None
     assert refusal("dense", PLAIN, 128, 2, "cuda", 0) is None
+
+
+def test_routing_with_experts_is_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From logits that are made of the ids: what is timed is checked against what the ids say."""
+    (weights,) = make_weights(PLAIN, 1, torch.float32, "cpu", seed=0)
+    monkeypatch.setattr(plan_variants, "TritonKernel", ReferenceKernel)
+    call = plan_variants.RoutedCall(PLAIN)
+    hidden, slots = torch.randn(3, 32), torch.full((3, 2), 0.5)
+    ids = torch.tensor([[3, 1], [0, 2], [2, 1]], dtype=torch.int32)
+    expected = ReferenceKernel()(hidden, slots, ids, weights, PLAIN.experts)
+    torch.testing.assert_close(call(hidden, slots, ids, weights), expected)

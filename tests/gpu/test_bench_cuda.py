@@ -27,13 +27,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_with_peers_and_variants(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     flags = ["--device", "cuda", "--shape", "16,4,256,128", "--tokens", "1,300"]
-    flags += ["--peers", "eager,grouped_mm,batched_mm,dense", "--variants", "small,large"]
+    flags += ["--peers", "eager,grouped_mm,batched_mm,dense", "--variants", "small,large,routing"]
     assert main(["bench", "layer", *flags, "--json", str(path)]) == 0
     record = json.loads(path.read_text())
     first, second = (
         {found["name"]: found for found in row["implementations"]} for row in record["rows"]
     )
-    assert {"small", "large", "eager", "grouped_mm", "batched_mm"} <= set(first)
+    assert {"small", "large", "routing + triton", "eager", "grouped_mm", "batched_mm"} <= set(first)
     assert "dense" not in first
     assert {"large", "dense"} <= set(second)
     assert not first["eager"]["cuda_graph"]

@@ -72,13 +72,13 @@ class LayerBenchOptions:
             },
         )
     )
-    variants: tuple[Literal["small", "large", "plans"], ...] = field(
+    variants: tuple[Literal["small", "large", "plans", "routing"], ...] = field(
         default=(),
         metadata={
             "group": WHAT,
             "metavar": "KIND,...",
             "help": "with --device cuda, also time the Triton kernels' small path, their large "
-            "path, and other plans of both",
+            "path, other plans of both, and routing with experts, from router logits on",
         },
     )
     device: Literal["cpu", "cuda"] = field(
