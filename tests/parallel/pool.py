@@ -71,11 +71,13 @@ class Pool:
         """`function(rank, *args)` on every rank; the answers in rank order.
 
         Raises:
-            RankError: the first rank that raised.
+            RankError: a rank raised.
         """
         answers = self.try_all(function, *args)
-        for rank, (fine, answer) in enumerate(answers):
-            if not fine:
+        failed = [(rank, answer) for rank, (fine, answer) in enumerate(answers) if not fine]
+        for rank, answer in failed:
+            # One that waited for another one tells less than that one.
+            if answer[0] is not RuntimeError or (rank, answer) == failed[-1]:
                 raise RankError(rank, *answer)
         return [answer for _, answer in answers]
 

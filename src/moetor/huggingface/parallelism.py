@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from moetor.errors import FusionError
+from moetor.errors import ConfigError, FusionError
 from moetor.huggingface.block_form import find_blocks, find_left_alone
 from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, fused_modules
 from moetor.huggingface.report import ParallelReport, SpreadBlock
@@ -20,8 +21,16 @@ from moetor.huggingface.tensor_parallel import (
     expand_plan,
 )
 from moetor.layer.experts import TakenShards
-from moetor.layer.sharding import check_experts, check_layer, shard_experts, shard_layer
+from moetor.layer.sharding import (
+    balanced_layer,
+    check_experts,
+    check_layer,
+    shard_experts,
+    shard_layer,
+)
 from moetor.parallel.config import ParallelConfig
+from moetor.parallel.eplb.balancer import ExpertBalancer
+from moetor.parallel.eplb.statistics import read_loads
 from moetor.parallel.groups import ParallelGroups, agree, make_groups
 from moetor.parallel.layout import LayerLayout
 
@@ -54,15 +63,16 @@ def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
     device = next(model.parameters()).device
     groups = make_groups(config, device)
     agree(_facts(model))
+    loads = _recorded_loads(config, fused)
     for path, module in fused:
-        _check(path, module, groups)
+        _check(module, groups, loads.get(path))
     left_out = [path for path, _ in fused] + [path for path, _, _ in find_left_alone(model)]
     plan = DensePlan([], {})
     if config.tensor_parallel_size > 1:
         plan = expand_plan(model, left_out, groups.mesh["tp"])
     check_plan(model, plan.entries, config.tensor_parallel_size)
     taken: TakenShards = {}
-    blocks = [_spread(path, module, groups, taken) for path, module in fused]
+    blocks = [_spread(path, module, groups, taken, loads.get(path)) for path, module in fused]
     blocks += [
         SpreadBlock(name=path, experts="whole on every rank", reason=reason)
         for path, _, reason in find_left_alone(model)
@@ -70,26 +80,85 @@ def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
     styles = apply_plan(model, plan.entries, groups.mesh["tp"])
     model._device_mesh = groups.mesh  # Transformers asks for it when it batches
     whole = _whole(model, left_out) if config.tensor_parallel_size > 1 else ()
-    return ParallelReport(groups=groups, blocks=blocks, styles=styles, whole=whole, left=plan.left)
+    return ParallelReport(
+        groups=groups,
+        blocks=blocks,
+        styles=styles,
+        whole=whole,
+        left=plan.left,
+        balancer=_balance(model, fused, groups),
+    )
 
 
-def _check(path: str, module: FusedMoEBlock | FusedExperts, groups: ParallelGroups) -> LayerLayout:
+def _recorded_loads(
+    config: ParallelConfig, fused: list[tuple[str, FusedMoEBlock | FusedExperts]]
+) -> dict[str, list[float]]:
+    """The recorded load of every layer, where a file of them was given.
+
+    Raises:
+        ConfigError: the file is not of this model.
+    """
+    if config.eplb is None or config.eplb.statistics is None:
+        return {}
+    loads = read_loads(Path(config.eplb.statistics))
+    for path, module in fused:
+        experts = module.routed_experts.config.num_experts
+        # A layer that is fused by its experts alone was recorded under the path of its experts.
+        if len(loads.get(path, ())) != experts:
+            raise ConfigError(
+                f"the statistics {config.eplb.statistics} have "
+                f"{len(loads[path]) if path in loads else 'no'} experts for layer {path!r}, which "
+                f"has {experts}; record them with this model: moetor experts --save-stats"
+            )
+    return loads
+
+
+def _balance(
+    model: nn.Module,
+    fused: list[tuple[str, FusedMoEBlock | FusedExperts]],
+    groups: ParallelGroups,
+) -> ExpertBalancer | None:
+    """A balancer that works after every forward pass of the model, where experts move."""
+    eplb = groups.config.eplb
+    if eplb is None or not eplb.dynamic:
+        return None
+    layers = []
+    for path, module in fused:
+        assert module.parallel is not None, "it has been spread"
+        router = module.config.router.num_groups if isinstance(module, FusedMoEBlock) else 1
+        layer = balanced_layer(path, module.routed_experts, module.parallel, router)
+        if layer is not None:
+            layers.append(layer)
+    if not layers:
+        return None
+    balancer = ExpertBalancer(layers, eplb, groups.world if groups.config.joint else groups.tensor)
+    model.register_forward_hook(lambda *_: balancer.step())
+    return balancer
+
+
+def _check(
+    module: FusedMoEBlock | FusedExperts, groups: ParallelGroups, loads: list[float] | None
+) -> LayerLayout:
     if isinstance(module, FusedMoEBlock):
-        return check_layer(module, groups)
-    return check_experts(module, groups)
+        return check_layer(module, groups, loads)
+    return check_experts(module, groups, loads)
 
 
 def _spread(
-    path: str, module: FusedMoEBlock | FusedExperts, groups: ParallelGroups, taken: TakenShards
+    path: str,
+    module: FusedMoEBlock | FusedExperts,
+    groups: ParallelGroups,
+    taken: TakenShards,
+    loads: list[float] | None,
 ) -> SpreadBlock:
     module.forget_original()
     shared = ""
     if isinstance(module, FusedMoEBlock):
-        layout = shard_layer(module, groups, taken)
+        layout = shard_layer(module, groups, taken, loads)
         if module.shared is not None:
             shared = "whole" if module.shared.replicated else "split"
     else:
-        layout = shard_experts(module, groups, taken)
+        layout = shard_experts(module, groups, taken, loads)
     return SpreadBlock(
         name=path,
         experts=layout.label,

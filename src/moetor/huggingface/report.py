@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from moetor.kernels.select import Refusal
+from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
 
 Level = Literal["block", "experts", "none"]
@@ -79,6 +80,7 @@ class ParallelReport:
         styles: how many dense modules were split in each style of Transformers' plan.
         whole: kinds of linear layers outside of MoE blocks that every rank has whole.
         left: those that the plan names and that stay whole all the same, with the reason.
+        balancer: moves experts after every forward pass, under EPLB.
     """
 
     groups: ParallelGroups
@@ -86,6 +88,7 @@ class ParallelReport:
     styles: Counter[str] = field(default_factory=Counter)
     whole: tuple[str, ...] = ()
     left: dict[str, str] = field(default_factory=dict)
+    balancer: ExpertBalancer | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""

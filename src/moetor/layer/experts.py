@@ -107,6 +107,13 @@ class Experts(nn.Module):
         self._parameters.update(zip(names, taken[key], strict=True))
         self.config = shard.config(self.config)
 
+    def expert_tensors(self) -> list[Tensor]:
+        """The tensors that hold one expert per row of their first dimension, themselves."""
+        up = self.up_name
+        names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
+        held = (self._parameters[name] for name in names)
+        return [parameter.detach() for parameter in held if parameter is not None]
+
     def adopt_post_norm(self, norm: nn.Module, offset: float) -> None:
         """Takes the weight of the norm after each expert from a module, `norm.weight + offset`,
         which keeps the name that it has in a checkpoint.

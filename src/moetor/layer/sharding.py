@@ -6,6 +6,7 @@ Shape letters: T tokens, H hidden, I intermediate.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from moetor.config import SharedExpertsOrder
 from moetor.errors import ConfigError, UnsupportedError
 from moetor.layer.token_split import TokenSplit
+from moetor.parallel.eplb.balancer import BalancedLayer
 from moetor.parallel.groups import ParallelGroups
 from moetor.parallel.layout import LayerLayout, plan_layer
 from moetor.parallel.shard import slice_bounds
@@ -44,7 +46,9 @@ DOWN_NAMES = ("down_proj", "output_linear", "w2", "fc2", "wo")
 TRIAL_ROWS = 8
 
 
-def check_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
+def check_layer(
+    layer: MoELayer, groups: ParallelGroups, loads: Sequence[float] | None = None
+) -> LayerLayout:
     """The layout that `shard_layer` would give a layer; changes nothing.
 
     Raises:
@@ -53,7 +57,10 @@ def check_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
     if layer.parallel is not None or layer.process_group is not None:
         raise ConfigError(f"layer {layer.name!r} is spread over ranks already")
     experts = layer.routed_experts
-    layout = plan_layer(groups, experts.config, layer.config.router.top_k)
+    router = layer.config.router
+    layout = plan_layer(
+        groups, experts.config, router.top_k, loads=loads, num_groups=router.num_groups
+    )
     by_expert = len(layout.shard.experts) != experts.config.num_experts
     if isinstance(experts.method, MonolithicMethod) and (
         by_expert or layout.dispatcher.communicates
@@ -66,7 +73,10 @@ def check_layer(layer: MoELayer, groups: ParallelGroups) -> LayerLayout:
 
 
 def shard_layer(
-    layer: MoELayer, groups: ParallelGroups, taken: TakenShards | None = None
+    layer: MoELayer,
+    groups: ParallelGroups,
+    taken: TakenShards | None = None,
+    loads: Sequence[float] | None = None,
 ) -> LayerLayout:
     """Keeps this rank's part of a layer's weights and makes it communicate.
 
@@ -77,11 +87,12 @@ def shard_layer(
     Args:
         layer: the same whole layer on every rank.
         taken: what layers that share parameters with this one have kept.
+        loads: recorded choices of every expert, for which they are placed.
 
     Raises:
         ConfigError: the layer is spread already, or cannot be spread so; nothing was changed.
     """
-    layout = check_layer(layer, groups)
+    layout = check_layer(layer, groups, loads)
     layer.routed_experts.keep_shard(layout.shard, taken)
     layer.parallel = layout
     layer.dispatcher = layout.dispatcher
@@ -108,7 +119,26 @@ def _refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     )
 
 
-def check_experts(owner: FusedOwner, groups: ParallelGroups) -> LayerLayout:
+def balanced_layer(
+    name: str, experts: Experts, layout: LayerLayout, num_groups: int = 1
+) -> BalancedLayer | None:
+    """What a balancer needs of a spread layer; None where its experts do not move."""
+    if layout.experts is None or layout.load is None:
+        return None
+    return BalancedLayer(
+        name=name,
+        weights=experts.expert_tensors,
+        experts=layout.experts,
+        part=layout.part,
+        ranks=layout.part_ranks,
+        load=layout.load,
+        num_groups=num_groups,
+    )
+
+
+def check_experts(
+    owner: FusedOwner, groups: ParallelGroups, loads: Sequence[float] | None = None
+) -> LayerLayout:
     """The layout that `shard_experts` would give; changes nothing.
 
     Raises:
@@ -117,18 +147,21 @@ def check_experts(owner: FusedOwner, groups: ParallelGroups) -> LayerLayout:
     if owner.parallel is not None:
         raise ConfigError("these experts are spread over ranks already")
     experts = owner.routed_experts
-    return plan_layer(groups, experts.config, experts.top_k, reduces=True)
+    return plan_layer(groups, experts.config, experts.top_k, reduces=True, loads=loads)
 
 
 def shard_experts(
-    owner: FusedOwner, groups: ParallelGroups, taken: TakenShards | None = None
+    owner: FusedOwner,
+    groups: ParallelGroups,
+    taken: TakenShards | None = None,
+    loads: Sequence[float] | None = None,
 ) -> LayerLayout:
     """As `shard_layer`, for experts that are called alone: their dispatcher gives the whole sum.
 
     Raises:
         ConfigError: the experts are spread already, or cannot be spread so; nothing was changed.
     """
-    layout = check_experts(owner, groups)
+    layout = check_experts(owner, groups, loads)
     owner.routed_experts.keep_shard(layout.shard, taken)
     owner.parallel = layout
     owner.dispatcher = layout.dispatcher

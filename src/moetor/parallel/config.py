@@ -32,6 +32,9 @@ class EplbConfig:
             routing group on one node (DeepSeek-V3, arXiv:2412.19437); `auto` takes the latter where
             groups divide by nodes.
         num_nodes: nodes that the ranks stand on, for `hierarchical`.
+        statistics: file of `moetor experts --save-stats`, for which the first placement is made;
+            None starts with experts in order.
+        dynamic: experts move by the load that is met; False keeps the first placement.
     """
 
     window: int = 1000
@@ -41,6 +44,8 @@ class EplbConfig:
     max_bytes_per_step: int = 256 * 2**20
     policy: BalancePolicy = "auto"
     num_nodes: int = 1
+    statistics: str | None = None
+    dynamic: bool = True
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -51,6 +56,8 @@ class EplbConfig:
             max_bytes_per_step=self.max_bytes_per_step,
             num_nodes=self.num_nodes,
         )
+        if not self.dynamic and self.statistics is None:
+            raise ConfigError("EplbConfig: dynamic=False without statistics would balance nothing")
         if self.decay > 1:
             raise ConfigError(f"EplbConfig: decay={self.decay} must not exceed 1")
         if self.min_gain < 1:

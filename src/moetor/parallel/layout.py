@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from moetor.parallel.allgather import AllGatherDispatcher
 from moetor.parallel.alltoall import AllToAllDispatcher
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.dispatch import Dispatcher, ReplicatedDispatcher, TokenDispatcher
+from moetor.parallel.eplb.balance import balance
 from moetor.parallel.eplb.load import ExpertLoad
 from moetor.parallel.groups import ParallelGroups
 from moetor.parallel.placement import ExpertMap, ExpertPlacement
@@ -29,7 +31,8 @@ class LayerLayout:
         dispatcher: how tokens reach experts; it sums nothing that `reduce_group` sums.
         reduce_group: over which results are summed after the experts, or None.
         split_group: over which a call's tokens are split before and gathered after, or None.
-        load: counts the router's choices, under EPLB.
+        load: counts the router's choices, where experts move by it.
+        part_ranks: for every part the global rank that holds it with this rank's slice.
         reason: why it differs from what the configuration usually means, or nothing.
     """
 
@@ -40,6 +43,7 @@ class LayerLayout:
     reduce_group: dist.ProcessGroup | None
     split_group: dist.ProcessGroup | None
     load: ExpertLoad | None
+    part_ranks: tuple[int, ...]
     reason: str = ""
 
     @property
@@ -50,7 +54,13 @@ class LayerLayout:
 
 
 def plan_layer(
-    groups: ParallelGroups, form: ExpertsConfig, top_k: int, *, reduces: bool = False
+    groups: ParallelGroups,
+    form: ExpertsConfig,
+    top_k: int,
+    *,
+    reduces: bool = False,
+    loads: Sequence[float] | None = None,
+    num_groups: int = 1,
 ) -> LayerLayout:
     """The layout of a layer with experts of this form; makes no communication.
 
@@ -59,6 +69,8 @@ def plan_layer(
         top_k: K.
         reduces: the dispatcher itself gives the whole sum, for experts outside of a `MoELayer`;
             tokens are then not split.
+        loads: recorded choices of every expert, for which the placement is made.
+        num_groups: routing groups.
 
     Raises:
         ConfigError: the experts cannot be split so; says what is possible.
@@ -66,13 +78,17 @@ def plan_layer(
     config = groups.config
     ranks = config.world_size if config.joint else config.tensor_parallel_size
     index = groups.rank if config.joint else groups.tensor_rank
+    first = 0 if config.joint else groups.rank - groups.tensor_rank
     parts, reason = _expert_parts(config, ranks, form)
     width = ranks // parts
     placement = ExpertPlacement.linear(form.num_experts, parts, config.num_redundant_experts)
+    if loads is not None and config.eplb is not None:
+        placement = balance(placement, loads, config.eplb, num_groups)
     part, piece = divmod(index, width)
     start, stop = slice_bounds(form.intermediate_size, width)[piece]
     shard = ExpertShard(experts=placement.parts[part], start=start, stop=stop, adds_bias=piece == 0)
-    load = ExpertLoad(form.num_experts, config.eplb) if config.eplb is not None else None
+    watched = config.eplb is not None and config.eplb.dynamic
+    load = ExpertLoad(form.num_experts, config.eplb) if config.eplb and watched else None
     splits = config.sequence_parallel and not reduces
     sums_tensor = config.tensor_parallel_size > 1 and not splits
     dispatcher, experts = _dispatcher(
@@ -92,6 +108,7 @@ def plan_layer(
         reduce_group=groups.tensor if sums_tensor and not reduces else None,
         split_group=groups.tensor if splits else None,
         load=load,
+        part_ranks=tuple(first + p * width + piece for p in range(parts)),
         reason=reason,
     )
 
