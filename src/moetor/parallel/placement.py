@@ -141,9 +141,19 @@ class ExpertMap:
             for old, new in zip(tables, self._make(device), strict=True):
                 old.copy_(new)
 
+    @property
+    def unique(self) -> bool:
+        """Whether no expert has a copy; then tokens need no turns, and the id of an expert stands
+        for its only slot.
+        """
+        return self.placement.num_physical == self.placement.num_experts
+
     def _make(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         placement = self.placement
         copies = placement.copies()
+        slots = placement.slot_table(self.member_parts)
+        if self.unique:
+            slots = slots[:, [*(have[0] for have in copies), placement.num_physical]]
         width = len(placement.parts)  # no expert needs two slots of one part
         rows = [(have * width)[:width] for have in copies]
         rows.append([placement.num_physical] * width)
@@ -151,7 +161,7 @@ class ExpertMap:
         return (
             torch.tensor(rows, dtype=torch.int32, device=device),
             torch.tensor(counts, dtype=torch.int32, device=device),
-            placement.slot_table(self.member_parts).to(device),
+            slots.to(device),
         )
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +170,12 @@ class ExpertMap:
         return self._tables[device]
 
     def physical(self, logical_TK: Tensor) -> Tensor:
-        """Physical ids int32 [T, K]; copies take turns by token and slot. A dropped slot is P."""
+        """Physical ids int32 [T, K]; copies take turns by token and slot. A dropped slot is P.
+
+        Where no expert has a copy these are the logical ids.
+        """
+        if self.unique:
+            return logical_TK
         copies_EC, counts_E, _ = self._on(logical_TK.device)
         logical = logical_TK.long()
         tokens, top_k = logical.shape
