@@ -11,14 +11,16 @@ import pytest
 
 import moetor
 import moetor.huggingface
-from moetor.cli.explain import group_blocks, ranges
+from moetor.cli.explain import engine_line, group_blocks, ranges
 from moetor.cli.main import main
 from moetor.demo import model_path
 from moetor.huggingface import BlockReport, FusionReport
 from moetor.huggingface.loading import load_model
 from moetor.kernels.select import Refusal
+from moetor.tools.tiny import tiny_config
 
 Captured = pytest.CaptureFixture[str]
+ENGINE = "engine: cache paged; tried against the model's own when it starts"
 
 
 def block(name: str, **changes: object) -> BlockReport:
@@ -35,7 +37,7 @@ def test_the_demo_from_its_configuration_alone(tmp_path: Path, capsys: Captured)
     assert lines[1].split() == ["block", "class", "level", "kernel", "routing", "reason"]
     row = [cell for cell in lines[2].split("  ") if cell]
     assert row[:4] == ["model.layers.0-3.mlp", "Qwen2MoeSparseMoeBlock", "block", "torch"]
-    assert lines[3:] == ["memory: 0.00859 GiB of weights"]
+    assert lines[3:] == ["memory: 0.00859 GiB of weights", ENGINE]
     assert err == ""
 
 
@@ -55,14 +57,15 @@ def test_refused_kernels_are_named_with_their_reason(
     blocks = tuple(block(f"layers.{n}.mlp", refusals=refusals) for n in range(3))
     monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport(list(blocks)))
     assert main(["explain"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-2]
     assert last == "kernel native not used in layers.0-2.mlp: it runs on the CPU only"
 
 
 def test_a_model_without_moe(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moetor.huggingface, "explain", lambda *_, **__: FusionReport([]))
     assert main(["explain"]) == 0
-    assert capsys.readouterr().out == "demo: no MoE blocks, nothing to fuse\n"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["demo: no MoE blocks, nothing to fuse", ENGINE]
 
 
 def test_blocks_are_grouped_when_they_differ_in_the_layer_alone() -> None:
@@ -105,7 +108,21 @@ def test_memory_of_a_quantised_model_is_said_before_it_is_loaded(
     for found, block in zip(explained["blocks"], fused.blocks, strict=True):
         assert tuple(found["expert_bytes"]) == block.expert_bytes
     assert main(["explain", str(tmp_path), "--quantization", "int8"]) == 0
-    assert capsys.readouterr().out.splitlines()[-2:] == [
+    assert capsys.readouterr().out.splitlines()[-3:] == [
         fused.quantized,
         "memory: 0.00575 GiB of weights",
+        ENGINE,
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("qwen3_moe", "cache paged;"),
+        ("qwen3_next", "cache paged and states (its cache has layers of class LinearAttention"),
+        ("deepseek_v32", "cache own cache, prompts in one piece (its cache has layers of class"),
+        ("nllb_moe", "not served, an encoder-decoder"),
+    ],
+)
+def test_how_the_engine_caches(family: str, said: str) -> None:
+    assert engine_line(tiny_config(family)).startswith(f"engine: {said}")

@@ -177,7 +177,7 @@ def test_a_template_that_refuses_is_a_sentence(
     tokenizer.chat_template = "{{ raise_exception('no user here') }}"
     monkeypatch.setattr(loading, "load_tokenizer", lambda *_, **__: tokenizer)
     said = refusal(capsys, "--prompt", "x", "--chat")
-    assert "the chat template refuses the prompt: no user here" in said
+    assert "the chat template refuses the messages: no user here" in said
 
 
 def test_the_prompt_from_standard_input_loses_its_last_newline(

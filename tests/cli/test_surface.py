@@ -63,6 +63,16 @@ SURFACE: dict[str, dict[str, object]] = {
         "--level": "auto",
         "--quantization": None,
     },
+    "chat": {
+        **MODEL_FLAGS,
+        "--system": None,
+        "--max-tokens": 512,
+        "--temperature": 0.7,
+        "--top-p": 0.95,
+        "--seed": None,
+        "--level": "auto",
+        "--quantization": None,
+    },
     "explain": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
     "verify": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
     "experts": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import print_json, print_table, quiet_transformers
 from moetor.cli.options import FusedModelOptions
@@ -21,14 +21,14 @@ class ExplainOptions(FusedModelOptions):
     """Show what would be fused and how.
 
     One line for each kind of MoE block: at which level it would be fused, by which kernel, and why
-    not deeper; then why each preferred kernel was refused, and what the weights would take in
-    memory. Reads the configuration, loads no weights.
+    not deeper; then why each preferred kernel was refused, what the weights would take in memory,
+    and how the engine would cache keys and states. Reads the configuration, loads no weights.
     """
 
 
 def run(options: ExplainOptions) -> int:
     """Print the plan and return the exit status."""
-    from moetor.huggingface import explain
+    from moetor.huggingface import explain, loading
 
     quiet_transformers()
     report = explain(
@@ -41,11 +41,19 @@ def run(options: ExplainOptions) -> int:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    engine = engine_line(
+        loading.load_config(
+            options.model,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+        )
+    )
     if options.json:
-        print_json({"model": options.model, **report.to_dict()})
+        print_json({"model": options.model, **report.to_dict(), "engine": engine})
         return 0
     if not report.blocks:
         print(f"{options.model}: no MoE blocks, nothing to fuse")
+        print(engine)
         return 0
     groups = group_blocks(report.blocks)
     rows = [
@@ -62,7 +70,18 @@ def run(options: ExplainOptions) -> int:
         print(report.quantized)
     if report.weight_bytes is not None:
         print(f"memory: {report.weight_bytes / 2**30:.3g} GiB of weights")
+    print(engine)
     return 0
+
+
+def engine_line(config: Any) -> str:
+    """How the engine would cache the model, as far as its configuration tells."""
+    from moetor.engine.strategy import expected_strategy
+
+    if config.is_encoder_decoder:
+        return "engine: not served, an encoder-decoder"
+    strategy = expected_strategy(config.get_text_config(decoder=True))
+    return f"engine: cache {strategy}; tried against the model's own when it starts"
 
 
 def group_blocks(blocks: Sequence[BlockReport]) -> list[tuple[str, BlockReport]]:

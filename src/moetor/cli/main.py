@@ -51,6 +51,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        words=("chat",),
+        module="moetor.cli.chat",
+        options="ChatOptions",
+        summary="talk with a fused model",
+        examples=(
+            "moetor chat",
+            'moetor chat ./Qwen3-30B-A3B --system "Answer in one sentence." --temperature 0.6',
+        ),
+    ),
+    Command(
         words=("explain",),
         module="moetor.cli.explain",
         options="ExplainOptions",

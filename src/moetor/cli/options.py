@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moetor.errors import ConfigError
+
 # `moetor.kernels.select` has the kernels themselves; it imports torch, which `--help` must not.
 KernelName = Literal["auto", "native", "triton", "torch", "grouped_mm", "reference"]
 QuantizationName = Literal[
@@ -103,3 +105,38 @@ class FusedModelOptions(ModelOptions):
         },
     )
     quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModelOptions(ModelOptions):
+    """A model that generates text, fused or left as it is."""
+
+    level: Literal["auto", "block", "experts", "none"] = field(
+        default="auto",
+        metadata={
+            "group": MODEL,
+            "help": "fuse whole MoE blocks, their experts alone, or nothing (plain Transformers); "
+            "auto takes the deepest that each block allows",
+        },
+    )
+    quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
+
+
+def check_level(options: ServedModelOptions) -> None:
+    """Refuses what level `none` cannot honour.
+
+    Raises:
+        ConfigError: a kernel or a quantisation was named with it.
+    """
+    if options.level != "none":
+        return
+    if options.kernel != "auto":
+        raise ConfigError(
+            f"--level none runs plain Transformers, which has no kernel {options.kernel!r}; leave "
+            "out one of the two"
+        )
+    if options.quantization is not None:
+        raise ConfigError(
+            "--level none runs plain Transformers, which does not quantise experts; leave out one "
+            "of the two"
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-# How many tokens of the prompt are decoded along with the first generated ones: tokenizers drop a
-# space at the start of a text, and some characters span tokens.
-_CONTEXT = 5
-_INCOMPLETE = "\ufffd"
+from moetor.errors import MoetorError
+
+if TYPE_CHECKING:
+    from moetor.engine import Engine, RequestOutput, SamplingParams
+    from moetor.engine.intake import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class Figures:
     """What a run took.
 
     Attributes:
-        seconds_to_first_token: from the call of `generate`; the prompt's rate is over this time.
+        seconds_to_first_token: from the request; the prompt's rate is over this time.
         generated_tokens_per_second: of the tokens after the first, None where there are none.
         kernels: that run the experts; empty where Transformers runs them.
     """
@@ -42,82 +43,69 @@ class Figures:
         return " | ".join(parts)
 
 
-class TextStream:
-    """A streamer for Transformers' `generate`, batch of one: emits text as soon as it is whole.
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """A finished text and what it took."""
+
+    output: RequestOutput
+    figures: Figures
+
+
+def stream_text(
+    engine: Engine,
+    prompt: Prompt,
+    params: SamplingParams,
+    emit: Callable[[str], None],
+    *,
+    kernels: tuple[str, ...],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Streamed:
+    """Generates one text and hands it out piece by piece.
 
     Args:
-        tokenizer: decodes.
+        engine: nothing else runs in it.
         emit: called with each new piece of text.
-        clock: seconds, for the figures.
+        kernels: for the figures.
+        clock: seconds.
+
+    Raises:
+        InputError: the prompt is refused.
+        MoetorError: the model failed.
     """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        emit: Callable[[str], None],
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.prompt_ids: list[int] = []
-        self.token_ids: list[int] = []
-        self.text = ""
-        self._tokenizer, self._emit, self._clock = tokenizer, emit, clock
-        self._ids: list[int] = []
-        self._window = self._shown = 0
-        self._started = self._first = self._last = 0.0
-
-    def start(self) -> None:
-        """Note the time at which `generate` is called."""
-        self._started = self._clock()
-
-    def put(self, value: Any) -> None:
-        """Take the prompt's ids [1, T] at the first call, a new token's [1] at each later one."""
-        ids = value.flatten().tolist()
-        if not self._ids:
-            self.prompt_ids = ids
-            self._ids = list(ids)
-            self._shown = len(ids)
-            self._window = max(0, len(ids) - _CONTEXT)
-            return
-        self._last = self._clock()
-        if not self.token_ids:
-            self._first = self._last
-        self.token_ids += ids
-        self._ids += ids
-        self._advance(final=False)
-
-    def end(self) -> None:
-        """Emit what was held back."""
-        self._advance(final=True)
-
-    def figures(self, kernels: tuple[str, ...]) -> Figures:
-        """The run's figures, once it is over."""
-        wait = max(self._first - self._started, 1e-9)
-        later, span = len(self.token_ids) - 1, self._last - self._first
-        return Figures(
-            prompt_tokens=len(self.prompt_ids),
-            generated_tokens=len(self.token_ids),
-            seconds_to_first_token=wait,
-            prompt_tokens_per_second=len(self.prompt_ids) / wait,
-            generated_tokens_per_second=later / span if later > 0 and span > 0 else None,
-            kernels=kernels,
-        )
-
-    def _advance(self, *, final: bool) -> None:
-        whole = self._decode(self._ids[self._window :])
-        before = self._decode(self._ids[self._window : self._shown])
-        if len(whole) <= len(before) or (whole.endswith(_INCOMPLETE) and not final):
-            return
-        piece = whole[len(before) :]
-        self._window, self._shown = self._shown, len(self._ids)
-        self.text += piece
-        self._emit(piece)
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+    core = engine.core
+    started = clock()
+    request = engine.intake.request(prompt, params, "stream")
+    core.add(request)
+    first = last = started
+    seen = 0
+    try:
+        while True:
+            core.step()
+            output = core.output(request)
+            (made,) = output.outputs
+            if len(made.token_ids) > seen:
+                last = clock()
+                first = last if seen == 0 else first
+                seen = len(made.token_ids)
+            if made.new_text:
+                emit(made.new_text)
+            if output.finished:
+                break
+    except BaseException:
+        core.abort(request.request_id)
+        raise
+    if output.error is not None:
+        raise MoetorError(f"the text could not be generated: {output.error}")
+    wait, span, later = max(first - started, 1e-9), last - first, seen - 1
+    figures = Figures(
+        prompt_tokens=len(request.prompt_ids),
+        generated_tokens=seen,
+        seconds_to_first_token=wait,
+        prompt_tokens_per_second=len(request.prompt_ids) / wait,
+        generated_tokens_per_second=later / span if later > 0 and span > 0 else None,
+        kernels=kernels,
+    )
+    return Streamed(output, figures)
 
 
 def _tokens(count: int) -> str:
