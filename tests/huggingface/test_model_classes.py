@@ -204,14 +204,6 @@ def test_nothing_to_fuse(tmp_path: Path) -> None:
         moetor.MoEForCausalLM.from_pretrained(str(tmp_path / "doge"))
 
 
-def test_a_quantised_checkpoint(tmp_path: Path) -> None:
-    config = QWEN2.config()
-    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    config.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError, match=r"quantised \(fp8\)"):
-        moetor.MoEForCausalLM.from_pretrained(str(tmp_path))
-
-
 def test_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the middle: no thread goes on, no file is left."""
     folder = saved(OLMOE, tmp_path)

@@ -17,20 +17,22 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from moetor.demo import model_path
-from moetor.errors import CheckpointError, ConfigError, MoetorError
+from moetor.errors import CheckpointError, ConfigError, MoetorError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, first_line
 from moetor.huggingface.expert_mapping import ExpertNames
 from moetor.huggingface.load_plan import make_plan
+from moetor.huggingface.load_steps import LoadPlan
+from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint, quantization_settings
 from moetor.huggingface.quantized_loading import (
     QuantizingSink,
     check_kernel,
     quantizable_experts,
 )
+from moetor.huggingface.quantized_reading import PackedSink, QuantizedReader, packed_experts
 from moetor.huggingface.skeleton import (
     concrete_class,
     empty_model,
     finish_model,
-    refuse_quantised,
     settle_dtype,
 )
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
@@ -173,6 +175,7 @@ class LoadOptions:
         expert_names: of a checkpoint whose experts have names that no table knows.
         quantization: of the experts' weights, as they are read.
         kernel: that is to compute with quantised experts, refused before anything is read.
+        fused: whether the model will be fused, which alone makes quantised experts usable.
     """
 
     dtype: torch.dtype | None = None
@@ -183,6 +186,7 @@ class LoadOptions:
     expert_names: ExpertNames | None = None
     quantization: QuantConfig | None = None
     kernel: str = "auto"
+    fused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,12 +219,26 @@ def stream_model(
     source = resolve(model)
     revision, remote = options.revision, options.trust_remote_code
     config = load_config(model, revision=revision, trust_remote_code=remote)
-    refuse_quantised(config, model)
+    settings = quantization_settings(config)
+    if settings is not None and not options.fused:
+        raise UnsupportedError(
+            f"{model!r} is quantised ({settings.get('quant_method')}) and only runs fused; load it "
+            "with moetor.MoEForCausalLM.from_pretrained, or take a checkpoint in bfloat16, float16 "
+            "or float32"
+        )
+    if settings is not None and options.quantization is not None:
+        raise ConfigError(
+            f"quantization={options.quantization.name!r} was asked for, and {model!r} is quantised "
+            f"already ({settings.get('quant_method')}); leave it None to load it as it is"
+        )
     made = (maker or model_class)(config)
     with _one_sentence(model):
         folder = _folder(source, revision)
         file_name = getattr(config, "transformers_weights", None)
         checkpoint = Checkpoint(folder, file_name=file_name)
+        if settings is not None:
+            checkpoint = QuantizedCheckpoint(checkpoint, settings)
+            del config.quantization_config  # the model itself is not Transformers' quantised one
         concrete = concrete_class(made, config, source, revision=revision)
         dtype = settle_dtype(config, options.dtype, checkpoint.float_dtype())
         config.name_or_path = source
@@ -232,17 +250,15 @@ def stream_model(
             key_mapping=options.key_mapping,
             expert_names=options.expert_names,
         )
-        shapes = dict(empty.state_dict())
-        sink, quantizing = PlainSink(shapes, options.device), None
-        if options.quantization is not None:
-            forms = quantizable_experts(empty, plan)
-            check_kernel(forms, options.quantization, options.kernel, options.device, dtype)
-            quantizing = QuantizingSink(shapes, options.device, forms, options.quantization)
+        sink = _sink(empty, plan, checkpoint, options, dtype)
+        reader = CheckpointReader(checkpoint)
+        if isinstance(checkpoint, QuantizedCheckpoint):
+            reader = QuantizedReader(checkpoint)
         figures = stream_weights(
             empty,
             plan,
-            CheckpointReader(checkpoint),
-            quantizing or sink,
+            reader,
+            sink,
             device=options.device,
             progress=progress,
         )
@@ -255,8 +271,27 @@ def stream_model(
             revision=revision,
             trust_remote_code=remote,
         )
-        quantized = {} if quantizing is None else quantizing.quantized()
+        quantized = sink.quantized() if isinstance(sink, QuantizingSink | PackedSink) else {}
     return LoadedModel(model=finished, figures=figures, quantized=quantized)
+
+
+def _sink(
+    empty: PreTrainedModel,
+    plan: LoadPlan,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    dtype: torch.dtype,
+) -> PlainSink:
+    """Where the weights go: as they are, quantised on the way, or as the checkpoint's codes."""
+    shapes, device = dict(empty.state_dict()), options.device
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        packed = packed_experts(empty, plan, checkpoint)
+        return PackedSink(shapes, device, packed, checkpoint.activations)
+    if options.quantization is None:
+        return PlainSink(shapes, device)
+    forms = quantizable_experts(empty, plan)
+    check_kernel(forms, options.quantization, options.kernel, device, dtype)
+    return QuantizingSink(shapes, device, forms, options.quantization)
 
 
 def _folder(source: str, revision: str | None) -> Path:

@@ -106,6 +106,7 @@ class _Streamed:
             expert_names=expert_names,
             quantization=quant_config(quantization),
             kernel=kernel,
+            fused=True,
         )
         with _bar(f"loading {model}", "tensors") if progress else nullcontext() as shown:
             made = stream_model(model, options, maker=cls._class_of, progress=shown)

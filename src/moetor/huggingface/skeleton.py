@@ -12,7 +12,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.monkey_patching import patch_output_recorders
 from transformers.utils.generic import ContextManagers
 
-from moetor.errors import CheckpointError, UnsupportedError
+from moetor.errors import CheckpointError
 from moetor.huggingface.load_steps import LoadPlan
 
 
@@ -51,22 +51,6 @@ def settle_dtype(config: Any, wanted: torch.dtype | None, found: torch.dtype | N
         if part is not None:
             part.dtype = dtype
     return dtype
-
-
-def refuse_quantised(config: Any, source: str) -> None:
-    """Refuses a checkpoint whose weights are quantised.
-
-    Raises:
-        UnsupportedError: it is.
-    """
-    for part in (config, config.get_text_config()):
-        settings = getattr(part, "quantization_config", None)
-        if settings is not None:
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            raise UnsupportedError(
-                f"{source!r} is quantised ({method or type(settings).__name__}), which is not read "
-                "yet; take a checkpoint in bfloat16, float16 or float32"
-            )
 
 
 def empty_model(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -41,6 +41,12 @@ class WeightSink(ABC):
     def by_expert(self, item: Streamed) -> bool:
         """Whether the tensor is handed over one expert at a time."""
 
+    def takes(
+        self, item: Streamed, expert: int | None, layout: Layout, reader: CheckpointReader
+    ) -> bool:
+        """Whether the sink has read this part itself, such as codes that are kept as they are."""
+        return False
+
     @abstractmethod
     def place(self, item: Streamed, expert: int | None) -> Tensor:
         """Memory for the tensor, or for one expert's part of it, of length 1 on the first axis."""
@@ -175,6 +181,8 @@ def _parts(sink: WeightSink, item: Streamed) -> list[tuple[int | None, Layout]]:
 def _fill(
     sink: WeightSink, reader: CheckpointReader, item: Streamed, expert: int | None, layout: Layout
 ) -> int:
+    if sink.takes(item, expert, layout, reader):
+        return layout.count * item.dtype.itemsize
     out = sink.place(item, expert)
     for piece in layout.pieces:
         out[piece.target].copy_(piece.read(partial(reader.read, piece.key)))
