@@ -119,6 +119,15 @@ SURFACE: dict[str, dict[str, object]] = {
     },
     "bench latency": TEXT_BENCH | {"--batch-size": (1,)},
     "bench throughput": TEXT_BENCH | {"--num-prompts": 64, "--batch-size": 32},
+    "bench load": {
+        "model": "demo",
+        "--layers": None,
+        "--dtype": "auto",
+        "--device": "cpu",
+        "--rounds": 3,
+        "--json": None,
+        "--debug": False,
+    },
 }
 
 

@@ -133,6 +133,16 @@ COMMANDS = (
             "moetor bench throughput qwen3-30b-a3b --load-format dummy --batch-size 64",
         ),
     ),
+    Command(
+        words=("bench", "load"),
+        module="moetor.cli.bench_load",
+        options="LoadBenchOptions",
+        summary="time loading a checkpoint, and its memory, beside Transformers",
+        examples=(
+            "moetor bench load",
+            "moetor bench load qwen3-30b-a3b --layers 3 --json load.json",
+        ),
+    ),
 )
 
 GROUPS: dict[tuple[str, ...], str] = {
