@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from moetor.errors import UnsupportedError
 from moetor.huggingface.loading import load_model
 from moetor.tools.tiny import FAMILIES, logits_of, tiny_inputs, tiny_model
 
+OLDER = Version(transformers.__version__) < Version("5.23")
 # Their checkpoints differ in every way there is: per expert under three namings, stacked,
 # transposed, interleaved, with biases, two banks, latent experts, identity experts.
 SAVED_AGAIN = (
@@ -74,8 +77,8 @@ def test_as_transformers_loads_it(name: str, tmp_path: Path) -> None:
     assert not streamed.training
     assert same(tensors_of(streamed), tensors_of(plain)) == []
     assert streamed.config.to_dict() == plain.config.to_dict()
-    if name == "llama4":
-        return  # its forward needs a field that Transformers 5.24 forgets
+    if name == "llama4" or (name == "doge" and OLDER):
+        return  # Transformers' own forward fails: 5.24 forgets a field, 5.17 drops out a tuple
     with torch.no_grad():
         for tensor in (*plain.parameters(), *plain.buffers()):
             tensor.data = tensor.data.clone()  # mapped files are not aligned, which shows in bits
