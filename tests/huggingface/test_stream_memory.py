@@ -36,7 +36,7 @@ if how == "streamed":
 else:
     model = Qwen3MoeForCausalLM.from_pretrained(folder)
 held, peak = memory("VmRSS"), memory("VmHWM")
-checked = sum(float(p.detach().double().sum()) for p in model.parameters())
+checked = sum(int(p.detach().view(torch.int32).sum()) for p in model.parameters())
 print(json.dumps({"before": before, "held": held, "peak": peak, "sum": checked}))
 """
 

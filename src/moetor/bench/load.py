@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from moetor.bench.dummy import CONFIGS, dummy_model
 from moetor.errors import CheckpointError
+from moetor.huggingface.dummy import CONFIGS, dummy_model
 
 FORMAT = "moetor-bench-load/1"
 WAYS = ("fused", "streamed", "transformers")

@@ -65,10 +65,10 @@ def run(options: LoadBenchOptions) -> int:
     """Measure, print, write the file, and return the exit status."""
     import torch
 
-    from moetor.bench.dummy import CONFIGS
     from moetor.bench.hardware import describe_run
     from moetor.bench.load import checkpoint_of, load_record, load_table, measure_load
     from moetor.huggingface import loading
+    from moetor.huggingface.dummy import CONFIGS
 
     if options.layers is not None and options.model not in CONFIGS:
         raise InputError(f"--layers is for a built-in configuration: {', '.join(CONFIGS)}")

@@ -15,6 +15,7 @@ from torch import nn
 from moetor.config import ExpertsConfig, MoEConfig, RouterConfig, RunnerConfig, SharedExpertsConfig
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
 from moetor.huggingface.modules import BlockChildren, BlockPlan
+from moetor.huggingface.placement import OFFLOADED, is_offloaded
 from moetor.huggingface.router_form import (
     KeptRouter,
     RecognisedRouter,
@@ -137,8 +138,10 @@ def recognise_block(
 
 def _arguments(block: nn.Module, experts_name: str) -> tuple[str, ...] | Unrecognised:
     """Names of what the block takes besides hidden states, or why it cannot be called by us."""
+    if is_offloaded(block):
+        return Unrecognised(OFFLOADED)
     if "forward" in block.__dict__ or "forward" in block.get_submodule(experts_name).__dict__:
-        return Unrecognised("its forward is wrapped by a hook (device map or tensor parallelism)")
+        return Unrecognised("its forward is wrapped by a hook (such as that of tensor parallelism)")
     extra = tuple(
         name
         for name, parameter in list(inspect.signature(block.forward).parameters.items())[1:]

@@ -40,6 +40,7 @@ from moetor.huggingface.modules import (
     install_gate,
 )
 from moetor.huggingface.parallelism import parallelize
+from moetor.huggingface.placement import hooks_aside, put_hook, take_hook
 from moetor.huggingface.quantized_loading import random_weights
 from moetor.huggingface.quantizing import (
     QuantizedBlock,
@@ -155,9 +156,20 @@ def _fuse(
     parallel: ParallelConfig | None,
     progress: Progress | None,
 ) -> FusionReport:
+    found = list(find_blocks(model))
+    with hooks_aside(model, [(path, block) for path, block, _ in found]):
+        return _fuse_found(model, found, options, parallel, progress)
+
+
+def _fuse_found(
+    model: nn.Module,
+    found: list[tuple[str, nn.Module, str]],
+    options: FuseOptions,
+    parallel: ParallelConfig | None,
+    progress: Progress | None,
+) -> FusionReport:
     replacements: list[Replacement] = []
     reports: list[BlockReport] = []
-    found = list(find_blocks(model))
     hint: RouterConfig | None = None
     for number, (path, block, experts_name) in enumerate(found, 1):
         replacement, report = _prepare_held(path, block, experts_name, options, hint)
@@ -263,7 +275,11 @@ def unfuse(model: nn.Module) -> int:
             )
     unfuse_dense(model)
     for path, module in fused:
-        _put(model, path, module.restore())
+        hook = take_hook(module)
+        original = module.restore()
+        _put(model, path, original)
+        if hook is not None:
+            put_hook(original, hook)
     return len(fused)
 
 
