@@ -20,7 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "_CUDA_READ_BYTES", 64 * 2**20)
     monkeypatch.setattr(ceilings, "_CUDA_GEMM_SIZE", 1024)
     monkeypatch.setattr(ceilings, "_GEMM_SECONDS", 0.01)
-    monkeypatch.setattr(timing, "MIN_SECONDS", 0.001)
+    monkeypatch.setattr(timing, "CUDA_MIN_SECONDS", 0.001)
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +23,12 @@ from moetor.bench.rotation import RotationRequest, plan_rotation
 from moetor.bench.shapes import LayerShape
 from moetor.bench.weights import make_weights
 from moetor.errors import UnsupportedError
-from moetor.kernels.base import ExpertsKernel, KernelQuery
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
 from moetor.kernels.select import select_kernel
 
 # Of the free memory, what weights may take; the rest is for the calls.
 _WEIGHTS_SHARE = 0.6
+_COMPILE_THREADS = 8
 _UNKNOWN_CACHE = 64 * 2**20
 # Bytes between two uses of an expert, in last-level caches. A GPU's is not one: each half of an
 # H100 keeps copies of its own.
@@ -191,6 +193,8 @@ def _shape_rows(
     ]
     num_sets = max(rotation.num_sets for rotation in rotations)
     weights = make_weights(shape, num_sets, request.dtype, request.device, request.seed)
+    if request.device == "cuda":
+        _compile_all(request, shape, kernel, weights[0])
     for tokens, rotation in zip(request.tokens, rotations, strict=True):
         if late():
             yield shape.name, tokens
@@ -200,3 +204,25 @@ def _shape_rows(
         except Exception as failure:  # Triton's compiler has errors of its own
             yield f"{shape.name}, T={tokens}: {first_line(failure)}"
         _release(request.device)
+
+
+def _compile_all(
+    request: LayerBenchRequest, shape: LayerShape, kernel: ExpertsKernel, weights: ExpertWeights
+) -> None:
+    """Runs the kernel once at every T, side by side: compiling takes longer than measuring."""
+
+    def run(tokens: int) -> None:
+        size = (tokens, shape.experts.num_experts)
+        # What is wrong shows, with its row, when the row is measured.
+        with suppress(Exception), torch.inference_mode():
+            ids = torch.rand(size, device="cuda").topk(shape.top_k).indices.int()
+            hidden = torch.zeros(
+                (tokens, shape.experts.hidden_size), dtype=request.dtype, device="cuda"
+            )
+            slots = torch.ones(ids.shape, device="cuda")
+            kernel(hidden, slots, ids, weights, shape.experts)
+
+    with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+        list(pool.map(run, request.tokens))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()

@@ -22,9 +22,10 @@ from torch import Tensor
 from moetor.bench.rotation import Step
 
 MIN_SECONDS, MIN_SAMPLES = 0.3, 5
+CUDA_MIN_SECONDS = 0.1  # a GPU's times differ less from one to the next
 _WARM_UP_SECONDS = 0.3
 # A GPU at its power limit runs large products up to a fifth slower than one that has just paused.
-RESTED_SAMPLES, REST_SECONDS = 5, 0.04
+RESTED_SAMPLES, REST_SECONDS = 3, 0.04
 
 StepCall = Callable[[Step], Tensor]
 Item = TypeVar("Item")
@@ -53,6 +54,11 @@ class Sampler(ABC):
     """One variant, to be timed."""
 
     cuda_graph: bool | None = None
+
+    @property
+    def least_seconds(self) -> float:
+        """For how long it is sampled at least."""
+        return MIN_SECONDS
 
     @abstractmethod
     def warm_up(self) -> float:
@@ -122,6 +128,11 @@ class CudaSampler(Sampler, Generic[Item]):
         self._run: Callable[[], None] = self._all_steps
         self.cuda_graph = False
 
+    @property
+    def least_seconds(self) -> float:
+        """See `Sampler.least_seconds`."""
+        return CUDA_MIN_SECONDS
+
     def warm_up(self) -> float:
         """Compiles what compiles at the first call, then captures."""
         stream = torch.cuda.Stream()
@@ -175,7 +186,10 @@ def measure(samplers: Mapping[str, Sampler], estimates: Mapping[str, float]) -> 
         samplers: warmed up.
         estimates: seconds of a sample of each, from its `warm_up`.
     """
-    counts = {name: max(MIN_SAMPLES, math.ceil(MIN_SECONDS / estimates[name])) for name in samplers}
+    counts = {
+        name: max(MIN_SAMPLES, math.ceil(sampler.least_seconds / estimates[name]))
+        for name, sampler in samplers.items()
+    }
     taken: dict[str, list[float]] = {name: [] for name in samplers}
     for name in spread(counts):
         taken[name].append(samplers[name].sample())
