@@ -75,6 +75,9 @@ def run(options: ExpertsOptions) -> int:
             device=options.device,
             revision=revision,
             trust_remote_code=remote,
+            quantization=options.quantization,
+            kernel=options.kernel,
+            for_fusing=True,
             progress=loaded,
         )
     with progress(f"fusing {options.model}", "blocks") as fused:

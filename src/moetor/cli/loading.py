@@ -24,6 +24,9 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             device=options.device,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
+            quantization=options.quantization,
+            kernel=options.kernel,
+            for_fusing=options.level != "none",
             progress=loaded,
         )
     if options.level == "none":

@@ -25,6 +25,7 @@ from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
+from moetor.quant_config import QuantConfig
 
 _UNCOUNTED = 2**62
 
@@ -58,7 +59,7 @@ class ModelSource:
     tokenizer: Any = None
     dtype: str = "auto"
     device: str = "auto"
-    quantization: str | None = None
+    quantization: str | QuantConfig | None = None
     kernel: str = "auto"
     level: FuseLevel | Literal["none"] = "auto"
     revision: str | None = None
@@ -165,7 +166,13 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
         model = _dummy(source, config)
     else:
         model = loading.load_model(
-            source.model, dtype=source.dtype, device=source.device, **options
+            source.model,
+            dtype=source.dtype,
+            device=source.device,
+            quantization=source.quantization,
+            kernel=source.kernel,
+            for_fusing=source.level != "none",
+            **options,
         )
     tokenizer = source.tokenizer
     if tokenizer is None:

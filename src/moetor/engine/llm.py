@@ -15,6 +15,7 @@ from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics,
 from moetor.engine.params import SamplingParams
 from moetor.engine.progress import bar
 from moetor.errors import ConfigError, InputError
+from moetor.quant_config import QuantConfig
 
 Message = Mapping[str, Any]
 
@@ -47,7 +48,7 @@ class LLM:
         tokenizer: Any = None,
         dtype: str = "auto",
         device: str = "auto",
-        quantization: str | None = None,
+        quantization: str | QuantConfig | None = None,
         kernel: str = "auto",
         level: Literal["auto", "block", "experts", "none"] = "auto",
         revision: str | None = None,

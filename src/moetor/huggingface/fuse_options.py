@@ -12,6 +12,7 @@ from moetor.config import RunnerConfig
 from moetor.errors import ConfigError, FusionError, KernelRefusedError
 from moetor.huggingface.dense_fusing import is_dense_fused
 from moetor.huggingface.modules import fused_modules
+from moetor.huggingface.quantized_loading import held_experts
 from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.select import kernel_names
 from moetor.quant_config import QuantConfig
@@ -104,6 +105,7 @@ def check_options(
             reduce_results=runner.reduce_results,
         ),
         proofs=Proofs(verify),
+        held=held_experts(model),
     )
 
 

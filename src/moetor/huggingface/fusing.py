@@ -4,7 +4,6 @@ originals; and `unfuse`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -41,7 +40,7 @@ from moetor.huggingface.modules import (
 )
 from moetor.huggingface.parallelism import parallelize
 from moetor.huggingface.placement import hooks_aside, put_hook, take_hook
-from moetor.huggingface.quantized_loading import random_weights
+from moetor.huggingface.quantized_loading import forget_held, random_weights
 from moetor.huggingface.quantizing import (
     QuantizedBlock,
     RefuseToSave,
@@ -52,7 +51,6 @@ from moetor.huggingface.quantizing import (
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
 from moetor.huggingface.trial import try_block, try_experts
-from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
@@ -84,7 +82,8 @@ def fuse(
 
     Every replacement is built and compared first; only when all are ready is the model changed, so
     it is never left half fused. Weights are shared with the originals, not copied. A model without
-    MoE is left alone: the report is empty.
+    MoE is left alone: the report is empty. Of a model whose experts were loaded quantised, blocks
+    are proved with random weights in the experts' places.
 
     Args:
         model: a Transformers model in eval mode (or one whose parameters need no gradients).
@@ -120,34 +119,13 @@ def fuse(
         raise ConfigError("dense=True joins weights that `parallel` would split; choose one")
     if parallel is not None:
         make_groups(parallel, next(model.parameters()).device)  # refuses before anything is built
+        if options.held:
+            raise ConfigError(
+                "experts that were loaded quantised cannot be spread over ranks; load an "
+                "unquantised checkpoint and let fuse quantise each rank's part"
+            )
     report = _fuse(model, options, parallel, progress)
     return replace(report, dense=fuse_dense(model, verify=bool(verify))) if dense else report
-
-
-def fuse_loaded(
-    model: nn.Module,
-    held: Mapping[str, QuantizedExpertWeights],
-    *,
-    kernel: str = "auto",
-    level: FuseLevel = "auto",
-    quantization: str | QuantConfig | None = None,
-    verify: VerifyMode = True,
-    progress: Progress | None = None,
-) -> FusionReport:
-    """As `fuse`, for a model of which some experts were loaded quantised.
-
-    Their blocks are proved with random weights in the experts' places; then the loaded ones take
-    these. Where it raises, the model is of no use.
-
-    Args:
-        held: by path of the experts module, whose own weights are stand-ins.
-        quantization: of the experts that were not.
-
-    Raises:
-        FusionError: also where a block of quantised experts cannot be fused.
-    """
-    options = check_options(model, level, kernel, quantization, verify, None)
-    return _fuse(model, replace(options, held=held), None, progress)
 
 
 def _fuse(
@@ -200,6 +178,7 @@ def _fuse_found(
         _quantize(replacements, reports, quant)
     if any(report.quantization is not None for report in reports):
         model.save_pretrained = RefuseToSave()  # type: ignore[assignment]  # its own would be wrong
+    forget_held(model)
     return FusionReport(reports, spread)
 
 

@@ -26,6 +26,7 @@ from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint, quantiz
 from moetor.huggingface.quantized_loading import (
     QuantizingSink,
     check_kernel,
+    hold_experts,
     quantizable_experts,
 )
 from moetor.huggingface.quantized_reading import PackedSink, QuantizedReader, packed_experts
@@ -36,8 +37,8 @@ from moetor.huggingface.skeleton import (
     settle_dtype,
 )
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
-from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.quant_config import QuantConfig
+from moetor.quantization.method import quant_config
 
 DEMO = "demo"
 DTYPES = {
@@ -138,6 +139,9 @@ def load_model(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | QuantConfig | None = None,
+    kernel: str = "auto",
+    for_fusing: bool = False,
     progress: LoadProgress | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode, not fused, with every weight streamed from safetensors files.
@@ -145,13 +149,19 @@ def load_model(
     Args:
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for that of the checkpoint.
         device: a torch device, or `auto`: CUDA where there is one, else the CPU.
+        quantization: of the routed experts, each quantised as it is read; the model is then for
+            `fuse` alone.
+        kernel: that is to compute with them, refused before anything is read.
+        for_fusing: whether `fuse` is called next, which alone makes the experts of a quantised
+            checkpoint usable.
         progress: called as weights are read.
 
     Raises:
         CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing,
             doubled or of another shape.
         ConfigError: unknown dtype or device.
-        UnsupportedError: the checkpoint is quantised.
+        UnsupportedError: the checkpoint is quantised, and `for_fusing` is not said; or quantised
+            in a way that is not read.
     """
     return stream_model(
         model,
@@ -160,9 +170,12 @@ def load_model(
             device=find_device(device),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            quantization=quant_config(quantization),
+            kernel=kernel,
+            fused=for_fusing or quantization is not None,
         ),
         progress=progress,
-    ).model
+    )[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,28 +202,13 @@ class LoadOptions:
     fused: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoadedModel:
-    """What `stream_model` made.
-
-    Attributes:
-        figures: what the load took.
-        quantized: experts that were quantised on the way, by path of their module, whose own
-            parameters are stand-ins without memory: `fuse_loaded` puts them into their places.
-    """
-
-    model: PreTrainedModel
-    figures: LoadFigures
-    quantized: Mapping[str, QuantizedExpertWeights]
-
-
 def stream_model(
     model: str,
     options: LoadOptions,
     *,
     maker: Callable[[Any], Any] | None = None,
     progress: LoadProgress | None = None,
-) -> LoadedModel:
+) -> tuple[PreTrainedModel, LoadFigures]:
     """As `load_model`, with what the load took.
 
     Args:
@@ -271,8 +269,9 @@ def stream_model(
             revision=revision,
             trust_remote_code=remote,
         )
-        quantized = sink.quantized() if isinstance(sink, QuantizingSink | PackedSink) else {}
-    return LoadedModel(model=finished, figures=figures, quantized=quantized)
+    if isinstance(sink, QuantizingSink | PackedSink):
+        hold_experts(finished, sink.quantized())
+    return finished, figures
 
 
 def _sink(

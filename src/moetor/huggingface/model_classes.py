@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from moetor.errors import ConfigError, FusionError, UnsupportedError
 from moetor.huggingface.expert_mapping import ExpertNames
 from moetor.huggingface.fuse_options import Progress, VerifyMode, check_request
-from moetor.huggingface.fusing import fuse_loaded
+from moetor.huggingface.fusing import fuse
 from moetor.huggingface.loading import (
     LoadOptions,
     find_device,
@@ -109,12 +109,10 @@ class _Streamed:
             fused=True,
         )
         with _bar(f"loading {model}", "tensors") if progress else nullcontext() as shown:
-            made = stream_model(model, options, maker=cls._class_of, progress=shown)
-            loaded = made.model
+            loaded, _ = stream_model(model, options, maker=cls._class_of, progress=shown)
         with _bar(f"fusing {model}", "blocks") if progress else nullcontext() as shown:
-            report = fuse_loaded(
+            report = fuse(
                 loaded,
-                made.quantized,
                 kernel=kernel,
                 quantization=quantization,
                 verify=_VERIFY[verify],

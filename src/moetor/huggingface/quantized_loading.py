@@ -26,6 +26,7 @@ from moetor.quantization.sink import QuantizedSink
 
 # Experts of a stand-in differ by a shift of this many elements, a whole number of cache lines.
 _SHIFT = 4160
+_HELD = "_moetor_held_experts"
 
 
 def quantizable_experts(model: nn.Module, plan: LoadPlan) -> dict[str, ExpertsConfig]:
@@ -135,6 +136,27 @@ class QuantizingSink(PlainSink):
     def quantized(self) -> dict[str, QuantizedExpertWeights]:
         """The quantised weights by path of their module, without biases and norms."""
         return {path: layer.finish() for path, layer in self._layers.items()}
+
+
+def hold_experts(model: nn.Module, quantized: Mapping[str, QuantizedExpertWeights]) -> None:
+    """Leaves with a model the experts that were loaded quantised, for `fuse` to put into place.
+
+    Args:
+        quantized: by path of the experts module, whose own parameters are stand-ins.
+    """
+    if quantized:
+        model.__dict__[_HELD] = dict(quantized)
+
+
+def held_experts(model: nn.Module) -> Mapping[str, QuantizedExpertWeights]:
+    """What `hold_experts` left with the model."""
+    found: Mapping[str, QuantizedExpertWeights] = model.__dict__.get(_HELD, {})
+    return found
+
+
+def forget_held(model: nn.Module) -> None:
+    """Forgets it: the experts are in their places."""
+    model.__dict__.pop(_HELD, None)
 
 
 def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
