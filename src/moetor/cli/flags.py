@@ -5,6 +5,7 @@ the default, and its metadata the rest:
 
 - `help`: what the flag does; the default is added to it.
 - `metavar`: the word for the value in the help.
+- `short`: another name of the flag, such as `-tp`.
 - `positional`: the field is the command's argument instead of a flag.
 - `group`: heading under which the help lists the flag.
 
@@ -112,6 +113,7 @@ def _argument(
     text = f"{field.metadata['help']} ({_default_text(required, default)})"
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": default}
     flag = "--" + field.name.replace("_", "-")
+    names = [field.metadata["short"], flag] if "short" in field.metadata else [flag]
     if hint is bool:
         if required:
             raise TypeError(f"{where} is a switch and needs a default")
@@ -119,7 +121,7 @@ def _argument(
             settings["action"] = argparse.BooleanOptionalAction
         else:
             settings["action"] = "store_true"
-        return [flag], settings
+        return names, settings
     settings |= _value_settings(where, hint)
     if "metavar" in field.metadata:
         settings["metavar"] = field.metadata["metavar"]
@@ -128,7 +130,7 @@ def _argument(
             settings["nargs"] = "?"
         settings.setdefault("metavar", field.name.upper().replace("_", "-"))
         return [field.name], settings
-    return [flag], settings | {"dest": field.name, "required": required}
+    return names, settings | {"dest": field.name, "required": required}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

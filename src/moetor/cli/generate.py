@@ -9,13 +9,14 @@ from typing import Any
 from moetor.cli.console import note, print_json, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import ServedModelOptions, check_level
+from moetor.cli.options import ParallelModelOptions, check_level
 from moetor.cli.streaming import stream_text
 from moetor.errors import ConfigError, InputError
+from moetor.parallel.launch import rank_number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateOptions(ServedModelOptions):
+class GenerateOptions(ParallelModelOptions):
     """Continue a prompt.
 
     The text goes to standard output as it is produced; a closing line of figures to standard
@@ -66,6 +67,7 @@ class GenerateOptions(ServedModelOptions):
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ConfigError(f"--seed {self.seed} must be at least 0 and below 2^64")
         check_level(self)
+        self.parallel()  # refuses flags that contradict one another
 
 
 def run(options: GenerateOptions) -> int:
@@ -99,10 +101,12 @@ def run(options: GenerateOptions) -> int:
             top_p=options.top_p,
             seed=options.seed,
         ),
-        _discard if options.json else _write,
+        _discard if options.json or rank_number() else _write,
         kernels=kernels,
     )
     (made,) = streamed.output.outputs
+    if rank_number():
+        return 0  # rank 0 speaks for all
     if options.json:
         print_json(
             {

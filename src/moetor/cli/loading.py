@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import note, progress
+from moetor.cli.flags import UsageError
+from moetor.cli.options import ParallelModelOptions
 
 if TYPE_CHECKING:
     from moetor.cli.options import ServedModelOptions
@@ -12,16 +14,20 @@ if TYPE_CHECKING:
 
 
 def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
-    """The model, and what was fused; None with level `none`."""
+    """The model, and what was fused; None with level `none`. Of several ranks, this one's part."""
     from moetor import huggingface
     from moetor.huggingface import loading
 
     name = options.model
+    parallel = options.parallel() if isinstance(options, ParallelModelOptions) else None
+    device = options.device
+    if parallel is not None:
+        device = _join_ranks(device)
     with progress(f"loading {name}", "tensors") as loaded:
         model = loading.load_model(
             name,
             dtype=options.dtype,
-            device=options.device,
+            device=device,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             quantization=options.quantization,
@@ -37,6 +43,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
+            parallel=parallel,
             progress=fused,
         )
     if not report.blocks:
@@ -44,3 +51,32 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     if report.quantized is not None:
         note(report.quantized)
     return model, report
+
+
+def _join_ranks(device: str) -> str:
+    """Joins the other ranks; the device of this one.
+
+    Raises:
+        UsageError: fewer GPUs than ranks, or a device that all of them would use.
+    """
+    import torch
+
+    from moetor.parallel.groups import start_process_group
+    from moetor.parallel.launch import local_rank
+
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device} is one GPU; several ranks take cuda, one GPU each")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if torch.cuda.device_count() <= local_rank():
+            raise UsageError(
+                f"rank {local_rank()} of this machine has no GPU: there are "
+                f"{torch.cuda.device_count()}. Take -tp {torch.cuda.device_count() or 1} at most, "
+                "or --device cpu"
+            )
+        torch.cuda.set_device(local_rank())
+        start_process_group("cuda")
+        return f"cuda:{local_rank()}"
+    start_process_group(device)
+    return device

@@ -10,15 +10,18 @@ import importlib
 import inspect
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moetor import __version__
 from moetor.cli.console import fail
 from moetor.cli.flags import Parser, UsageError, add_flags, parse_options
 from moetor.errors import MoetorError
+from moetor.parallel.launch import is_rank, launch, python_command, tell_launcher
 
 OK, FAILURE, BAD_USAGE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -175,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        else:
+        elif not tell_launcher(_one_line(error)):
             fail(_one_line(error))
         return BAD_USAGE if isinstance(error, UsageError) else FAILURE
 
@@ -207,7 +210,20 @@ def _dispatch(arguments: list[str]) -> int:
         reached = tuple(command for command in reached if command.words[: len(words)] == words)
     parser, options, module = command_parser(reached[0])
     chosen = parse_options(parser, options, arguments[len(words) :])
+    ranks = getattr(chosen, "ranks", 1)
+    if ranks > 1 and not is_rank():
+        return _launch(arguments, ranks)
     return int(module.run(chosen))
+
+
+def _launch(arguments: list[str], ranks: int) -> int:
+    """Runs the same line as several ranks; what standard input holds is given to each of them."""
+    if "-" not in arguments or sys.stdin.isatty():
+        return launch(python_command(arguments), ranks)
+    with tempfile.NamedTemporaryFile(prefix="moetor-stdin-") as given:
+        given.write(sys.stdin.buffer.read())
+        given.flush()
+        return launch(python_command(arguments), ranks, stdin=Path(given.name))
 
 
 def _stop_short(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moetor.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moetor.parallel.config import ParallelConfig
 
 # `moetor.kernels.select` has the kernels themselves; it imports torch, which `--help` must not.
 KernelName = Literal["auto", "native", "triton", "torch", "grouped_mm", "reference"]
@@ -140,3 +143,104 @@ def check_level(options: ServedModelOptions) -> None:
             "--level none runs plain Transformers, which does not quantise experts; leave out one "
             "of the two"
         )
+
+
+PARALLEL = "several ranks"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelModelOptions(ServedModelOptions):
+    """A model over several ranks, which the command starts itself where torchrun has not."""
+
+    tensor_parallel_size: int = field(
+        default=1,
+        metadata={
+            "group": PARALLEL,
+            "short": "-tp",
+            "metavar": "N",
+            "help": "ranks that share the model, one process and device each",
+        },
+    )
+    enable_expert_parallel: bool = field(
+        default=False,
+        metadata={
+            "group": PARALLEL,
+            "help": "split the experts by expert, not by their intermediate size",
+        },
+    )
+    expert_parallel_size: int | None = field(
+        default=None,
+        metadata={
+            "group": PARALLEL,
+            "metavar": "N",
+            "help": "into so many parts, each further split by intermediate size; "
+            "none means one part per rank",
+        },
+    )
+    sequence_parallel: bool = field(
+        default=False,
+        metadata={"group": PARALLEL, "help": "each rank runs the experts for a part of the tokens"},
+    )
+    enable_eplb: bool = field(
+        default=False,
+        metadata={
+            "group": PARALLEL,
+            "help": "move experts between ranks by the load that is met",
+        },
+    )
+    eplb_stats: str | None = field(
+        default=None,
+        metadata={
+            "group": PARALLEL,
+            "metavar": "FILE.json",
+            "help": "place experts for a recorded load: a file of moetor experts --save-stats",
+        },
+    )
+    num_redundant_experts: int = field(
+        default=0,
+        metadata={
+            "group": PARALLEL,
+            "metavar": "N",
+            "help": "further slots per layer, for copies of busy experts",
+        },
+    )
+    parallel_timeout: float = field(
+        default=25.0,
+        metadata={
+            "group": PARALLEL,
+            "metavar": "SECONDS",
+            "help": "a rank that waits longer for another one gives up, and all end",
+        },
+    )
+
+    def parallel(self) -> ParallelConfig | None:
+        """The configuration that the flags describe; None for one rank.
+
+        Raises:
+            ConfigError: the flags contradict one another.
+        """
+        from moetor.parallel.config import EplbConfig, ParallelConfig
+
+        eplb = None
+        if self.enable_eplb or self.eplb_stats is not None:
+            eplb = EplbConfig(statistics=self.eplb_stats, dynamic=self.enable_eplb)
+        config = ParallelConfig(
+            tensor_parallel_size=self.tensor_parallel_size,
+            enable_expert_parallel=self.enable_expert_parallel,
+            expert_parallel_size=self.expert_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            eplb=eplb,
+            num_redundant_experts=self.num_redundant_experts,
+            timeout=self.parallel_timeout,
+        )
+        if config.world_size > 1 and self.level == "none":
+            raise ConfigError(
+                "--level none runs plain Transformers; several ranks need a fused model. Leave "
+                "out one of the two"
+            )
+        return config if config.world_size > 1 else None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the command needs."""
+        return self.tensor_parallel_size

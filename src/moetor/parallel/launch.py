@@ -1,0 +1,198 @@
+"""Starts the ranks of a command on this machine, and ends all of them when one ends badly.
+
+Ranks find one another as under torchrun, by the environment variables that it sets, and tell their
+error as under it, in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moetor.errors import ParallelError
+
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+NO_ANSWER = "did not answer"
+POLL_SECONDS = 0.05
+# A rank that was told to end is killed after so long.
+GRACE_SECONDS = 3.0
+# Other ranks notice a failure and fail too; what they say then is not the cause.
+SETTLE_SECONDS = 0.3
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A process, and where its words go."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    error: Path
+    log: Path
+
+
+def is_rank() -> bool:
+    """Whether a launcher, ours or torchrun, has started this process as one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def rank_number() -> int:
+    """This process's rank; 0 where no launcher has started it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Its number on this machine, and the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def tell_launcher(text: str) -> bool:
+    """Leaves an error for the launcher to show; False where there is none to leave it for."""
+    file = os.environ.get(ERROR_FILE)
+    if not file or not is_rank():
+        return False
+    text = explain_waiting(text) or text
+    told = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    Path(file).write_text(json.dumps(told), encoding="utf-8")
+    return True
+
+
+def launch(command: Sequence[str], ranks: int, *, stdin: Path | None = None) -> int:
+    """Runs `command` as so many ranks. Rank 0 has this process's output.
+
+    Args:
+        stdin: a file that every rank reads as its standard input; none otherwise.
+
+    Returns:
+        0: all ranks have ended well.
+
+    Raises:
+        ParallelError: a rank died or ended badly; names it and its error. All are ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="moetor-ranks-") as folder:
+        started = [_start(command, ranks, number, Path(folder), stdin) for number in range(ranks)]
+        try:
+            if not _all_end_well(started):
+                time.sleep(SETTLE_SECONDS)
+                raise ParallelError(_why(started))
+        finally:
+            _end(started)
+    return 0
+
+
+def _start(
+    command: Sequence[str], ranks: int, number: int, folder: Path, stdin: Path | None
+) -> _Rank:
+    environment = _environment(ranks, number, folder)
+    log = folder / f"rank{number}.log"
+    with log.open("wb") as words, open(stdin or os.devnull, "rb") as given:
+        process = subprocess.Popen(
+            list(command),
+            env=environment,
+            stdin=given,
+            stdout=None if number == 0 else words,
+            stderr=None if number == 0 else words,
+            # Ctrl-C reaches the launcher, which ends the ranks.
+            start_new_session=True,
+        )
+    return _Rank(number, process, Path(environment[ERROR_FILE]), log)
+
+
+def _environment(ranks: int, number: int, folder: Path) -> dict[str, str]:
+    port = folder / "port"
+    if not port.exists():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port.write_text(str(free.getsockname()[1]))
+    ours: Mapping[str, str | int] = {
+        "RANK": number,
+        "LOCAL_RANK": number,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port.read_text(),
+        ERROR_FILE: str(folder / f"rank{number}.json"),
+    }
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    return {**threads, **os.environ, **{name: str(value) for name, value in ours.items()}}
+
+
+def _all_end_well(started: list[_Rank]) -> bool:
+    """Waits until all have ended well, or one has not."""
+    running = list(started)
+    while running:
+        if any(rank.process.poll() for rank in running):
+            return False
+        running = [rank for rank in running if rank.process.poll() is None]
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _why(started: list[_Rank]) -> str:
+    """The cause, and who had to be ended: of several errors, one that is not of waiting."""
+    told = []
+    for rank in started:
+        status = rank.process.poll()
+        if status is None or status == 0:
+            continue
+        if status < 0:
+            what = f"was killed by {signal.Signals(-status).name}{_last_words(rank)}"
+        else:
+            what = _told(rank) or f"ended with status {status}{_last_words(rank)}"
+        told.append((NO_ANSWER in what, rank.number, what))
+    waited, number, what = min(told)
+    text = f"rank {number} of {len(started)}: {what}"
+    running = [str(rank.number) for rank in started if rank.process.poll() is None]
+    if waited and running:
+        text += f"; rank {', '.join(running)} still ran, and was ended"
+    return text
+
+
+def explain_waiting(text: str) -> str | None:
+    """What a collective's own error means, where it is that another rank is silent or gone."""
+    if any(sign in text for sign in ("Timed out waiting", "timed out", "Timeout")):
+        return f"another rank {NO_ANSWER} in time (--parallel-timeout)"
+    if any(sign in text for sign in ("closed by peer", "reset by peer", "Broken pipe")):
+        return f"another rank {NO_ANSWER}: it has ended"
+    return None
+
+
+def _told(rank: _Rank) -> str | None:
+    """The error that a rank has left."""
+    try:
+        told = json.loads(rank.error.read_text(encoding="utf-8"))["message"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return str(told["message"] if isinstance(told, dict) else told)
+
+
+def _last_words(rank: _Rank) -> str:
+    lines = rank.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f": {lines[-1]}" if lines else ""
+
+
+def _end(started: list[_Rank]) -> None:
+    """Ends what still runs."""
+    for rank in started:
+        if rank.process.poll() is None:
+            rank.process.terminate()
+    until = time.monotonic() + GRACE_SECONDS
+    for rank in started:
+        try:
+            rank.process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.process.kill()
+            rank.process.wait()
+
+
+def python_command(arguments: Sequence[str]) -> list[str]:
+    """The command line of this program with these arguments."""
+    return [sys.executable, "-m", "moetor", *arguments]

@@ -1,0 +1,124 @@
+"""The launcher: ranks that end well, die, hang, disagree; one error, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moetor.errors import ParallelError
+from moetor.parallel.launch import launch
+
+# What is long here for a test and short for the promise of 30 seconds.
+LIMIT = 30.0
+
+NOTE = """
+import os, sys, pathlib, time
+folder = pathlib.Path(sys.argv[1])
+rank = os.environ["RANK"]
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+"""
+# Both wait for each other; one never comes.
+HANG = (
+    NOTE
+    + """
+import datetime, torch, torch.distributed as dist
+def run():
+    dist.init_process_group("gloo")
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    if rank == "1":
+        time.sleep(600)
+    dist.all_reduce(torch.ones(1), group=group)
+from moetor.parallel.launch import tell_launcher
+try:
+    run()
+except RuntimeError as error:
+    tell_launcher(str(error))
+    sys.exit(1)
+"""
+)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    return [int(file.read_text()) for file in folder.glob("pid*")]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run(code: str, folder: Path, ranks: int = 2) -> int:
+    return launch([sys.executable, "-c", code, str(folder)], ranks)
+
+
+def test_ranks_that_end_well(tmp_path: Path) -> None:
+    code = NOTE + "\n(folder / f'world{rank}').write_text(os.environ['WORLD_SIZE'])"
+    assert run(code, tmp_path, 3) == 0
+    assert [(tmp_path / f"world{rank}").read_text() for rank in range(3)] == ["3"] * 3
+
+
+@pytest.mark.parametrize(
+    ("ending", "text"),
+    [
+        ("os.kill(os.getpid(), 9)", r"rank 1 of 3: was killed by SIGKILL"),
+        ("sys.exit('the disk is full')", r"rank 1 of 3: ended with status 1: the disk is full"),
+        (
+            "from moetor.parallel.launch import tell_launcher\n"
+            "    tell_launcher('no such model')\n    sys.exit(1)",
+            r"rank 1 of 3: no such model",
+        ),
+    ],
+    ids=["killed", "exits", "tells"],
+)
+def test_a_rank_that_dies_ends_all(ending: str, text: str, tmp_path: Path) -> None:
+    code = NOTE + f"\nif rank == '1':\n    time.sleep(1)\n    {ending}\ntime.sleep(600)"
+    start = time.monotonic()
+    with pytest.raises(ParallelError, match=text):
+        run(code, tmp_path, 3)
+    assert time.monotonic() - start < LIMIT
+    assert not [pid for pid in ranks_of(tmp_path) if alive(pid)]
+
+
+def test_a_rank_that_hangs_ends_all(tmp_path: Path) -> None:
+    with pytest.raises(ParallelError, match=r"rank 0 of 2: another rank did not answer in time"):
+        run(HANG, tmp_path)
+    pids = ranks_of(tmp_path)
+    assert len(pids) == 2
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def moetor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "moetor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def test_generate_over_two_ranks() -> None:
+    prompt = ("generate", "--prompt", "ROMEO:", "--max-tokens", "8", "--device", "cpu", "--json")
+    two = moetor(*prompt, "-tp", "2", "--enable-expert-parallel")
+    assert two.returncode == 0, two.stderr
+    one = moetor(*prompt)
+    ours, theirs = json.loads(two.stdout), json.loads(one.stdout)
+    assert ours["token_ids"] == theirs["token_ids"]
+    assert ours["fusion"]["parallel"]["config"]["tensor_parallel_size"] == 2
+
+
+def test_generate_refuses_in_one_line() -> None:
+    done = moetor("generate", "--prompt", "a", "-tp", "2", "--num-redundant-experts", "2")
+    assert done.returncode == 2
+    assert "num_redundant_experts needs enable_expert_parallel=True" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
