@@ -76,6 +76,26 @@ def profile(backend: EngineBackend, batch: int, prompt: int, vocabulary: int, ou
         engine.core.step()
 
 
+def check(backend: EngineBackend) -> None:
+    """The same texts without graphs and with them, batches of several sizes."""
+    runner = backend._engine.core.runner
+    vocabulary = backend._engine.served.vocab_size
+    for size in (1, 5):
+        prompts = torch.randint(0, vocabulary, (size, 40))
+        graphs, runner.graphs = runner.graphs, None
+        found = []
+        for way in (None, graphs):
+            runner.graphs = way
+            requests = backend._add(prompts, 12)
+            while not backend._engine.core.idle:
+                backend._engine.core.step()
+            synchronize()
+            backend._check(requests, 12)
+            found.append([request.sequences[0].output_ids for request in requests])
+            print(f"batch {size} {'with' if way else 'without'} graphs: done", flush=True)
+        print(f"batch {size}: equal {found[0] == found[1]}", flush=True)
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -113,6 +133,7 @@ def main() -> None:
         flush=True,
     )
     backend = EngineBackend("moetor", engine)
+    check(backend)
     vocabulary = engine.served.vocab_size
     rows = []
     print("batch   TTFT ms  TPOT ms   tok/s  decode tok/s   floor ms at 4.25 TB/s")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,11 +16,11 @@ NEW = 8
 _FIRST, _RESERVED = 3, 8
 
 
-def make_engine(model: Any, **settings: Any) -> Engine:
-    """An engine over a live model that is left unfused."""
+def make_engine(model: Any, level: Literal["auto", "none"] = "none", **settings: Any) -> Engine:
+    """An engine over a live model, which is left unfused unless `level` says otherwise."""
     defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "kv_cache_blocks": 64}
     config = EngineConfig(**{**defaults, **settings})
-    return build_engine(ModelSource(model=model, level="none"), config)
+    return build_engine(ModelSource(model=model, level=level), config)
 
 
 def random_prompts(model: Any, lengths: Sequence[int], seed: int) -> list[list[int]]:

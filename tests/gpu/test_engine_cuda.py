@@ -24,12 +24,12 @@ def test_tokens_are_those_of_generate(name: str) -> None:
     prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
     wanted = [own_tokens(name, model, prompt) for prompt in prompts]
     model = model.cuda()
-    for eager in (False, True):
-        engine = make_engine(model, max_num_seqs=5, enforce_eager=eager)
+    for eager in (True, False):
+        engine = make_engine(model, "auto", max_num_seqs=5, enforce_eager=eager)
+        print(f"\n{name} {engine.strategy} | {engine.without_graphs or 'graphs'}", flush=True)
         done = run_staggered(engine, prompts, [greedy()] * 5, every=1)
         assert [done[str(i)].error for i in range(5)] == [None] * 5
         found = [done[str(i)].outputs[0].token_ids for i in range(5)]
         same = sum(a == b for a, b in zip(found, wanted, strict=True))
         assert found == wanted, (same, engine.strategy, engine.without_graphs)
         assert_empty(engine)
-        print(name, engine.strategy, "|", engine.without_graphs or "graphs")

@@ -6,6 +6,7 @@ Dv of values, L keys of a sequence, M blocks of a sequence.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,9 @@ def attend(
     for rows in _decode_groups(batch):
         out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
     first = batch.num_decodes
+    if _only_new_keys(batch, scores):
+        out_THD[first:] = _attend_fresh(query_THD[first:], blocks, batch, scores)
+        return out_THD
     for row in range(batch.num_decodes, len(batch.lens)):
         last = first + batch.query_lens[row]
         out_THD[first:last] = _attend_prompt(query_THD[first:last], blocks, batch, row, scores)
@@ -162,15 +166,50 @@ def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores:
             sinks=scores.sinks_H,
         )
 
-    if batch.prompt_start_S1 is None:
+    if batch.max_query_len > 1 and _only_new_keys(batch, scores):
+        prompts = _attend_fresh(query_THD[decodes:], blocks, batch, scores)
+        if not decodes:
+            return prompts
+    elif batch.prompt_start_S1 is None:
         return part(query_THD, slice(None), batch.query_start_S1, batch.max_query_len)
-    first = part(
-        query_THD[:decodes], slice(decodes), batch.query_start_S1[: decodes + 1], longest=1
-    )
-    second = part(
-        query_THD[decodes:], slice(decodes, None), batch.prompt_start_S1, batch.max_query_len
-    )
-    return torch.cat([first, second])
+    else:
+        rows = slice(decodes, None)
+        prompts = part(query_THD[decodes:], rows, batch.prompt_start_S1, batch.max_query_len)
+    starts = batch.query_start_S1[: decodes + 1]
+    return torch.cat([part(query_THD[:decodes], slice(decodes), starts, longest=1), prompts])
+
+
+def _only_new_keys(batch: Batch, scores: Scores) -> bool:
+    """Whether prompts see nothing but their own new tokens, and all of these: then torch's own
+    attention needs no blocks and no mask.
+    """
+    if not batch.fresh or batch.query_lens is None or scores.expand is not None:
+        return False
+    limits = [limit for limit in (scores.window, scores.chunk) if limit is not None]
+    plain = scores.softcap is None and scores.sinks_H is None
+    return plain and all(batch.max_query_len <= limit for limit in limits)
+
+
+def _attend_fresh(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:
+    """Whole prompts; neighbours of equal length in one call."""
+    assert batch.query_lens is not None
+    # Read where they were written: who writes into the cache may hand on something else.
+    slots = batch.slots_T[batch.num_decodes :]
+    keys_TD = blocks.keys.flatten(0, 1).index_select(0, slots)
+    values_TD = blocks.values.flatten(0, 1).index_select(0, slots)
+    out, first = [], 0
+    for length, same in itertools.groupby(batch.query_lens[batch.num_decodes :]):
+        last = first + length * sum(1 for _ in same)
+        query, keys, values = (
+            x[first:last].unflatten(0, (-1, length)).transpose(1, 2)
+            for x in (query_THD, keys_TD, values_TD)
+        )
+        attended = F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scores.scale, enable_gqa=True
+        )
+        out.append(attended.transpose(1, 2).flatten(0, 1))
+        first = last
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def _decode_groups(batch: Batch) -> list[list[int]]:

@@ -161,6 +161,7 @@ def device_inputs(host: HostInputs, last_token_P: Tensor, *, any_pending: bool) 
         query_start_S1=begins,
         num_decodes=decodes,
         max_query_len=int(host.counts_S.max()),
+        fresh=decodes < len(host.counts_S) and bool((host.lens_S == host.counts_S)[decodes:].all()),
         prompt_start_S1=begins[decodes:] - decodes if mixed else None,
         lens=host.lens_S.tolist(),
         query_lens=host.counts_S.tolist(),

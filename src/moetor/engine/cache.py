@@ -34,6 +34,7 @@ class Batch:
         max_query_len: of any sequence.
         prompt_start_S1: of the sequences after the first `num_decodes`, from 0; None where there
             are none or only these.
+        fresh: whether no sequence with more than one new token has older ones.
         lens, query_lens: the same as lists on the host, for code that reads them there; None
             inside a captured graph.
     """
@@ -45,6 +46,7 @@ class Batch:
     num_decodes: int
     max_query_len: int
     prompt_start_S1: Tensor | None = None
+    fresh: bool = False
     lens: list[int] | None = None
     query_lens: list[int] | None = None
 

@@ -45,6 +45,8 @@ class _Graph:
     Attributes:
         given: int32, on the device: columns of each row, then the block table.
         hosts: pinned buffers that take turns, because a copy may still be waiting.
+        kept: tensors from outside of the graph's own memory that it reads: they must live as long
+            as it does.
     """
 
     size: int
@@ -53,6 +55,7 @@ class _Graph:
     hosts: list[Tensor]
     logits: Tensor
     tokens: Tensor
+    kept: tuple[Tensor, ...]
     turn: int = 0
 
     def fill(self, host: HostInputs, spare_row: int) -> None:
@@ -148,7 +151,7 @@ class DecodeGraphs:
         replay, (logits, tokens) = record(step, device, pool)
         pinned = device.type == "cuda"
         hosts = [torch.zeros(length, dtype=torch.int32, pin_memory=pinned) for _ in range(_BUFFERS)]
-        return _Graph(size, replay, given, hosts, logits, tokens)
+        return _Graph(size, replay, given, hosts, logits, tokens, (starts, self._last_token_P))
 
 
 def record(
