@@ -273,7 +273,8 @@ def large_plan(
     )
     down = tile(config.intermediate_size)
     # Where an expert fills few tiles, its last one is a large part of the work.
-    many = tokens is not None and tokens * top_k >= 512 * config.num_experts
+    few = 256 if config.intermediate_size < 1536 else 512
+    many = tokens is not None and tokens * top_k >= few * config.num_experts
     if rows == 128:
         up, down = replace(up, halves=True), replace(down, halves=not (hopper and many))
     if hopper and rows == 128 and many:
