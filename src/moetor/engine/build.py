@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,8 +20,9 @@ from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
-from moetor.errors import CheckpointError, ConfigError
+from moetor.errors import CheckpointError, ConfigError, FusionMismatchError
 from moetor.huggingface import FusionReport, fuse, loading
+from moetor.huggingface.dense_fusing import fuse_dense
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
@@ -209,12 +210,19 @@ def _fused(model: Any, source: ModelSource) -> FusionReport | None:
                 + "; leave them out"
             )
         return None
-    return fuse(
+    report = fuse(
         model,
         level=source.level,
         kernel=source.kernel,
         quantization=source.quantization,
     )
+    if next(model.parameters()).device.type != "cuda":
+        return report
+    try:
+        return replace(report, dense=fuse_dense(model))
+    except FusionMismatchError as error:
+        warnings.warn(f"only the experts are fused: {error}", stacklevel=2)
+        return report
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -20,6 +20,9 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
 
+from moetor.kernels import dense
+from moetor.kernels.dense import CacheSlots
+
 
 @dataclass(slots=True)
 class Batch:
@@ -93,6 +96,9 @@ class LayerBlocks:
 
     def write(self, keys_TD: Tensor, values_TD: Tensor, slots_T: Tensor) -> None:
         """Writes [T, Hkv, D] and [T, Hkv, Dv]."""
+        if keys_TD.is_cuda and keys_TD.dtype == self.keys.dtype:
+            dense.write_to_cache(keys_TD, values_TD, CacheSlots(self.keys, self.values, slots_T))
+            return
         self.keys.flatten(0, 1).index_copy_(0, slots_T, keys_TD)
         self.values.flatten(0, 1).index_copy_(0, slots_T, values_TD)
 
@@ -188,6 +194,23 @@ class EngineCache(Cache):  # type: ignore[misc]
         self.blocks[layer].write(
             tokens_first(key_states), tokens_first(value_states), self.batch.slots_T
         )
+
+    def write_target(self, layer: int, key: Tensor, value: Tensor) -> CacheSlots | None:
+        """Where one layer's new keys [T, Hkv, D] and values [T, Hkv, Dv] go, for code that writes
+        them itself instead of calling `update`; it is noted that this layer attends next.
+
+        Returns:
+            None where the cache holds something else than these keys and values.
+        """
+        blocks = self.blocks.get(layer)
+        if blocks is None or self.batch is None:
+            return None
+        shape = blocks.shape
+        held = (shape.heads, shape.key_width, shape.value_width, shape.dtype)
+        if held != (key.shape[1], key.shape[2], value.shape[2], key.dtype):
+            return None
+        self.current = layer
+        return CacheSlots(blocks.keys, blocks.values, self.batch.slots_T)
 
     @contextmanager
     def running(self, batch: Batch, past_length: int) -> Iterator[None]:

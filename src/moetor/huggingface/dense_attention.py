@@ -79,9 +79,9 @@ class AttentionForward:
             return answer
         batch, length = hidden.shape[:2]
         cache = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
-        query, key, value = self.heads(hidden, positions, cache)
+        query, key, value, written = self.heads(hidden, positions, cache)
         states = [x.view(batch, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value)]
-        if cache is not None and not hasattr(cache, "write_target"):
+        if cache is not None and not written:
             states[1:] = cache.update(states[1], states[2], self.module.layer_idx)
         out, weights = self._attend(states, given, extra)
         return self._project(out.reshape(batch, length, -1).contiguous()), weights
@@ -97,9 +97,11 @@ class AttentionForward:
 
     def heads(
         self, hidden: Tensor, positions: tuple[Tensor, Tensor], cache: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, Hq, D], keys and values [T, Hkv, ...]; with a cache of the engine keys and
-        values are written there, and the keys that are returned are not yet normed or turned.
+    ) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """Queries [T, Hq, D], keys and values [T, Hkv, ...], and whether they are in the cache.
+
+        A cache with a `write_target` (the engine's) gets keys and values in the same launch; the
+        keys that are returned are then neither normed nor turned, and nobody reads them.
         """
         form = self.form
         tokens = hidden.shape[0] * hidden.shape[1]
@@ -115,8 +117,8 @@ class AttentionForward:
         if form.norms is not None and form.norm_per_head:
             query_norm, key_norm = form.norms[0].norm, form.norms[1].norm
         target: CacheSlots | None = None
-        if cache is not None and hasattr(cache, "write_target"):
-            target = cache.write_target(self.module.layer_idx)
+        if hasattr(cache, "write_target"):
+            target = cache.write_target(self.module.layer_idx, key, value)
         query, turned = dense.rotate(
             query,
             key,
@@ -128,7 +130,7 @@ class AttentionForward:
             key_norm=key_norm,
             cache=target,
         )
-        return query, turned if target is None else key, value
+        return query, turned if target is None else key, value, target is not None
 
     @staticmethod
     def _per_token(table: Tensor, hidden: Tensor) -> Tensor:
@@ -246,7 +248,7 @@ def _matches(
     batch, length = hidden.shape[:2]
     try:
         with torch.no_grad():
-            ours = made.heads(hidden, positions, None)
+            ours = made.heads(hidden, positions, None)[:3]
     except (RuntimeError, ValueError):
         return False
     for x, wanted in zip(ours, (seen.query, seen.key, seen.value), strict=True):

@@ -22,9 +22,11 @@ from moetor.config import Activation
 from moetor.errors import InputError
 from moetor.kernels.activations import activate
 from moetor.kernels.triton import support
+from moetor.kernels.triton.dense import FEW_OUTPUTS
 
-# Above this many rows torch's own product is nearer to the memory's rate.
-FEW_ROWS = 4
+# A product with one row, and one with few outputs and few rows (a router's), are bound by latency,
+# which torch's own products do not hide; beyond that these are nearer to the memory's rate.
+FEW_ROWS = 16
 
 
 @functools.cache
@@ -186,12 +188,28 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_torch: bool = False
 ) -> Tensor:
     """`x @ weight.T + bias`, [..., H] to [..., N]: by vector sums for a few rows on a GPU."""
-    rows = x.numel() // max(1, x.shape[-1])
-    if 0 < rows <= FEW_ROWS and weight.dtype == x.dtype and _launches(x, in_torch):
+    if weight.dtype == x.dtype and _few(x, weight.shape[0], in_torch):
         from moetor.kernels.triton import dense
 
         return dense.few_rows(x, weight, bias, None)
     return F.linear(x, weight, bias)
+
+
+def linear_float32(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_torch: bool = False
+) -> Tensor:
+    """The same product in float32, whatever the dtypes."""
+    if _few(x, weight.shape[0], in_torch):
+        from moetor.kernels.triton import dense
+
+        return dense.few_rows(x, weight, bias, None, dtype=torch.float32)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def _few(x: Tensor, outputs: int, in_torch: bool) -> bool:
+    rows = x.numel() // max(1, x.shape[-1])
+    most = FEW_ROWS if outputs <= FEW_OUTPUTS else 1
+    return 0 < rows <= most and _launches(x, in_torch)
 
 
 def gated_linear(
@@ -211,8 +229,7 @@ def gated_linear(
     if activation.function is None and _launches(x, in_torch):
         from moetor.kernels.triton import dense
 
-        rows = x.numel() // max(1, x.shape[-1])
-        if 0 < rows <= FEW_ROWS:
+        if _few(x, gate_up.shape[0], in_torch):
             return dense.few_rows(x, gate_up, bias, activation)
         return dense.gated_activation(F.linear(x, gate_up, bias), activation)
     return activate(F.linear(x, gate_up, bias), activation)

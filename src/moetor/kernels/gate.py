@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from moetor.config import Precision
+from moetor.kernels import dense
 
 
 def gate_product(
@@ -17,6 +17,5 @@ def gate_product(
     dtype.
     """
     if precision == "float32":
-        hidden_TH, weight_EH = hidden_TH.float(), weight_EH.float()
-        bias_E = None if bias_E is None else bias_E.float()
-    return F.linear(hidden_TH, weight_EH, bias_E)
+        return dense.linear_float32(hidden_TH, weight_EH, bias_E)
+    return dense.linear(hidden_TH, weight_EH, bias_E)

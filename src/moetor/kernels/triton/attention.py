@@ -19,6 +19,8 @@ from moetor.kernels.triton.choose import next_power_of_2
 _MAX_WIDTH = 1024
 # Largest tile of partial results that the combining launch holds, in elements.
 _COMBINE = 8192
+_PROGRAMS_PER_SM = 4
+_FEW_PROGRAMS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +81,9 @@ def attention_plan(
         max_keys: the most keys that a token may see.
     """
     wide = max(width, value_width) * itemsize
+    stages = 2
     if wide <= 256:
-        most_rows, keys, warps = 128, 64, 8
+        most_rows, keys, warps, stages = 128, 64, 8, 3
     elif wide <= 512:
         most_rows, keys, warps = 64, 64, 8
     elif wide <= 1024:
@@ -91,18 +94,22 @@ def attention_plan(
     while next_power_of_2(heads) > most_rows:
         heads = heads // 2 if heads % 2 == 0 else 1
     rows = min(most_rows, max(16, next_power_of_2(heads * max_query_len)))
-    if rows <= 64:
-        warps = 4 if wide <= 256 or max_query_len == 1 else warps
+    if max_query_len > 1:
+        warps = 4 if rows <= 64 and wide <= 256 else warps
+        return AttentionPlan(
+            rows=rows, heads=heads, keys=keys, splits=1, warps=warps, stages=stages, overlap=overlap
+        )
+    # Four programs on each multiprocessor keep the memory busy. A single sequence has few keys a
+    # program, and its time is that of one program: small tiles.
+    programs = max(1, sequences * kv_heads * (group // heads))
+    if programs < _FEW_PROGRAMS:
+        keys = min(keys, 32)
+    most = min(-(-max_keys // keys), _COMBINE // next_power_of_2(value_width), 64)
     splits = 1
-    if max_query_len == 1:
-        room = 2 * sms // max(1, sequences * kv_heads * (group // heads))
-        if room > 1:
-            keys = min(keys, 32)
-        most = min(-(-max_keys // keys), _COMBINE // next_power_of_2(value_width), 64)
-        while 2 * splits <= min(room, most):
-            splits *= 2
+    while 2 * splits <= min(_PROGRAMS_PER_SM * sms // programs, most):
+        splits *= 2
     return AttentionPlan(
-        rows=rows, heads=heads, keys=keys, splits=splits, warps=warps, stages=2, overlap=overlap
+        rows=rows, heads=heads, keys=keys, splits=splits, warps=4, stages=2, overlap=overlap
     )
 
 
@@ -251,6 +258,7 @@ def run_attention(
             BM=plan.rows,
             BQ=tokens_of_tile,
             STAGES=plan.stages,
+            WIDE=max(x.shape[0] * x.stride(0) for x in (key_cache, value_cache)) >= 2**31,
             num_warps=plan.warps,
             **form,
             **launch,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from moetor.config import Activation
@@ -18,6 +19,8 @@ from moetor.kernels.triton.choose import activation_constants, next_power_of_2
 if TYPE_CHECKING:
     from moetor.kernels.dense import CacheSlots, Norm, RotaryForm
 
+FEW_OUTPUTS = 512
+_MANY_OUTPUTS = 32768
 _HEADS = 4  # heads of a program of `rotate` and `write_to_cache`
 
 
@@ -34,12 +37,17 @@ class RowsPlan:
 def rows_plan(outputs: int, depth: int, rows: int, itemsize: int, *, gated: bool) -> RowsPlan:
     """Tiles for `rows` rows: enough programs for every multiprocessor, and 16 bytes a load."""
     held = next_power_of_2(rows) * (2 if gated else 1)
-    block = 2 if outputs < 1024 or held > 2 else 4
-    block = 1 if outputs <= 256 else block
-    step = min(next_power_of_2(depth), 4096 // itemsize)
+    most = 4096 // itemsize
+    if outputs <= FEW_OUTPUTS:
+        block, step, warps = (2 if held <= 2 else 1), most, 4
+    elif outputs >= _MANY_OUTPUTS:
+        block, step, warps = 4, most, 4
+    else:
+        block, step, warps = 4, most // 2, 8
+    step = min(next_power_of_2(depth), step)
     while block * step * held > 8192 and step > 256:
         step //= 2
-    return RowsPlan(outputs=block, depth=step, warps=4, stages=1)
+    return RowsPlan(outputs=block, depth=step, warps=warps, stages=1)
 
 
 def overlap(tensor: Tensor) -> bool:
@@ -200,6 +208,7 @@ def few_rows(
     bias: Tensor | None,
     activation: Activation | None,
     plan: RowsPlan | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` by vector sums; with an activation, of gate and up in one.
 
@@ -207,6 +216,7 @@ def few_rows(
         x: [..., H] of few rows.
         weight: [N, H], or [2 I, H] with an activation.
         plan: tiles; None chooses.
+        dtype: of the result; None for that of `x`.
     """
     from moetor.kernels.triton import dense_kernels
 
@@ -214,7 +224,7 @@ def few_rows(
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     gated = activation is not None
     outputs, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    out = x.new_empty((*x.shape[:-1], outputs))
+    out = x.new_empty((*x.shape[:-1], outputs), dtype=dtype or x.dtype)
     plan = plan or rows_plan(outputs, depth, rows.shape[0], x.element_size(), gated=gated)
     pdl = overlap(x)
     with support.on_device_of(x):
