@@ -1,0 +1,49 @@
+"""The engine over models whose dense parts are fused too: keys and values are written by the launch
+that turns them, and tokens are those of `generate` on the model as it was.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+import moetor
+from engine.engine_cases import (
+    assert_empty,
+    greedy,
+    make_engine,
+    make_model,
+    own_tokens,
+    random_prompts,
+    run_staggered,
+)
+from engine.test_engine_families import TIGHT
+from moetor.engine.cache import EngineCache
+from moetor.tools.tiny import FAMILIES
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "mellum", "deepseek_v3", "qwen3_next", "llama4"],
+)
+def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert name in FAMILIES
+    model = make_model(name, 3)
+    prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
+    wanted = {str(i): own_tokens(name, model, prompt) for i, prompt in enumerate(prompts)}
+    report = moetor.fuse(model, dense=True)
+    targets = []
+    write_target = EngineCache.write_target
+
+    def counted(*args: object) -> object:
+        targets.append(write_target(*args))  # type: ignore[arg-type]
+        return targets[-1]
+
+    monkeypatch.setattr(EngineCache, "write_target", counted)
+    for settings in ({}, TIGHT):
+        engine = make_engine(model, **settings)
+        done = run_staggered(engine, prompts, [greedy()] * len(prompts), every=3)
+        got = {key: output.outputs[0].token_ids for key, output in done.items()}
+        assert got == wanted, (engine.strategy, settings)
+        assert_empty(engine)
+    fused = any(part.kind == "attention" and part.done for part in report.dense)
+    assert any(target is not None for target in targets) == fused
