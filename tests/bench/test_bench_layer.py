@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetor.bench import case, layer, peers
+from moetor.bench import case, layer, peers, plot
 from moetor.bench.request import LayerBenchRequest
 from moetor.bench.rotation import Step
 from moetor.bench.shapes import parse_shapes
@@ -109,6 +109,14 @@ def test_the_plot_is_a_png(tmp_path: Path) -> None:
     path = tmp_path / "out.png"
     assert main([*TINY, "--tokens", "1,2", "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_earlier_run_is_drawn_from_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "again.png"
+    _record(tmp_path, "--tokens", "1,2", "--plot", str(tmp_path / "first.png"))
+    plot.main([str(tmp_path / "out.json"), str(path)])
+    assert path.read_bytes() == (tmp_path / "first.png").read_bytes()
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,15 +1,18 @@
-"""The picture of a run: share of the floor against T, one panel per shape."""
+"""The picture of a run: share of the floor against T, one panel per shape.
+
+`python -m moetor.bench.plot RESULT.json PICTURE.png` draws that of an earlier run.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moetor.bench.case import LayerTimes
-from moetor.bench.layer import LayerReport
-from moetor.bench.report import row_floor, share_of_floor
-from moetor.bench.shapes import SHAPES, LayerShape
+from moetor.bench.shapes import SHAPES
 from moetor.errors import UnsupportedError
 
 _PANELS_PER_ROW = 3
@@ -36,62 +39,79 @@ def check_plotting() -> None:
         )
 
 
-def plot_report(report: LayerReport, path: Path) -> None:
-    """Writes the picture as a PNG."""
+def plot_record(record: dict[str, Any], path: Path) -> None:
+    """Writes the picture as a PNG.
+
+    Args:
+        record: of a run, as `moetor.bench.report.to_dict` makes it and `--json` writes it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shapes = report.request.shapes
-    across = min(_PANELS_PER_ROW, len(shapes))
-    down = -(-len(shapes) // across)
+    settings, rows = record["settings"], record["rows"]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    across = min(_PANELS_PER_ROW, max(1, len(shapes)))
+    down = max(1, -(-len(shapes) // across))
     figure = Figure(figsize=(4.2 * across + 0.4, 3.3 * down + 1.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    shares = [
-        _point(report, times, name)[1] for times in report.times for name in _drawn(report, times)
-    ]
+    shares = [found["share_of_floor"] for row in rows for found in _drawn(row)]
     lines: dict[str, Any] = {}
     for number, panel in enumerate(panels):
         if number >= len(shapes):
             panel.set_visible(False)
             continue
-        lines |= _draw_panel(panel, report, shapes[number])
+        lines |= _draw_panel(panel, [row for row in rows if row["shape"] == shapes[number]])
         panel.set_ylim(0, max([1.1, *(1.05 * share for share in shares)]))
         if number % across == 0:
             panel.set_ylabel("share of floor")
     columns = 2 * min(2, across)
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=columns)
-    dtype = str(report.request.dtype).removeprefix("torch.")
-    figure.suptitle(f"One MoE layer, {dtype}, {report.request.device}: floor / time", fontsize=12)
+    gpu = record.get("hardware", {}).get("gpu")
+    where = settings["device"] if gpu is None else gpu["name"]
+    figure.suptitle(f"One MoE layer, {settings['dtype']}, {where}: floor / time", fontsize=12)
     figure.savefig(path, format="png", dpi=120)
 
 
-def _draw_panel(panel: Any, report: LayerReport, shape: LayerShape) -> dict[str, Any]:
+def _drawn(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Our kernel and the peers, without other plans of ours."""
+    return [
+        found
+        for found in row["implementations"]
+        if found["name"] == row["kernel"] or found["library"] != "moetor"
+    ]
+
+
+def _draw_panel(panel: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One shape's lines, by their names for the legend."""
     from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-    rows = [times for times in report.times if times.shape.name == shape.name]
-    rows.sort(key=lambda times: times.tokens)
+    rows = sorted(rows, key=lambda row: int(row["tokens"]))
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for found in _drawn(row):
+            share = (row["tokens"], found["share_of_floor"])
+            points.setdefault(found["name"], []).append(share)
     lines = {}
-    for name in dict.fromkeys(name for times in rows for name in _drawn(report, times)):
-        points = [_point(report, times, name) for times in rows if name in times.timings]
-        ours = name not in report.request.peers
+    for name, pairs in points.items():
+        ours = name not in _PEERS or name == rows[0]["kernel"]
         color, marker, label = (*_OURS, f"moetor {name}") if ours else _PEERS[name]
         (lines[label],) = panel.plot(
-            [tokens for tokens, _ in points],
-            [share for _, share in points],
+            [tokens for tokens, _ in pairs],
+            [share for _, share in pairs],
             color=color,
             marker=marker,
             linewidth=2.2 if ours else 1.4,
             label=label,
         )
-    experts = shape.experts
-    sizes = f"E={experts.num_experts} K={shape.top_k} H={experts.hidden_size}"
-    sizes += f" I={experts.intermediate_size}"
-    panel.set_title(f"{shape.name}\n{sizes}" if shape.name in SHAPES else sizes, fontsize=10)
+    first = rows[0]
+    sizes = f"E={first['num_experts']} K={first['top_k']} H={first['hidden_size']}"
+    sizes += f" I={first['intermediate_size']}"
+    name = first["shape"]
+    panel.set_title(f"{name}\n{sizes}" if name in SHAPES else sizes, fontsize=10)
     panel.set_xscale("log", base=2)
     panel.set_xlabel("tokens T")
-    panel.xaxis.set_major_locator(FixedLocator(list(report.request.tokens)))
+    panel.xaxis.set_major_locator(FixedLocator([row["tokens"] for row in rows]))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:g}")
     panel.yaxis.set_major_formatter(PercentFormatter(xmax=1))
@@ -100,11 +120,11 @@ def _draw_panel(panel: Any, report: LayerReport, shape: LayerShape) -> dict[str,
     return lines
 
 
-def _drawn(report: LayerReport, times: LayerTimes) -> list[str]:
-    """Our kernel and the peers, without other plans of ours."""
-    return [name for name in times.timings if name in (times.kernel, *report.request.peers)]
+def main(arguments: Sequence[str]) -> None:
+    """`python -m moetor.bench.plot RESULT.json PICTURE.png`: the picture of an earlier run."""
+    record, picture = (Path(argument) for argument in arguments)
+    plot_record(json.loads(record.read_text(encoding="utf-8")), picture)
 
 
-def _point(report: LayerReport, times: LayerTimes, name: str) -> tuple[int, float]:
-    floor = row_floor(times, report.ceilings)
-    return times.tokens, share_of_floor(floor, times.timings[name])
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.bench.shapes import check_tokens, parse_shapes
 from moetor.cli.console import note, print_table, progress, quiet_transformers
@@ -169,9 +169,9 @@ def run(options: LayerBenchOptions) -> int:
         _keep(options.json, report)
         note(f"wrote {options.json}")
     if options.plot is not None:
-        from moetor.bench.plot import plot_report
+        from moetor.bench.plot import plot_record
 
-        plot_report(report, options.plot)
+        plot_record(_record(report), options.plot)
         note(f"wrote {options.plot}")
     for failure in report.failures:
         note(f"not reported: {failure}")
@@ -216,8 +216,13 @@ def _keep(path: Path | None, report: LayerReport) -> None:
         return
     import json
 
+    text = json.dumps(_record(report), indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _record(report: LayerReport) -> dict[str, Any]:
+    """Everything about a run as plain values."""
     from moetor.bench.hardware import describe_run
     from moetor.bench.report import to_dict
 
-    record = describe_run(report.request.device, report.threads) | to_dict(report)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return describe_run(report.request.device, report.threads) | to_dict(report)
