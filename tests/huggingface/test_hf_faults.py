@@ -324,9 +324,33 @@ def test_hooks_of_the_user_are_not_dropped(level: Any) -> None:
     block = model.model.layers[0].mlp
     block.register_forward_hook(lambda *args: seen.append("block"))
     block.experts.register_forward_hook(lambda *args: seen.append("experts"))
-    report = moetor.fuse(model, level=level)
+    if level == "block":
+        with pytest.raises(FusionError, match="a forward hook on its experts would not run"):
+            moetor.fuse(model, level=level)
+    moetor.fuse(model)
+    assert not seen, "the comparison of block and replacement is no call of the user's"
     logits_of(model)
-    assert "hook" in report.blocks[0].reason or seen == ["experts", "block"]
+    assert seen == ["experts", "block"]
+
+
+def test_hooks_on_a_block_survive_fusing() -> None:
+    model = QWEN3.build()
+    seen: list[str] = []
+    block = model.model.layers[0].mlp
+    block.register_forward_pre_hook(lambda *_: seen.append("before"))
+    handle = block.register_forward_hook(lambda *_: seen.append("after"))
+    block.gate.register_forward_hook(lambda *_: seen.append("gate"))
+    report = moetor.fuse(model)
+    assert report.blocks[0].level == "block"
+    assert not seen
+    logits_of(model)
+    assert seen == ["before", "gate", "after"]
+    handle.remove()
+    logits_of(model)
+    assert seen[3:] == ["before", "gate"]
+    moetor.unfuse(model)
+    logits_of(model)
+    assert seen[5:] == ["before", "gate"]
 
 
 def test_report_is_plain_data() -> None:

@@ -10,18 +10,26 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, MoEConfig, RouterConfig, RunnerConfig, SharedExpertsConfig
+from moetor.huggingface.block_plan import BlockChildren, BlockPlan
 from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
-from moetor.huggingface.modules import BlockChildren, BlockPlan
 from moetor.huggingface.placement import OFFLOADED, is_offloaded
 from moetor.huggingface.router_form import (
     KeptRouter,
     RecognisedRouter,
+    kept_router,
     recognise_router,
 )
-from moetor.huggingface.router_trial import EXTRA_INPUTS
+from moetor.huggingface.router_trial import EXTRA_INPUTS, Answer
+from moetor.huggingface.routing_in_block import BlockParts, ask_block
+from moetor.huggingface.split_activation import recognise_split
+from moetor.huggingface.split_experts import (
+    SplitExperts,
+    find_split,
+    tensor_at,
+)
 from moetor.layer.routing.router import Router
 
 ROUTER_NAMES = ("gate", "router")
@@ -35,15 +43,17 @@ BLOCK_SCALE_ATTRIBUTES = ("routed_scaling_factor",)
 ADD_IN_FLOAT32_FLAGS = ("enable_moe_fp32_combine",)
 
 
+ExpertsSource = str | SplitExperts
+"""The name of a child that holds packed experts, or experts that a description found apart."""
+
 # Blocks that hold experts in a way that no experts form describes: class name, reason.
 LEFT_ALONE = {
-    "DbrxFFN": "its experts are flat two-dimensional weights, which are not read yet",
     "DogeCDMoE": "its experts are thousands of single neurons found by product keys; there is no "
     "matrix product to fuse",
-    "JetMoeMoE": "its experts are two separate modules with sorted inputs, which are not read yet",
+    "JetMoeMoA": "its experts are projections around attention, which are called apart from each "
+    "other; there is no feed-forward block to fuse",
     "NllbMoeSparseMLP": "its routing has a capacity per expert, and its Transformers forward runs "
     "experts 0 and 1 alone, whatever the router says",
-    "SwitchTransformersSparseMLP": "its routing has a capacity per expert, which is not supported",
     "VitPoseBackboneMoeMLP": "its experts are chosen by data set, not by token",
 }
 
@@ -60,53 +70,72 @@ def find_left_alone(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         experts = module._modules.get("experts")
         if reason is not None:
             yield path, module, reason
-        elif experts is not None and not is_experts(experts) and has_parameters(experts):
+        elif experts is None or is_experts(experts) or not has_parameters(experts):
+            continue
+        elif type(experts).__name__ not in LEFT_ALONE and find_split(module) is None:
             kind = type(experts).__name__
-            yield path, module, f"its experts are a {kind}, not packed three-dimensional parameters"
+            yield path, module, f"its experts are a {kind}, which no description covers"
 
 
-def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def find_packed(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every module that holds packed experts: (path, module, name of its experts child)."""
     for path, module in model.named_modules():
-        for name, child in module.named_children():
-            if is_experts(child) and name not in SHARED_NAMES:
-                yield path, module, name
+        for name in _packed_children(module):
+            yield path, module, name
+
+
+def _packed_children(module: nn.Module) -> Iterator[str]:
+    for name, child in module.named_children():
+        if is_experts(child) and name not in SHARED_NAMES:
+            yield name
+
+
+def find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertsSource]]:
+    """Every module that holds experts: (path, module, what its experts are)."""
+    for path, module in model.named_modules():
+        if type(module).__name__ in LEFT_ALONE:
+            continue
+        for name in _packed_children(module):
+            yield path, module, name
+        split = find_split(module)
+        if split is not None:
+            yield path, module, split
+
+
+def experts_form(block: nn.Module, source: ExpertsSource) -> ExpertsConfig | Unrecognised:
+    """The form of a block's experts, or why they have none that we know."""
+    if isinstance(source, SplitExperts):
+        return recognise_split(block, source)
+    return recognise_experts(block.get_submodule(source))
 
 
 def recognise_block(
     path: str,
     block: nn.Module,
-    experts_name: str,
+    source: ExpertsSource,
     *,
     quantization: str | None,
     runner: RunnerConfig,
     hint: RouterConfig | None,
 ) -> BlockPlan | Unrecognised:
     """A plan for the whole block, or why there is none."""
-    arguments = _arguments(block, experts_name)
+    arguments = _arguments(block, source)
     if isinstance(arguments, Unrecognised):
         return arguments
-    children = _children(block, experts_name)
+    children = _children(block, source)
     if isinstance(children, Unrecognised):
         return children
-    experts = recognise_experts(block.get_submodule(experts_name))
+    experts = experts_form(block, source)
     if isinstance(experts, Unrecognised):
         return experts
     hidden_size = _hidden_size(block, children, experts)
-    router = recognise_router(
-        block.get_submodule(children.router),
-        block,
-        num_experts=experts.num_experts,
-        hidden_size=hidden_size,
-        dtype=next(block.get_submodule(experts_name).parameters()).dtype,
-        hint=hint,
-    )
+    router = _router(block, source, children, experts, hidden_size, hint)
     if isinstance(router, Unrecognised):
         return router
-    bias = None
+    explained = {children.output_bias}
     if isinstance(router, RecognisedRouter) and router.names.selection_bias_on_block:
-        bias = router.names.selection_bias
-    stray = [name for name in (*block._parameters, *block._buffers) if name != bias]
+        explained.add(router.names.selection_bias)
+    stray = [name for name in (*block._parameters, *block._buffers) if name not in explained]
     if stray:
         return Unrecognised(
             f"its block holds tensors that no description covers: {', '.join(stray)}"
@@ -131,24 +160,110 @@ def recognise_block(
         router=router,
         children=children,
         config=config,
+        split=source if isinstance(source, SplitExperts) else None,
         inputs=arguments,
         shared_weights=_shared_weights(block, children, router),
     )
 
 
-def _arguments(block: nn.Module, experts_name: str) -> tuple[str, ...] | Unrecognised:
+def _router(
+    block: nn.Module,
+    source: ExpertsSource,
+    children: BlockChildren,
+    experts: ExpertsConfig,
+    hidden_size: int,
+    hint: RouterConfig | None,
+) -> RecognisedRouter | KeptRouter | Unrecognised:
+    """How the block routes: its router's answer, else what the block makes of it."""
+    parts = BlockParts(
+        router=children.router,
+        experts=children.experts,
+        others=tuple(name for name in (children.shared,) if name is not None),
+    )
+    dtype = experts_tensor(block, source).dtype
+
+    def ask(twin: nn.Module, selection_bias: Tensor | None) -> Answer | Unrecognised:
+        return ask_block(
+            block,
+            parts,
+            twin,
+            num_experts=experts.num_experts,
+            hidden_size=hidden_size,
+            dtype=dtype,
+            selection_bias=selection_bias,
+        )
+
+    return recognise_router(
+        block.get_submodule(children.router),
+        block,
+        num_experts=experts.num_experts,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        hint=hint,
+        ask=ask if children.experts in block._modules else None,
+    )
+
+
+def experts_modules(block: nn.Module, source: ExpertsSource) -> Iterator[nn.Module]:
+    """The modules that a fused block no longer calls."""
+    names = source.children if isinstance(source, SplitExperts) else (source,)
+    for name in names:
+        yield from block.get_submodule(name).modules()
+
+
+def experts_tensor(block: nn.Module, source: ExpertsSource) -> Tensor:
+    """One of the experts' weights: their dtype and device."""
+    if isinstance(source, SplitExperts):
+        return tensor_at(block, source.slots[0].path)
+    return next(block.get_submodule(source).parameters())
+
+
+def _arguments(block: nn.Module, source: ExpertsSource) -> tuple[str, ...] | Unrecognised:
     """Names of what the block takes besides hidden states, or why it cannot be called by us."""
     if is_offloaded(block):
         return Unrecognised(OFFLOADED)
-    if "forward" in block.__dict__ or "forward" in block.get_submodule(experts_name).__dict__:
+    packed = block if isinstance(source, SplitExperts) else block.get_submodule(source)
+    if "forward" in block.__dict__ or "forward" in packed.__dict__:
         return Unrecognised("its forward is wrapped by a hook (such as that of tensor parallelism)")
-    extra = tuple(
+    extra = _extra_arguments(block)
+    unknown = [name for name in extra if name not in EXTRA_INPUTS]
+    return Unrecognised(f"its block also takes {', '.join(unknown)}") if unknown else extra
+
+
+def _extra_arguments(block: nn.Module) -> tuple[str, ...]:
+    """Names of what the block takes besides hidden states."""
+    return tuple(
         name
         for name, parameter in list(inspect.signature(block.forward).parameters.items())[1:]
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     )
-    unknown = [name for name in extra if name not in EXTRA_INPUTS]
-    return Unrecognised(f"its block also takes {', '.join(unknown)}") if unknown else extra
+
+
+def recognise_beside(block: nn.Module, source: ExpertsSource) -> KeptRouter | None:
+    """The router of a layer that calls router and experts itself, each with an input of its own
+    (Gemma 4): there is no block around them that could be replaced, and none is needed.
+
+    None where the block is not such a layer.
+    """
+    router = next((block._modules[name] for name in ROUTER_NAMES if name in block._modules), None)
+    if router is None or isinstance(source, SplitExperts):
+        return None
+    if all(name in EXTRA_INPUTS for name in _extra_arguments(block)):
+        return None
+    if any("forward" in m.__dict__ for m in (block, router, block.get_submodule(source))):
+        return None
+    experts = recognise_experts(block.get_submodule(source))
+    if isinstance(experts, Unrecognised):
+        return None
+    weight = experts_tensor(block, source)
+    asked = kept_router(router, experts.hidden_size, weight.dtype, "its layer calls it")
+    return asked if isinstance(asked, KeptRouter) else None
+
+
+def beside_label(block: nn.Module) -> str:
+    """The routing of a layer that calls its router itself, for a table."""
+    router = next(block._modules[name] for name in ROUTER_NAMES if name in block._modules)
+    return f"callable {type(router).__name__}"
 
 
 def router_label(plan: BlockPlan) -> str:
@@ -185,19 +300,25 @@ def compositions(plan: BlockPlan) -> Iterator[BlockPlan]:
     yield replace(plan, config=replace(plan.config, experts=experts))
 
 
-def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognised:
+def _children(block: nn.Module, source: ExpertsSource) -> BlockChildren | Unrecognised:
     """The block's children by their part, or which of them has none."""
     children = dict(block.named_children())
 
     def present(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in names if name in children and has_parameters(children[name]))
 
+    split, experts = None, source
+    if isinstance(source, SplitExperts):
+        split, experts = source, source.name
     router, shared = present(ROUTER_NAMES), present(SHARED_NAMES)
     if not router:
         return Unrecognised("it has no router of its own beside its experts")
+    bias = None if split is None else block._parameters.get(split.form.output_bias)
     found = BlockChildren(
         router=router[0],
-        experts=experts_name,
+        experts=str(experts),
+        replaced=() if split is None else split.children,
+        output_bias=None if split is None or bias is None else split.form.output_bias,
         shared=next(iter(shared), None),
         shared_gate=next(iter(present(SHARED_GATE_NAMES)), None),
         inputs=present(INPUT_NAMES),
@@ -209,7 +330,8 @@ def _children(block: nn.Module, experts_name: str) -> BlockChildren | Unrecognis
             if not has_parameters(child) and next(child.parameters(), None) is not None
         ),
     )
-    others = [name for name in present(tuple(children)) if name not in found.names]
+    taken = found.names.union(found.replaced)
+    others = [name for name in present(tuple(children)) if name not in taken]
     if others:
         return Unrecognised(f"its block holds {', '.join(others)}, which no description covers")
     if bool(found.inputs) != bool(found.outputs):

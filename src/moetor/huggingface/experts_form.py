@@ -25,6 +25,7 @@ UP_NAMES = ("gate_up_proj", "up_proj")
 ACTIVATION_NAMES: tuple[ActivationName, ...] = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 ALPHA_ATTRIBUTES = ("alpha", "swiglu_alpha")
 SOFTCAP_ATTRIBUTES = ("softcap",)
+ACTIVATION_ATTRIBUTES = ("act_fn", "activation_fn", "activation", "act")
 LIMIT_ATTRIBUTES = ("limit", "swiglu_limit", "limits", "clamp_limit")
 
 # Far enough out that every clamp and soft cap of a real family is met, and dense around zero.
@@ -125,7 +126,8 @@ def recognise_experts(module: nn.Module) -> ExpertsConfig | Unrecognised:
         )
     if (weights.gate_up_bias is None) != (weights.down_bias is None):
         return Unrecognised("only one of its two products has a bias")
-    activation = _find_activation(module, form)
+    function = _own_activation(module, form)
+    activation = None if function is None else find_activation(module, form, function)
     if activation is None:
         return Unrecognised("its activation matches none of the known ones")
     return replace(form, activation=activation)
@@ -184,10 +186,15 @@ def _is_transposed(module: nn.Module, weights: ExpertWeights) -> bool:
     return weights.gate_up.shape[2] != weights.down.shape[1]
 
 
-def _find_activation(module: nn.Module, form: ExpertsConfig) -> Activation | None:
-    function = _own_activation(module, form)
-    if function is None:
-        return None
+def find_activation(
+    module: nn.Module, form: ExpertsConfig, function: Callable[[Tensor], Tensor]
+) -> Activation | None:
+    """The activation that acts as `function` does, on a wide grid; None where none does.
+
+    Args:
+        module: whose attributes hold limits, caps and an `act_fn` without a name here.
+        function: gate and up [..., 2] to [..., 1]; ungated [..., 1] to [..., 1].
+    """
     gate = _PROBE.repeat_interleave(7)
     up = torch.tensor([-20.0, -3.0, -0.5, 0.1, 0.7, 4.0, 25.0], dtype=torch.float64).repeat(
         len(_PROBE)
@@ -197,7 +204,8 @@ def _find_activation(module: nn.Module, form: ExpertsConfig) -> Activation | Non
     else:
         packed = torch.stack((gate, up), dim=-1)  # I = 1: concatenated and interleaved coincide
     try:
-        expected = function(packed.to(torch.float32)).to(torch.float64)
+        with torch.no_grad():
+            expected = function(packed.to(torch.float32)).to(torch.float64)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
     for candidate in _candidates(module):
@@ -249,12 +257,15 @@ def _callable_activation(
     """An `act_fn` without a name here, kept as a callable where it is plainly `act_fn(gate) *
     up`.
     """
-    act_fn: Any = getattr(module, "act_fn", None)
-    if act_fn is None:
-        return None
-    candidate = Activation(function=act_fn)
-    try:
-        ours = activate(packed.to(torch.float32), candidate, gated=form.gated).to(torch.float64)
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    return candidate if torch.allclose(ours, expected, rtol=2e-6, atol=1e-6) else None
+    for name in ACTIVATION_ATTRIBUTES:
+        act_fn: Any = getattr(module, name, None)
+        if not callable(act_fn):
+            continue
+        candidate = Activation(function=act_fn)
+        try:
+            ours = activate(packed.to(torch.float32), candidate, gated=form.gated)
+        except (RuntimeError, TypeError, ValueError):
+            continue
+        if torch.allclose(ours.to(torch.float64), expected, rtol=2e-6, atol=1e-6):
+            return candidate
+    return None

@@ -12,15 +12,17 @@ from torch import nn
 from moetor.config import ExpertsConfig, RouterConfig, RunnerConfig
 from moetor.errors import CheckpointError, FusionError
 from moetor.huggingface.block_form import (
+    ExpertsSource,
+    beside_label,
     find_blocks,
     find_left_alone,
+    recognise_beside,
     recognise_block,
     router_label,
 )
 from moetor.huggingface.checkpoint import first_line
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.fuse_options import FuseLevel, check_request
-from moetor.huggingface.fusing import left_alone_report, top_k_of
 from moetor.huggingface.loading import (
     find_device,
     find_dtype,
@@ -28,6 +30,8 @@ from moetor.huggingface.loading import (
     model_class,
 )
 from moetor.huggingface.report import BlockReport, FusionReport
+from moetor.huggingface.report_lines import left_alone_report, top_k_of
+from moetor.huggingface.split_experts import SplitExperts
 from moetor.kernels.formats import canonical
 from moetor.kernels.select import KernelChoice
 from moetor.quant_config import QuantConfig
@@ -115,14 +119,14 @@ class _Explainer:
         self.dtype = dtype
         self.hint: RouterConfig | None = None
 
-    def line(self, path: str, block: nn.Module, experts_name: str) -> BlockReport:
+    def line(self, path: str, block: nn.Module, source: ExpertsSource) -> BlockReport:
         """One block's line."""
         why = "asked for level 'experts'"
         if self.level != "experts":
             plan = recognise_block(
                 path,
                 block,
-                experts_name,
+                source,
                 quantization=None,
                 runner=RunnerConfig(kernel=self.kernel),
                 hint=self.hint,
@@ -139,19 +143,29 @@ class _Explainer:
                     refusals=choice.refusals,
                     **self._experts(plan.config.experts),
                     kernel_note=choice.note,
+                    packed_bytes=0 if plan.split is None else plan.split.packed_bytes(block),
                 )
             why = plan.reason
+            if recognise_beside(block, source) is not None:
+                return self._experts_line(path, block, source, "")
             if self.level == "block":
                 raise FusionError(
                     f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': "
                     f"{why}. Use level='auto' to fuse its experts alone"
                 )
-        return self._experts_line(path, block, experts_name, why)
+        return self._experts_line(path, block, source, why)
 
     def _experts_line(
-        self, path: str, block: nn.Module, experts_name: str, why: str
+        self, path: str, block: nn.Module, source: ExpertsSource, why: str
     ) -> BlockReport:
-        config = recognise_experts(block.get_submodule(experts_name))
+        """The line of experts that are fused in place.
+
+        Args:
+            why: only they; empty where they and their router are the whole block.
+        """
+        if isinstance(source, SplitExperts):
+            return left_alone_report(path, block, f"{why}; {source.only_whole}")
+        config = recognise_experts(block.get_submodule(source))
         if isinstance(config, Unrecognised):
             reason = why if config.reason == why else f"{why}; {config.reason}"
             return left_alone_report(path, block, reason)
@@ -159,8 +173,8 @@ class _Explainer:
         return BlockReport(
             name=path,
             family_block=type(block).__name__,
-            level="experts",
-            router="Transformers",
+            level="experts" if why else "block",
+            router="Transformers" if why else beside_label(block),
             kernel=choice.kernel.name,
             reason=why,
             refusals=choice.refusals,

@@ -4,6 +4,7 @@ originals; and `unfuse`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -16,14 +17,20 @@ from moetor.errors import (
     KernelRefusedError,
     UnsupportedError,
 )
+from moetor.huggingface.bare import adopt_hooks, hooks_off
 from moetor.huggingface.block_form import (
+    ExpertsSource,
+    beside_label,
     compositions,
+    experts_modules,
     find_blocks,
     find_left_alone,
+    recognise_beside,
     recognise_block,
 )
+from moetor.huggingface.block_plan import BlockPlan
 from moetor.huggingface.dense_fusing import fuse_dense, unfuse_dense
-from moetor.huggingface.experts_form import Unrecognised, is_experts, recognise_experts
+from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.fuse_options import (
     FuseLevel,
     FuseOptions,
@@ -32,7 +39,6 @@ from moetor.huggingface.fuse_options import (
     check_options,
 )
 from moetor.huggingface.modules import (
-    BlockPlan,
     FusedExperts,
     FusedMoEBlock,
     fused_modules,
@@ -49,7 +55,8 @@ from moetor.huggingface.quantizing import (
     quantize_module,
 )
 from moetor.huggingface.report import BlockReport, FusionReport
-from moetor.huggingface.router_form import TOP_K_ATTRIBUTES
+from moetor.huggingface.report_lines import block_report, left_alone_report, top_k_of
+from moetor.huggingface.split_experts import SplitExperts
 from moetor.huggingface.trial import try_block, try_experts
 from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.parallel.config import ParallelConfig
@@ -141,35 +148,28 @@ def _fuse(
 
 def _fuse_found(
     model: nn.Module,
-    found: list[tuple[str, nn.Module, str]],
+    found: list[tuple[str, nn.Module, ExpertsSource]],
     options: FuseOptions,
     parallel: ParallelConfig | None,
     progress: Progress | None,
 ) -> FusionReport:
     replacements: list[Replacement] = []
     reports: list[BlockReport] = []
-    hint: RouterConfig | None = None
-    for number, (path, block, experts_name) in enumerate(found, 1):
-        replacement, report = _prepare_held(path, block, experts_name, options, hint)
-        reports.append(report)
-        if replacement is not None:
-            replacements.append(replacement)
-            if isinstance(replacement.module, FusedMoEBlock):
-                hint = replacement.module.config.router
-        if progress is not None:
-            progress(number, len(found), path)
-    for path, block, reason in find_left_alone(model):
-        if options.level == "block":
-            raise FusionError(
-                f"block {path!r} ({type(block).__name__}) cannot be fused: {reason}. Use "
-                "level='auto' to leave it as it is; nothing was changed"
-            )
-        reports.append(left_alone_report(path, block, reason))
     quant = quant_config(options.quantization)
-    if quant is not None:
-        for one in _unquantized(replacements):
-            check_quantizable(one.module, one.path, quant)
+    try:
+        with hooks_off(model) as hooked:
+            for replacement, report in _prepare_all(model, found, options, hooked, progress):
+                reports.append(report)
+                if replacement is not None:
+                    replacements.append(replacement)
+        if quant is not None:
+            for one in _unquantized(replacements):
+                check_quantizable(one.module, one.path, quant)
+    except BaseException:
+        _take_back(replacements)
+        raise
     for replacement in replacements:
+        adopt_hooks(replacement.module, model.get_submodule(replacement.path))
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
@@ -182,6 +182,43 @@ def _fuse_found(
     return FusionReport(reports, spread)
 
 
+def _prepare_all(
+    model: nn.Module,
+    found: list[tuple[str, nn.Module, ExpertsSource]],
+    options: FuseOptions,
+    hooked: frozenset[nn.Module],
+    progress: Progress | None,
+) -> Iterator[tuple[Replacement | None, BlockReport]]:
+    """Every block of the model, with its replacement where there is one."""
+    hint: RouterConfig | None = None
+    for number, (path, block, source) in enumerate(found, 1):
+        if options.level != "experts" and not hooked.isdisjoint(experts_modules(block, source)):
+            made = _prepare_hooked(path, block, source, options)
+        else:
+            made = _prepare_held(path, block, source, options, hint)
+        replacement, report = made
+        yield replacement, report
+        if replacement is not None and isinstance(replacement.module, FusedMoEBlock):
+            replacement.module.release_original()
+            hint = replacement.module.config.router
+        if progress is not None:
+            progress(number, len(found), path)
+    for path, block, reason in find_left_alone(model):
+        if options.level == "block":
+            raise FusionError(
+                f"block {path!r} ({type(block).__name__}) cannot be fused: {reason}. Use "
+                "level='auto' to leave it as it is; nothing was changed"
+            )
+        yield None, left_alone_report(path, block, reason)
+
+
+def _take_back(replacements: list[Replacement]) -> None:
+    """Gives the originals of packed experts their tensors again."""
+    for replacement in replacements:
+        if isinstance(replacement.module, FusedMoEBlock) and replacement.module.split is not None:
+            replacement.module.restore()
+
+
 def _unquantized(replacements: list[Replacement]) -> list[Replacement]:
     return [
         one for one in replacements if not isinstance(one.module.routed_experts, QuantizedExperts)
@@ -191,17 +228,18 @@ def _unquantized(replacements: list[Replacement]) -> list[Replacement]:
 def _prepare_held(
     path: str,
     block: nn.Module,
-    experts_name: str,
+    source: ExpertsSource,
     options: FuseOptions,
     hint: RouterConfig | None,
 ) -> tuple[Replacement | None, BlockReport]:
     """As `_prepare`, with the weights that were loaded for the block's experts, if any were."""
-    experts_path = f"{path}.{experts_name}" if path else experts_name
-    held = options.held.get(experts_path)
+    if isinstance(source, SplitExperts):
+        return _prepare(path, block, source, options, hint)
+    held = options.held.get(f"{path}.{source}" if path else source)
     if held is None:
-        return _prepare(path, block, experts_name, options, hint)
-    with random_weights(block.get_submodule(experts_name)):
-        replacement, report = _prepare(path, block, experts_name, options, hint)
+        return _prepare(path, block, source, options, hint)
+    with random_weights(block.get_submodule(source)):
+        replacement, report = _prepare(path, block, source, options, hint)
         if replacement is None:
             raise FusionError(
                 f"block {path!r} holds quantised experts and cannot be fused: {report.reason}. "
@@ -275,7 +313,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def _prepare(
     path: str,
     block: nn.Module,
-    experts_name: str,
+    source: ExpertsSource,
     options: FuseOptions,
     hint: RouterConfig | None,
 ) -> tuple[Replacement | None, BlockReport]:
@@ -285,7 +323,7 @@ def _prepare(
         plan = recognise_block(
             path,
             block,
-            experts_name,
+            source,
             quantization=options.method,
             runner=options.runner,
             hint=hint,
@@ -295,12 +333,30 @@ def _prepare(
             fused, error = made
             return Replacement(path, fused), block_report(path, block, fused, error)
         why = made.reason
+        if isinstance(plan, Unrecognised) and recognise_beside(block, source) is not None:
+            return _prepare_experts(path, block, source, options, "")
         if options.level == "block":
-            raise FusionError(
-                f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': {why}. "
-                "Use level='auto' to fuse its experts alone; nothing was changed"
-            )
-    return _prepare_experts(path, block, experts_name, options, why)
+            raise _not_whole(path, block, why)
+    return _prepare_experts(path, block, source, options, why)
+
+
+def _prepare_hooked(
+    path: str, block: nn.Module, source: ExpertsSource, options: FuseOptions
+) -> tuple[Replacement | None, BlockReport]:
+    """A block with a forward hook on its experts, which are not called as a module once the block
+    is fused.
+    """
+    why = "a forward hook on its experts would not run"
+    if options.level == "block":
+        raise _not_whole(path, block, why)
+    return _prepare_experts(path, block, source, options, why)
+
+
+def _not_whole(path: str, block: nn.Module, why: str) -> FusionError:
+    return FusionError(
+        f"block {path!r} ({type(block).__name__}) cannot be fused at level 'block': {why}. Use "
+        "level='auto' to fuse its experts alone; nothing was changed"
+    )
 
 
 def _try_plan(
@@ -318,21 +374,27 @@ def _try_plan(
 
 
 def _prepare_experts(
-    path: str, block: nn.Module, experts_name: str, options: FuseOptions, why: str
+    path: str, block: nn.Module, source: ExpertsSource, options: FuseOptions, why: str
 ) -> tuple[Replacement | None, BlockReport]:
-    """The experts alone, or a line that says why not even they."""
-    original = block.get_submodule(experts_name)
-    experts_path = f"{path}.{experts_name}" if path else experts_name
+    """The experts in their place, or a line that says why not even they.
+
+    Args:
+        why: no more than they; empty where they and their router are the whole block.
+    """
+    if isinstance(source, SplitExperts):
+        return None, left_alone_report(path, block, f"{why}; {source.only_whole}")
+    original = block.get_submodule(source)
+    experts_path = f"{path}.{source}" if path else source
     config = recognise_experts(original)
     if not isinstance(config, Unrecognised) and "forward" in original.__dict__:
         config = Unrecognised("their forward is wrapped by a hook")
     if not isinstance(config, Unrecognised) and options.method is not None:
         raise ConfigError(
             f"block {path!r} can only be fused at level 'experts', which takes no quant method: "
-            f"{why}"
+            f"{why or 'its layer calls router and experts itself'}"
         )
     if isinstance(config, Unrecognised):
-        reason = f"{why}; {config.reason}" if config.reason != why else why
+        reason = config.reason if config.reason == why else _also(why, config.reason)
         return None, left_alone_report(path, block, reason)
     top_k = top_k_of(block, config.num_experts)
     fused = FusedExperts(original, config, top_k, options.runner, experts_path)
@@ -342,18 +404,18 @@ def _prepare_experts(
     except FusionMismatchError as mismatch:
         if options.level != "auto":
             raise
-        return None, left_alone_report(path, block, f"{why}; {mismatch}")
+        return None, left_alone_report(path, block, _also(why, str(mismatch)))
     except (RuntimeError, TypeError, ValueError, IndexError) as failure:
         if isinstance(failure, KernelRefusedError):
             raise
-        reason = f"{why}; its experts are not called as (hidden, ids, weights): {failure}"
+        reason = _also(why, f"its experts are not called as (hidden, ids, weights): {failure}")
         return None, left_alone_report(path, block, reason)
     choice = fused.routed_experts.kernel_choice
     return Replacement(experts_path, fused), BlockReport(
         name=path,
         family_block=type(block).__name__,
-        level="experts",
-        router="Transformers",
+        level="experts" if why else "block",
+        router="Transformers" if why else beside_label(block),
         kernel=choice.kernel.name,
         reason=why,
         max_error=error,
@@ -363,43 +425,5 @@ def _prepare_experts(
     )
 
 
-def top_k_of(block: nn.Module, num_experts: int) -> int:
-    """K as the block or a child of it states it; 1 where none does (it only informs the choice
-    of kernel).
-    """
-    for module in block.modules():
-        for name in TOP_K_ATTRIBUTES:
-            value = getattr(module, name, None)
-            if isinstance(value, int) and 1 <= value <= num_experts:
-                return value
-    return 1
-
-
-def left_alone_report(path: str, block: nn.Module, reason: str) -> BlockReport:
-    """The line of a block that stays as it is."""
-    packed = (module for module in block.modules() if is_experts(module))
-    return BlockReport(
-        name=path,
-        family_block=type(block).__name__,
-        level="none",
-        reason=reason,
-        num_experts=sum(module.get_parameter("down_proj").shape[0] for module in packed),
-    )
-
-
-def block_report(
-    path: str, block: nn.Module, fused: FusedMoEBlock, error: float | None
-) -> BlockReport:
-    """The line of a block fused whole."""
-    choice = fused.routed_experts.kernel_choice
-    return BlockReport(
-        name=path,
-        family_block=type(block).__name__,
-        level="block",
-        router=fused.token_router.label,
-        kernel=choice.kernel.name,
-        max_error=error,
-        refusals=choice.refusals,
-        num_experts=fused.routed_experts.config.num_experts,
-        kernel_note=choice.note,
-    )
+def _also(why: str, more: str) -> str:
+    return f"{why}; {more}" if why else more

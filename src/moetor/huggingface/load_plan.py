@@ -18,7 +18,7 @@ from transformers.core_model_loading import dot_natural_key
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from moetor.errors import CheckpointError
-from moetor.huggingface.block_form import find_blocks
+from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.checkpoint import Checkpoint, first_line
 from moetor.huggingface.conversions import (
     ConversionTable,
@@ -108,7 +108,7 @@ class _Planner:
         self._made_by_conversion: set[str] = set()
         self._real_experts = {
             f"{path}.{experts}": experts_weights(block.get_submodule(experts)).down.shape[0]
-            for path, block, experts in find_blocks(model)
+            for path, block, experts in find_packed(model)
         }
 
     def refuse(self, keys: Sequence[str], text: str) -> CheckpointError:
@@ -258,7 +258,7 @@ class _Planner:
 
     def map_unclaimed(self, names: Sequence[ExpertNames]) -> None:
         """Experts that Transformers' table found nothing for, from tensors without a place."""
-        for path, block, child in find_blocks(self.model):
+        for path, block, child in find_packed(self.model):
             module = f"{path}.{child}" if path else child
             lacking = [
                 name

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
-from moetor.config import ExpertsConfig, MoEConfig, Precision, RunnerConfig
+from moetor.config import ExpertsConfig, Precision, RunnerConfig
 from moetor.errors import FusionError
+from moetor.huggingface.block_plan import BlockPlan
 from moetor.huggingface.experts_form import adopt_post_norm, experts_weights
+from moetor.huggingface.own_names import keep_own_names
 from moetor.huggingface.router_form import KeptRouter, RecognisedRouter
-from moetor.huggingface.router_trial import lookup
+from moetor.huggingface.router_trial import Places, lookup
+from moetor.kernels.base import ExpertWeights
 from moetor.kernels.gate import gate_product
 from moetor.layer import ops
 from moetor.layer.context import register_layer
@@ -28,11 +30,6 @@ from moetor.layer.runner import make_runner
 from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
 from moetor.parallel.layout import LayerLayout
 from moetor.quantization.method import make_method
-
-Returns = Literal["hidden", "hidden_and_weights", "hidden_and_logits", "hidden_and_state"]
-"""What a family's block returns beside its hidden states."""
-Layout = Literal["same", "rows", "flat"]
-"""The shape in which it returns them."""
 
 
 class GateForward:
@@ -82,76 +79,14 @@ def remove_gate(router: nn.Module) -> None:
 class RouterCall:
     """A Transformers router as the callable of a `CustomRouter`: its own forward decides."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: nn.Module, places: Places) -> None:
         self.router = router
+        self.places = places
         self.__name__ = type(router).__name__
 
     def __call__(self, hidden_TH: Tensor, logits_TE: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights and ids [T, K]."""
-        answer = self.router(hidden_TH)
-        return answer[1], answer[2]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockChildren:
-    """Names of a block's children by their part in the layer.
-
-    Attributes:
-        inputs, outputs: applied around the routed experts alone, in this order (latent MoE).
-        final: applied to the block's output.
-        idle: with parameters of size zero, such as shared experts of width 0: held for their names.
-    """
-
-    router: str
-    experts: str
-    shared: str | None = None
-    shared_gate: str | None = None
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    final: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All of them."""
-        single = (self.router, self.experts, self.shared, self.shared_gate)
-        some = (name for name in single if name is not None)
-        return frozenset((*some, *self.inputs, *self.outputs, *self.final, *self.idle))
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockPlan:
-    """A recognised block, and the layer that will take its place.
-
-    Attributes:
-        path: of the block in the model.
-        block: the original.
-        router: the recognised routing, or that the router is kept as a callable.
-        children: which child is what.
-        config: the layer.
-        returns: what the block returns.
-        block_scale: factor that the block, not its router, applies to the routed output; it is part
-            of `config.router.scaling_factor`.
-        layout: whether its results have the input's shape, [T, ...], or one dimension.
-        shared_weights: argument of its shared experts that takes the router's fourth answer.
-        inputs: names of the block's arguments beside the hidden states.
-    """
-
-    path: str
-    block: nn.Module
-    router: RecognisedRouter | KeptRouter
-    children: BlockChildren
-    config: MoEConfig
-    returns: Returns = "hidden"
-    block_scale: float = 1.0
-    layout: Layout = "same"
-    shared_weights: str | None = None
-    inputs: tuple[str, ...] = ()
-
-    @property
-    def router_module(self) -> nn.Module:
-        """The block's router."""
-        return self.block.get_submodule(self.children.router)
+        return self.places.read(self.router(hidden_TH))
 
 
 class Chain:
@@ -173,11 +108,16 @@ class FusedMoEBlock(MoELayer):
 
     Where the routing is a recognised formula, the router module's own forward must be replaced by
     `install_gate` before the block is called.
+
+    Args:
+        weights: the block's experts, where they were packed before.
     """
 
-    def __init__(self, plan: BlockPlan) -> None:
+    def __init__(self, plan: BlockPlan, weights: ExpertWeights | None = None) -> None:
         block, children = plan.block, plan.children
-        kept = isinstance(plan.router, KeptRouter)
+        kept: RouterCall | None = None
+        if isinstance(plan.router, KeptRouter):
+            kept = RouterCall(plan.router_module, plan.router.places)
 
         def child(name: str | None) -> nn.Module | None:
             return None if name is None else block.get_submodule(name)
@@ -185,10 +125,10 @@ class FusedMoEBlock(MoELayer):
         first, last = next(iter(children.inputs), None), next(iter(children.outputs), None)
         super().__init__(
             plan.config,
-            router=RouterCall(plan.router_module) if kept else None,
+            router=kept,
             parts=LayerParts(
-                gate=None if kept else plan.router_module,
-                experts=experts_weights(block.get_submodule(children.experts)),
+                gate=None if kept is not None else plan.router_module,
+                experts=plan.experts_weights() if weights is None else weights,
                 shared=child(children.shared),
                 shared_gate=child(children.shared_gate),
                 input_transform=child(first),
@@ -204,7 +144,11 @@ class FusedMoEBlock(MoELayer):
                 output_transform=last or ChildNames.output_transform,
             ),
         )
-        adopt_post_norm(self.routed_experts, block.get_submodule(children.experts))
+        if plan.split is None:
+            adopt_post_norm(self.routed_experts, block.get_submodule(children.experts))
+        else:
+            keep_own_names(self, plan.split, children.experts)
+        self.split = plan.split
         self.plan_router = plan.router
         self.children_names = children
         self.returns = plan.returns
@@ -262,7 +206,7 @@ class FusedMoEBlock(MoELayer):
         second: Tensor | None = None
         if isinstance(self.plan_router, KeptRouter):
             answer = self._ask_router(self.plan_router, hidden_states, hidden_TH, extra)
-            routing = as_routing(answer[1], answer[2], self.config.router)
+            routing = as_routing(*self.plan_router.places.read(answer), self.config.router)
             more = {} if self.shared_weights is None else {self.shared_weights: answer[3]}
             out = self.runner.forward_routed(self, hidden_TH, routing, **more)
             second = answer[{"hidden_and_logits": 0, "hidden_and_weights": 1}.get(self.returns, -1)]
@@ -277,6 +221,8 @@ class FusedMoEBlock(MoELayer):
                 second = (routing.topk_weights / self.block_scale).to(hidden_states.dtype)
             else:
                 second = logits
+        if self.children_names.output_bias is not None:
+            out = out + getattr(self, self.children_names.output_bias)
         for name in self.children_names.final:
             out = self.get_submodule(name)(out)
         if self.layout == "same":
@@ -316,17 +262,25 @@ class FusedMoEBlock(MoELayer):
         block and its weights. `config` goes on describing the layer as it was built.
         """
         original: nn.Module | None = self.__dict__["_original"]
-        if original is not None:
+        if original is not None and self.split is None:
             release(original.get_submodule(self.names.experts))
         self.forget_original()
         self.add_module(self.names.experts, experts)
+
+    def release_original(self) -> None:
+        """Lets go of tensors of the original of which this block has packed copies."""
+        if self.split is not None:
+            self.split.release(self.__dict__["_original"])
 
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
         original: nn.Module = _kept(self.__dict__["_original"])
         remove_gate(self.router_module)
-        original_experts = original.get_submodule(self.names.experts)
-        hand_back_tensors(self.routed_experts, original_experts)
+        if self.split is not None:
+            self.split.hand_back(original, self.routed_experts)
+        else:
+            original_experts = original.get_submodule(self.names.experts)
+            hand_back_tensors(self.routed_experts, original_experts)
         for name in original._parameters:
             original._parameters[name] = self._parameters[name]
         for name in original._buffers:

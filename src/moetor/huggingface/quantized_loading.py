@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig
 from moetor.errors import CheckpointError, InputError
-from moetor.huggingface.block_form import find_blocks
+from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import UP_NAMES, Unrecognised, recognise_experts
 from moetor.huggingface.load_steps import LoadPlan, Streamed
 from moetor.huggingface.streaming import PlainSink
@@ -33,7 +33,7 @@ def quantizable_experts(model: nn.Module, plan: LoadPlan) -> dict[str, ExpertsCo
     """Forms of the experts modules whose weights the plan streams, by path."""
     streamed = {item.name for item in plan.streamed}
     forms: dict[str, ExpertsConfig] = {}
-    for path, block, child in find_blocks(model):
+    for path, block, child in find_packed(model):
         module = f"{path}.{child}" if path else child
         form = recognise_experts(block.get_submodule(child))
         if isinstance(form, Unrecognised):

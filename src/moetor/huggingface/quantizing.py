@@ -149,7 +149,7 @@ def _method(experts: Experts, quant: QuantConfig) -> ModularMethod:
 def _sample(experts: Experts) -> tuple[Tensor, Routing]:
     """Normal hidden states and a random routing to as many experts as a token has."""
     config, like = experts.config, experts.down_proj
-    hidden_TH = random_hidden(TRIAL_TOKENS, config.hidden_size, like)[0]
+    hidden_TH = random_hidden(TRIAL_TOKENS, config.hidden_size, like).flatten(0, 1)
     generator = torch.Generator().manual_seed(config.num_experts)
     scores = torch.rand((TRIAL_TOKENS, config.num_experts), generator=generator)
     weights_TK, ids_TK = scores.softmax(dim=-1).topk(experts.top_k, dim=-1)

@@ -34,6 +34,8 @@ class BlockReport:
             random input, over the norm of that output.
         expert_bytes: of the experts' weights, as they were and as they are.
         kernel_note: what the kernel says of how it runs the block, such as being tuned; or None.
+        packed_bytes: of expert weights that were copied into packed tensors, because the block
+            holds each expert apart; 0 where its own tensors are used.
     """
 
     name: str
@@ -49,6 +51,7 @@ class BlockReport:
     quantization_error: float | None = None
     expert_bytes: tuple[int, int] | None = None
     kernel_note: str | None = None
+    packed_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,6 +243,13 @@ class FusionReport:
         notes = [f"kernel {item.kernel} not used: it {item.reason}" for item in refused]
         said = {block.kernel_note: block.kernel for block in self.blocks if block.kernel_note}
         notes += [f"kernel {kernel} is {note}" for note, kernel in said.items()]
+        packed = [block.packed_bytes for block in self.blocks if block.packed_bytes]
+        if packed:
+            notes.append(
+                f"experts of {len(packed)} blocks packed once, {sum(packed) / 2**20:,.1f} MiB: "
+                "state_dict and save_pretrained keep their own names, named_parameters has the "
+                "packed ones"
+            )
         if self.parallel is not None:
             notes.append(str(self.parallel))
         notes += [] if self.quantized is None else [self.quantized]

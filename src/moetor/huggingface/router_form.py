@@ -8,13 +8,13 @@ tuples. Shape letters: T tokens, K top_k, E router logits, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moetor.config import GroupMask, GroupScore, Precision, RouterConfig, ScoreOrder, Scoring
 from moetor.errors import ConfigError
@@ -23,6 +23,9 @@ from moetor.huggingface.router_trial import (
     BIAS_NAMES,
     BIAS_SHIFTS,
     BIAS_STD,
+    LOGITS_WEIGHTS_IDS,
+    Answer,
+    Places,
     Trial,
     lookup,
     random_like,
@@ -30,6 +33,9 @@ from moetor.huggingface.router_trial import (
     reproduces,
     try_router,
 )
+
+AskBlock = Callable[[nn.Module, Tensor | None], Answer | Unrecognised]
+"""`(random router, random selection bias of the block) -> what the block's routing is`."""
 
 TOP_K_ATTRIBUTES = ("top_k", "topk", "num_experts_per_tok", "moe_topk")
 GROUPS_ATTRIBUTES = ("num_group", "n_group", "num_groups")
@@ -97,6 +103,7 @@ class KeptRouter:
         inputs: what else it takes, as (argument of the block, argument of the router).
         answers: how many values it answers with; a fourth is a state that the block passes on
             (Zaya), or weights for its shared experts (Inkling).
+        places: which of them are weights and ids.
     """
 
     top_k: int
@@ -104,6 +111,7 @@ class KeptRouter:
     batched: bool = False
     inputs: tuple[tuple[str, str], ...] = ()
     answers: int = 3
+    places: Places = LOGITS_WEIGHTS_IDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +154,7 @@ def recognise_router(
     hidden_size: int,
     dtype: torch.dtype,
     hint: RouterConfig | None = None,
+    ask: AskBlock | None = None,
 ) -> RecognisedRouter | KeptRouter | Unrecognised:
     """The formula of `router`; or that it can only be called; or why not even that.
 
@@ -157,12 +166,14 @@ def recognise_router(
         hidden_size: H of the block.
         dtype: of its hidden states.
         hint: tried first; the answer for the block before usually fits.
+        ask: asks the block instead, where the router alone does not tell: with a random router and
+            a random selection bias of the block.
     """
     if "forward" in router.__dict__:
         return Unrecognised("its router's forward is wrapped by a hook")
     gate = _gate_parameters(router)
     if isinstance(gate, Unrecognised):
-        return _kept(router, hidden_size, dtype, gate)
+        return kept_router(router, hidden_size, dtype, gate.reason)
     weight = lookup(router, gate.weight)
     if weight.shape[0] < num_experts or weight.shape[1] != hidden_size:
         return Unrecognised(
@@ -170,12 +181,15 @@ def recognise_router(
             f"[{num_experts} or more, {hidden_size}]"
         )
     names = replace(gate, **_selection_bias(router, block))
-    trials = _trials(router, block, names, hidden_size, dtype)
+    trials = _trials(router, block, names, hidden_size, dtype, ask)
     if isinstance(trials, Unrecognised):
         return trials
     biased = names.selection_bias is not None
     zero_experts = weight.shape[0] - num_experts
-    configs = _candidates(router, block, num_experts, zero_experts, biased)
+    answer = trials[0].answer
+    owners = (router,) if answer.places is not None else (router, block)
+    top_k = answer.ids_TK.shape[1]
+    configs = _candidates(owners, top_k, num_experts, zero_experts, biased)
     tried = [
         config
         for config in dict.fromkeys(configs if hint is None else (hint, *configs))
@@ -189,7 +203,7 @@ def recognise_router(
                 config=config, names=names, logits_precision="float32" if in_float32 else "model"
             )
     why = f"no description reproduces its router {type(router).__name__}"
-    return _kept(router, hidden_size, dtype, Unrecognised(why))
+    return kept_router(router, hidden_size, dtype, why)
 
 
 def _trials(
@@ -198,6 +212,7 @@ def _trials(
     names: RouterNames,
     hidden_size: int,
     dtype: torch.dtype,
+    ask: AskBlock | None,
 ) -> list[Trial] | Unrecognised:
     """The router's answers with random values, once for each mean of its biases."""
     trials = []
@@ -211,6 +226,10 @@ def _trials(
         elif names.selection_bias is not None:
             selection_bias_E = lookup(twin, names.selection_bias).flatten()
         answer = try_router(twin, hidden_size, dtype, block_bias)
+        if isinstance(answer, Unrecognised) and ask is not None:
+            failure, answer = answer, ask(twin, block_bias)
+            if isinstance(answer, Unrecognised):
+                return Unrecognised(f"{failure.reason}, and {answer.reason}")
         if isinstance(answer, Unrecognised):
             return answer
         gate_bias = None if names.bias is None else lookup(twin, names.bias)
@@ -218,21 +237,26 @@ def _trials(
     return trials
 
 
-def _kept(
-    router: nn.Module, hidden_size: int, dtype: torch.dtype, why: Unrecognised
+def kept_router(
+    router: nn.Module, hidden_size: int, dtype: torch.dtype, why: str
 ) -> KeptRouter | Unrecognised:
-    """The router as a callable, when it answers as a router does."""
+    """The router as a callable, when it answers as a router does.
+
+    Args:
+        why: it is not more than that.
+    """
     answer = try_router(random_twin(router, 0.0), hidden_size, dtype, None)
     if isinstance(answer, Unrecognised):
-        return Unrecognised(f"{why.reason}, and {answer.reason}")
-    if answer.answers < 3:
-        return why
+        return Unrecognised(f"{why}, and {answer.reason}")
+    if answer.places is None:
+        return Unrecognised(why)
     return KeptRouter(
         top_k=answer.ids_TK.shape[1],
-        reason=why.reason,
+        reason=why,
         batched=answer.batched,
         inputs=answer.inputs,
         answers=answer.answers,
+        places=answer.places,
     )
 
 
@@ -280,23 +304,20 @@ def _attribute(owners: tuple[Any, ...], names: tuple[str, ...]) -> Any:
 
 
 def _candidates(
-    router: nn.Module,
-    block: nn.Module,
+    owners: tuple[nn.Module, ...],
+    top_k: int,
     num_experts: int,
     zero_experts: int,
     selection_bias: bool,
 ) -> Iterator[RouterConfig]:
-    owners = (router, block)
-    top_k = _attribute(owners, TOP_K_ATTRIBUTES)
-    if not isinstance(top_k, int):
-        return
-    groups = _attribute((router,), GROUPS_ATTRIBUTES) or 1
-    top_k_groups = _attribute((router,), GROUP_TOP_K_ATTRIBUTES) or 1
-    scale = _attribute((router,), SCALE_ATTRIBUTES)
-    flag = bool(_attribute((router,), ("norm_topk_prob",)))
-    norm_min = _attribute((router,), NORM_MIN_ATTRIBUTES) or 0.0
-    softcap = _attribute((router,), SOFTCAP_ATTRIBUTES) or None
-    multiplier = _attribute((router,), MULTIPLIER_ATTRIBUTES) or 1.0
+    """Every formula that the table makes of the attributes of `owners`."""
+    groups = _attribute(owners, GROUPS_ATTRIBUTES) or 1
+    top_k_groups = _attribute(owners, GROUP_TOP_K_ATTRIBUTES) or 1
+    scale = _attribute(owners, SCALE_ATTRIBUTES)
+    flag = bool(_attribute(owners, ("norm_topk_prob",)))
+    norm_min = _attribute(owners, NORM_MIN_ATTRIBUTES) or 0.0
+    softcap = _attribute(owners, SOFTCAP_ATTRIBUTES) or None
+    multiplier = _attribute(owners, MULTIPLIER_ATTRIBUTES) or 1.0
     scales = dict.fromkeys((float(1.0 if scale is None else scale), 1.0, 1.0 / top_k))
     precisions: tuple[tuple[Any, Any, Any], ...] = tuple(
         product(("float32", "model"), ("model", "float32"), ("float32", "model"))

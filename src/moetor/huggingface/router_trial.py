@@ -24,7 +24,7 @@ BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "moe_statics.e_score_cor
 EXTRA_INPUTS = {"input_ids": "input_ids", "prev_router_hidden_states": "router_states"}
 
 # The number of random tokens on which a description must agree.
-_PROBE_TOKENS = 64
+PROBE_TOKENS = 64
 # Spread of random biases: of the order of the scores, so that a bias that is ignored shows.
 BIAS_STD = 0.3
 # Means of the biases, one trial each: only with all scores negative does a group mask of 0 differ
@@ -82,15 +82,48 @@ def _filled(tensor: Tensor, name: str, bias_shift: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What a router answered to random tokens, and how it had to be asked."""
+    """What a router answered to random tokens, and how it had to be asked.
+
+    Attributes:
+        places: where weights and ids are among the values that it answers with; None where they
+            were read off what its block does with them.
+        answers: how many values these are.
+    """
 
     hidden_TH: Tensor
     weights_TK: Tensor
     ids_TK: Tensor
     logits_dtype: torch.dtype
-    batched: bool
-    inputs: tuple[tuple[str, str], ...]
-    answers: int
+    batched: bool = False
+    inputs: tuple[tuple[str, str], ...] = ()
+    answers: int = 3
+    places: Places | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Which of a router's values are the weights [.., K] and the ids [.., K].
+
+    Attributes:
+        mask: the ids are a mask [.., E] of the one chosen expert, empty for a dropped token.
+    """
+
+    weights: int = 1
+    ids: int = 2
+    mask: bool = False
+
+    def read(self, answer: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Weights and ids [T, K]."""
+        weights, ids = answer[self.weights], answer[self.ids]
+        if self.mask:
+            mask_TE = ids.reshape(-1, ids.shape[-1])
+            chosen, dropped = mask_TE.argmax(dim=-1), mask_TE.shape[-1]
+            ids = torch.where(mask_TE.sum(dim=-1) > 0, chosen, dropped).unsqueeze(-1)
+            weights = weights.reshape(-1, 1)
+        return weights.reshape(-1, weights.shape[-1]), ids.reshape(-1, ids.shape[-1])
+
+
+LOGITS_WEIGHTS_IDS = Places()
 
 
 def try_router(
@@ -103,7 +136,7 @@ def try_router(
     like = next(router.parameters(), None)
     if like is None:
         return Unrecognised(f"{me} holds no parameters")
-    hidden_TH = like.new_empty((_PROBE_TOKENS, hidden_size), dtype=dtype)
+    hidden_TH = like.new_empty((PROBE_TOKENS, hidden_size), dtype=dtype)
     hidden_TH = random_like(hidden_TH, "hidden states", 1.0)
     parameters = list(inspect.signature(router.forward).parameters.items())[1:]
     inputs = tuple(
@@ -124,7 +157,7 @@ def try_router(
     if unknown:
         return Unrecognised(f"{me} also takes {', '.join(unknown)}, which no description covers")
     if ("input_ids", "input_ids") in inputs:
-        named["input_ids"] = random_token_ids(router, _PROBE_TOKENS, hidden_TH.device)
+        named["input_ids"] = random_token_ids(router, PROBE_TOKENS, hidden_TH.device)
     for batched in (False, True):
         try:
             with torch.no_grad():
@@ -135,35 +168,88 @@ def try_router(
         read = _read_answer(router, answer)
         if read is None:
             return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
-        weights, ids = read
+        weights, ids, places = read
         return Answer(
             hidden_TH=hidden_TH,
             weights_TK=weights,
             ids_TK=ids,
-            logits_dtype=answer[0].dtype,
-            batched=batched,
+            logits_dtype=_logits(answer, weights, places).dtype,
+            # a mask counts what each sequence has sent to an expert
+            batched=batched or (places is not None and places.mask),
             inputs=inputs,
-            answers=len(answer),
+            answers=len(answer) if places is not None else 3,
+            places=places,
         )
     return failure
 
 
-def _read_answer(router: nn.Module, answer: Any) -> tuple[Tensor, Tensor] | None:
-    """Weights and ids [T, K] of a router's answer: (logits, weights, ids), perhaps with a fourth
-    value, or (scores [T, E], logits) with a score for the chosen experts alone (Llama 4).
+def _read_answer(router: nn.Module, answer: Any) -> tuple[Tensor, Tensor, Places | None] | None:
+    """Weights and ids [T, K] of a router's answer, and where they were.
+
+    Known are (logits, weights, ids), perhaps with a fourth value; weights and ids in any order
+    (LongCat in Transformers 5.17; DeepSeek's own files); (scores [T, E], logits) with a score for
+    the chosen experts alone (Llama 4); (mask, weights, logits) (Switch Transformers); and tokens
+    sorted by expert (JetMoE).
     """
-    if not isinstance(answer, tuple) or not all(isinstance(item, Tensor) for item in answer):
+    if not isinstance(answer, tuple):
         return None
-    if len(answer) == 2 and answer[0].shape == answer[1].shape:
+    if len(answer) == 5 and isinstance(answer[3], list):
+        return (*_unsorted(*answer[:4]), None)
+    if not all(isinstance(item, Tensor) for item in answer if item is not None):
+        return None
+    if len(answer) == 2 and answer[0].shape == answer[1].shape and _are_floats(*answer):
         top_k = getattr(router, "top_k", 0)
         if not (isinstance(top_k, int) and 1 <= top_k <= answer[0].shape[-1]):
             return None
-        weights, ids = answer[0].reshape(_PROBE_TOKENS, -1).topk(top_k, dim=-1)
-        return weights, ids
-    if len(answer) not in (3, 4):
-        return None
-    weights, ids = (item.reshape(_PROBE_TOKENS, -1) for item in answer[1:3])
-    return None if ids.is_floating_point() or weights.shape != ids.shape else (weights, ids)
+        weights, ids = answer[0].reshape(PROBE_TOKENS, -1).topk(top_k, dim=-1)
+        return weights, ids, None
+    for places in (LOGITS_WEIGHTS_IDS, Places(0, 1), Places(1, 0)):
+        if max(places.weights, places.ids) >= len(answer) or len(answer) > 4:
+            continue
+        weights, ids = answer[places.weights], answer[places.ids]
+        if weights is None or ids is None or not _are_floats(weights) or _are_floats(ids):
+            continue
+        if weights.shape == ids.shape:
+            return (*places.read(answer), places)
+    for places in (Places(1, 0, mask=True), Places(0, 1, mask=True)):
+        weights, mask = answer[places.weights], answer[places.ids]
+        one_each = len(answer) == 3 and weights.numel() * mask.shape[-1] == mask.numel()
+        if one_each and _are_floats(weights) and not _are_floats(mask):
+            return (*places.read(answer), places)
+    return None
+
+
+def _are_floats(*tensors: Tensor) -> bool:
+    return all(tensor.is_floating_point() for tensor in tensors)
+
+
+def _logits(answer: tuple[Any, ...], weights_TK: Tensor, places: Places | None) -> Tensor:
+    """The router's logits, as far as it gives any; else its weights."""
+    floats: list[Tensor] = [
+        item for item in answer if isinstance(item, Tensor) and item.is_floating_point()
+    ]
+    if places in (None, LOGITS_WEIGHTS_IDS) and answer[0] is floats[0]:
+        first: Tensor = floats[0]
+        return first
+    widest: Tensor = max(floats, key=lambda item: item.numel())
+    return widest if widest.numel() > weights_TK.numel() else weights_TK
+
+
+def _unsorted(
+    order: Tensor, token_of: Tensor, gates: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids [T, K] from slots that were sorted by expert (JetMoE).
+
+    Args:
+        order: number of each slot before sorting.
+        token_of, gates: token and weight of each sorted slot.
+        sizes: slots per expert.
+    """
+    experts = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    top_k = order.numel() // (int(token_of.max()) + 1)
+    weights, ids = torch.empty_like(gates), torch.empty_like(order)
+    weights[order], ids[order] = gates, experts.to(order.device)
+    return weights.reshape(-1, top_k), ids.reshape(-1, top_k)
 
 
 def random_token_ids(router: nn.Module, tokens: int, device: torch.device) -> Tensor:
@@ -187,13 +273,13 @@ class Trial:
 def reproduces(config: RouterConfig, trial: Trial, *, exact: bool) -> bool:
     """Whether the formula gives the router's own answer, slot order aside.
 
-    Never for a router that takes or gives more than a formula does.
+    Never for a router that takes or gives more than a formula does, or drops tokens.
 
     Args:
         exact: to the bit; otherwise weights may differ by a few roundings in their dtype.
     """
     answer = trial.answer
-    if answer.inputs or answer.answers > 3:
+    if answer.inputs or answer.answers > 3 or int(answer.ids_TK.max()) >= config.num_logits:
         return False
     if config.gate_precision == "model" and trial.weight_EH.dtype != answer.hidden_TH.dtype:
         return False  # a gate that is kept in float32 multiplies in float32

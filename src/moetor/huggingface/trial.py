@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from moetor.errors import FusionMismatchError
+from moetor.huggingface.block_plan import BlockPlan, Layout
 from moetor.huggingface.experts_form import Unrecognised
-from moetor.huggingface.modules import BlockPlan, FusedExperts, FusedMoEBlock, Layout, gate_forward
+from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, gate_forward
 from moetor.huggingface.router_form import KeptRouter
 from moetor.huggingface.router_trial import random_token_ids
+from moetor.kernels.base import ExpertWeights
 
 # Tokens of a trial: enough that most experts of a usual model are met, few enough to be quick.
 TRIAL_TOKENS = 32
 # Tokens with which compositions are told apart where no proof was asked for.
 FEW_TOKENS = 2
+# Both are those of two sequences: some blocks count tokens in each.
+_SEQUENCES = 2
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -56,9 +60,10 @@ def relative_error(ours: Tensor, original: Tensor) -> float:
 
 
 def random_hidden(tokens: int, hidden_size: int, like: Tensor) -> Tensor:
-    """Normal hidden states [1, T, H] in the dtype and on the device of `like`."""
+    """Normal hidden states [2, T / 2, H] in the dtype and on the device of `like`."""
     generator = torch.Generator().manual_seed(tokens * hidden_size)
-    drawn = torch.randn((1, tokens, hidden_size), generator=generator)
+    shape = (_SEQUENCES, tokens // _SEQUENCES, hidden_size)
+    drawn = torch.randn(shape, generator=generator)
     return drawn.to(device=like.device, dtype=like.dtype)
 
 
@@ -77,11 +82,13 @@ def try_block(
     """
     tokens = TRIAL_TOKENS if compare else FEW_TOKENS
     best: tuple[FusedMoEBlock, float] | None = None
+    weights: ExpertWeights | None = None
     for plan in plans:
-        experts = next(plan.block.get_submodule(plan.children.experts).parameters())
-        hidden = random_hidden(tokens, plan.config.hidden_size, experts)
+        if weights is None:
+            weights = plan.experts_weights()  # the same for every composition, and packed once
+        hidden = random_hidden(tokens, plan.config.hidden_size, weights.down)
         limit = tolerance(hidden.dtype)
-        tried = _try_plan(plan, hidden)
+        tried = _try_plan(plan, weights, hidden)
         if isinstance(tried, Unrecognised):
             return tried
         fused, error = tried
@@ -99,15 +106,17 @@ def try_block(
     )
 
 
-def _try_plan(plan: BlockPlan, hidden: Tensor) -> tuple[FusedMoEBlock, float] | Unrecognised:
-    """The fused block of one plan, and its error on `hidden` [1, T, H]."""
-    extra = _extra_inputs(plan, hidden.shape[1], hidden)
+def _try_plan(
+    plan: BlockPlan, weights: ExpertWeights, hidden: Tensor
+) -> tuple[FusedMoEBlock, float] | Unrecognised:
+    """The fused block of one plan, and its error on `hidden` [B, S, H]."""
+    extra = _extra_inputs(plan, hidden)
     with torch.no_grad():
         answer = plan.block(hidden.clone(), **extra)
     shaped = _returns(answer, hidden, plan)
     if isinstance(shaped, Unrecognised):
         return shaped
-    fused = FusedMoEBlock(shaped)
+    fused = FusedMoEBlock(shaped, weights)
     with torch.no_grad(), gate_forward(fused):
         ours = fused(hidden, **extra)
     pairs = zip(_tensors(ours), _tensors(answer), strict=True)
@@ -115,14 +124,14 @@ def _try_plan(plan: BlockPlan, hidden: Tensor) -> tuple[FusedMoEBlock, float] | 
 
 
 def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> BlockPlan | Unrecognised:
-    """The plan with what the block returns, read off its answer to `hidden` [1, T, H]."""
+    """The plan with what the block returns, read off its answer to `hidden` [B, S, H]."""
     stranger = Unrecognised("its block returns something that no description covers")
     first, *rest = _tensors(answer)
     if not isinstance(first, Tensor) or first.numel() != hidden.numel() or len(rest) > 1:
         return stranger
     shapes: dict[torch.Size, Layout] = {
         hidden.shape: "same",
-        hidden.shape[1:]: "rows",
+        hidden.flatten(0, 1).shape: "rows",
         torch.Size([hidden.numel()]): "flat",
     }
     layout = shapes.get(first.shape)
@@ -131,7 +140,7 @@ def _returns(answer: Any, hidden: Tensor, plan: BlockPlan) -> BlockPlan | Unreco
     plan = replace(plan, layout=layout)
     if not rest:
         return plan
-    tokens, router = hidden.shape[1], plan.config.router
+    tokens, router = hidden.shape[:2].numel(), plan.config.router
     second = rest[0]
     if not isinstance(second, Tensor):
         return stranger
@@ -148,13 +157,14 @@ def _tensors(answer: Any) -> tuple[Any, ...]:
     return answer if isinstance(answer, tuple) else (answer,)
 
 
-def _extra_inputs(plan: BlockPlan, tokens: int, hidden: Tensor) -> dict[str, Tensor]:
+def _extra_inputs(plan: BlockPlan, hidden: Tensor) -> dict[str, Tensor]:
     """Values for the block's arguments beside hidden states; a state from the block before stays
     out.
     """
     if "input_ids" not in plan.inputs:
         return {}
-    return {"input_ids": random_token_ids(plan.router_module, tokens, hidden.device)}
+    ids = random_token_ids(plan.router_module, hidden.shape[:2].numel(), hidden.device)
+    return {"input_ids": ids.reshape(hidden.shape[:2])}
 
 
 def try_experts(
@@ -171,7 +181,7 @@ def try_experts(
     config = fused.routed_experts.config
     like = next(original.parameters())
     tokens = TRIAL_TOKENS if compare else FEW_TOKENS
-    hidden_TH = random_hidden(tokens, config.hidden_size, like)[0]
+    hidden_TH = random_hidden(tokens, config.hidden_size, like).flatten(0, 1)
     generator = torch.Generator().manual_seed(config.num_experts)
     scores = torch.rand((tokens, config.num_experts), generator=generator)
     weights_TK, ids_TK = scores.topk(fused.routed_experts.top_k, dim=-1)
