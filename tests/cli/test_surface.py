@@ -83,6 +83,14 @@ SURFACE: dict[str, dict[str, object]] = {
     },
     "explain": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
     "verify": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
+    "quantize": {
+        "model": None,
+        "out": None,
+        "--format": "int4",
+        "--revision": None,
+        "--json": False,
+        "--debug": False,
+    },
     "experts": {
         **MODEL_FLAGS,
         "--level": "auto",

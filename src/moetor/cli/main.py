@@ -82,6 +82,16 @@ COMMANDS = (
         examples=("moetor verify", "moetor verify ./OLMoE-1B-7B-0924 --dtype bfloat16"),
     ),
     Command(
+        words=("quantize",),
+        module="moetor.cli.quantize",
+        options="QuantizeOptions",
+        summary="write a checkpoint whose experts are quantised",
+        examples=(
+            "moetor quantize demo ./demo-int4",
+            "moetor quantize ./OLMoE-1B-7B-0924 ./OLMoE-fp8 --format fp8_block",
+        ),
+    ),
+    Command(
         words=("experts",),
         module="moetor.cli.experts",
         options="ExpertsOptions",

@@ -293,6 +293,16 @@ def _sink(
     return QuantizingSink(shapes, device, forms, options.quantization)
 
 
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model's checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be found.
+    """
+    with _one_sentence(model):
+        return _folder(resolve(model), revision)
+
+
 def _folder(source: str, revision: str | None) -> Path:
     """The local folder of a checkpoint; of a hub id its safetensors files are fetched first."""
     folder = Path(source)
