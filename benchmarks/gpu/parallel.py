@@ -59,6 +59,7 @@ class Variant:
     name: str
     graph: torch.cuda.CUDAGraph
     samples: list[float]
+    keep: object  # what the graph reads: a capture gives unused memory back to the driver
     error: float | None = None
 
 
@@ -75,7 +76,7 @@ def capture(name: str, call: Callable[[int], Tensor]) -> tuple[Variant, list[Ten
     # NCCL's watchdog asks for events from another thread meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         results = [call(number) for number in range(CALLS)]
-    return Variant(name, graph, []), results
+    return Variant(name, graph, [], call), results
 
 
 def sample(variant: Variant, host: dist.ProcessGroup) -> None:

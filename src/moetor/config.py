@@ -379,7 +379,7 @@ class RunnerConfig:
 
     name: RunnerName = "default"
     workspace_bytes: int = 256 * 2**20
-    dual_batch_min_tokens: int = 1024
+    dual_batch_min_tokens: int = 16384
     kernel: str = "auto"
     batch_invariant: bool = False
     reduce_results: bool = False

@@ -87,7 +87,10 @@ def test_copies_take_turns() -> None:
     assert {physical.count(copy) for copy in (0, 2)} <= {10, 15, 20}
     assert set(physical) <= {0, 2, 3}
     assert experts.physical(torch.full((1, 2), 2, dtype=torch.int32)).tolist() == [[4, 4]]
-    assert experts.slots(torch.tensor([[0, 1, 2, 3, 4]])).tolist() == [[0, 1, 2, 2, 2]]
+    every = torch.arange(5, dtype=torch.int32).unsqueeze(0)
+    here = experts.held(torch.ones(1, 5), every)
+    assert here.topk_ids.tolist() == [[0, 1, 2, 2, 2]]
+    assert here.topk_weights.tolist() == [[1, 1, 0, 0, 0]]
 
 
 def test_the_window_forgets_and_the_decay_weighs() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetor.kernels.routing import Routing
 from moetor.parallel.collectives import Started, start_all_gather, start_reduce_scatter
-from moetor.parallel.dispatch import Exchange, TokenDispatcher, only_held
+from moetor.parallel.dispatch import Exchange, TokenDispatcher
 
 
 class AllGatherDispatcher(TokenDispatcher):
@@ -46,9 +46,8 @@ class _Gathered(Exchange):
         """See `Exchange.arrived`: [M * N, H]."""
         experts = self.dispatcher.experts
         packed = self.packed.wait()
-        weights = packed[:, : self.top_k].contiguous().view(torch.float32)
-        slots = experts.slots(packed[:, self.top_k :])
-        return self.hidden.wait(), only_held(weights, slots, experts.num_slots())
+        weights = packed.view(torch.float32)[:, : self.top_k]
+        return self.hidden.wait(), experts.held(weights, packed[:, self.top_k :])
 
     def send_back(self, out_NH: Tensor) -> None:
         """See `Exchange.send_back`."""

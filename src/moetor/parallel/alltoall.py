@@ -17,7 +17,7 @@ from torch import Tensor
 from moetor.errors import UnsupportedError
 from moetor.kernels.routing import Routing
 from moetor.parallel.collectives import Started, start_all_to_all
-from moetor.parallel.dispatch import Exchange, TokenDispatcher, only_held
+from moetor.parallel.dispatch import Exchange, TokenDispatcher
 
 
 class AllToAllDispatcher(TokenDispatcher):
@@ -76,7 +76,8 @@ class _Travelling(Exchange):
         top_k = packed.shape[1] // 2
         weights = packed[:, :top_k].contiguous().view(torch.float32)
         slots = packed[:, top_k:].contiguous()
-        return self.hidden.wait(), only_held(weights, slots, self.dispatcher.experts.num_slots())
+        here = slots < self.dispatcher.experts.num_slots()
+        return self.hidden.wait(), Routing(torch.where(here, weights, 0.0), slots)
 
     def _sum(self, rows_NH: Tensor, row_MT: Tensor) -> Tensor:
         """The sum over members of the rows that belong to each token, members in order.

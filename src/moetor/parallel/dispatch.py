@@ -142,19 +142,14 @@ class ReplicatedDispatcher(Dispatcher):
             self.load.count(routing.topk_ids)
         if self.experts is None:
             return hidden_TH, routing
-        slots_TK = self.experts.slots(self.experts.physical(routing.topk_ids))
-        return hidden_TH, only_held(routing.topk_weights, slots_TK, self.experts.num_slots())
+        physical_TK = self.experts.physical(routing.topk_ids)
+        return hidden_TH, self.experts.held(routing.topk_weights, physical_TK)
 
     def combine(self, out_NH: Tensor) -> Tensor:
         """The argument, or its sum over the group."""
         if self.reduce_group is not None:
             dist.all_reduce(out_NH, group=self.reduce_group)
         return out_NH
-
-
-def only_held(weights_TK: Tensor, slots_TK: Tensor, num_slots: int) -> Routing:
-    """A routing whose slots that are not held here are dropped ones."""
-    return Routing(torch.where(slots_TK < num_slots, weights_TK, 0.0), slots_TK)
 
 
 class TokenDispatcher(Dispatcher):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from moetor.errors import ConfigError
+from moetor.kernels.routing import Routing
+from moetor.kernels.triton.held import held, held_refusal
 
 
 def split_evenly(count: int, parts: int) -> list[int]:
@@ -126,6 +128,7 @@ class ExpertMap:
         self.member_parts = tuple(member_parts)
         self.me = me
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._triton: dict[torch.device, bool] = {}
 
     def update(self, placement: ExpertPlacement) -> None:
         """Takes another placement.
@@ -183,10 +186,16 @@ class ExpertMap:
         turn = turn + torch.arange(top_k, device=logical.device, dtype=torch.int32)
         return copies_EC[logical, (turn % counts_E[logical]).long()]
 
-    def slots(self, physical_TK: Tensor, member: int | None = None) -> Tensor:
-        """Slots int32 [T, K] on a member (this rank); what it does not hold is its slot count."""
-        table = self._on(physical_TK.device)[2]
-        return table[self.me if member is None else member][physical_TK.long()]
+    def held(self, weights_TK: Tensor, physical_TK: Tensor) -> Routing:
+        """A routing to this rank's slots; what it does not hold becomes a dropped slot."""
+        device = physical_TK.device
+        table, size = self._on(device)[2][self.me], self.num_slots()
+        if device not in self._triton:
+            self._triton[device] = held_refusal(device.type) is None
+        if self._triton[device]:
+            return held(weights_TK, physical_TK, table, size)
+        slots_TK = table[physical_TK.long()]
+        return Routing(torch.where(slots_TK < size, weights_TK, 0.0), slots_TK)
 
     def all_slots(self, physical_TK: Tensor) -> Tensor:
         """Slots int32 [M, T, K] on every member."""

@@ -46,10 +46,11 @@ def _error(ours: torch.Tensor, whole: torch.Tensor) -> float:
 
 def _one_layer(rank: int, name: str, spread: str) -> dict[str, float]:
     fields = {**LAYERS[name]}
-    fields["runner"] = {"kernel": "triton", **fields.get("runner", {})}
+    fields["runner"] = {**fields.get("runner", {}), "kernel": "auto"}
     config = make_config(**fields)
     tensors = draw_layer(config, torch.float32, torch.Generator().manual_seed(5))
     whole, layer = build(config, tensors).cuda(), build(config, tensors).cuda()
+    assert layer.routed_experts.kernel_name == "triton"
     parallel = SPREAD[spread]
     groups = make_groups(parallel, "cuda")
     shard_layer(layer, groups)
