@@ -8,6 +8,7 @@ the default, and its metadata the rest:
 - `short`: another name of the flag, such as `-tp`.
 - `positional`: the field is the command's argument instead of a flag.
 - `group`: heading under which the help lists the flag.
+- `settings_file`: the value names a YAML file with further flags, which come before the line's own.
 
 Annotations: `str`, `int`, `float`, `Path`, `bool` (a switch, `--no-...` where the default is True),
 `Literal[...]` of strings, any of them `| None`, and `tuple[X, ...]` (a list with commas).
@@ -94,11 +95,57 @@ def parse_options(
         UsageError: the arguments do not parse, or the dataclass refuses them.
     """
     parsed = parser.parse_args(arguments)
+    for field in dataclasses.fields(options):
+        file = getattr(parsed, field.name)
+        if field.metadata.get("settings_file") and file is not None:
+            parsed = parser.parse_args([*_from_file(parser, options, file), *arguments])
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
     try:
         return options(**values)
     except MoetorError as refusal:
         raise UsageError(str(refusal)) from refusal
+
+
+def _from_file(
+    parser: argparse.ArgumentParser, options: type[DataclassInstance], file: Path
+) -> list[str]:
+    """The flags of a YAML file as words of a command line; its argument becomes the default."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    words = []
+    for key, value in _read_settings(file).items():
+        name = str(key).replace("-", "_")
+        field = fields.get(name)
+        if field is None or field.metadata.get("settings_file"):
+            raise UsageError(f"{file}: {key} is not a flag that can stand in a file")
+        if isinstance(value, dict) or value is None:
+            raise UsageError(f"{file}: {key} needs a value, or a list of them")
+        flag = "--" + name.replace("_", "-")
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if field.metadata.get("positional"):
+            parser.set_defaults(**{name: text})
+        elif not isinstance(field.default, bool):
+            words.append(f"{flag}={text}")
+        elif not isinstance(value, bool):
+            raise UsageError(f"{file}: {key} is a switch; write true or false")
+        elif value != field.default:
+            words.append(flag if value else f"--no-{flag[2:]}")
+    return words
+
+
+def _read_settings(file: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        read = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if read is None:
+        return {}
+    if not isinstance(read, dict):
+        raise UsageError(f"{file} must have one flag a line, such as `port: 8001`")
+    return read
 
 
 def _argument(

@@ -64,6 +64,17 @@ COMMANDS = (
         ),
     ),
     Command(
+        words=("serve",),
+        module="moetor.cli.serve",
+        options="ServeOptions",
+        summary="serve an OpenAI API, metrics, and a page that shows the experts",
+        examples=(
+            "moetor serve",
+            "moetor serve ./Qwen3-30B-A3B --host 0.0.0.0 --api-key-file key.txt",
+            "moetor serve --port 8001 --max-num-seqs 64",
+        ),
+    ),
+    Command(
         words=("explain",),
         module="moetor.cli.explain",
         options="ExplainOptions",

@@ -27,17 +27,24 @@ class OutputStream(AsyncIterator[RequestOutput]):
     """The outputs of one request, each with its new state; ends after the finished one.
 
     Closing it before that aborts the request.
+
+    Args:
+        merge: whether an output that was not read yet becomes one with the next, so that a slow
+            reader costs no memory; what is new in the two is then new in the one.
     """
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, abort: Callable[[str], None], *, merge: bool) -> None:
         self.request_id = request_id
         self._abort = abort
+        self._merge = merge
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
         self._done = False
 
     def put(self, output: RequestOutput) -> None:
         """Hands over an output, from the loop's own thread."""
+        if self._merge and not self._queue.empty():
+            _prepend_news(self._queue.get_nowait(), output)
         self._queue.put_nowait(output)
 
     async def __anext__(self) -> RequestOutput:
@@ -118,13 +125,19 @@ class AsyncEngine:
         return self._thread.is_alive() and not self._stopping
 
     async def add_request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        merge: bool = False,
     ) -> OutputStream:
         """Queues a request; iterate over what this returns for its outputs.
 
         Args:
             prompt: text, token ids, or a mapping (see `Prompt`).
             request_id: None makes one.
+            merge: see `OutputStream`.
 
         Raises:
             InputError: the request is refused, or there is one of this name.
@@ -136,7 +149,7 @@ class AsyncEngine:
         if name in self._streams:
             raise InputError(f"there is a request {name!r} under way; choose another id")
         request = self.engine.intake.request(prompt, params, name)
-        stream = OutputStream(name, self._abort)
+        stream = OutputStream(name, self._abort, merge=merge)
         self._streams[name] = (stream, asyncio.get_running_loop())
         self._post(lambda: self.engine.core.add(request))
         return stream
@@ -236,6 +249,12 @@ class AsyncEngine:
 def _put_all(pairs: list[tuple[OutputStream, RequestOutput]]) -> None:
     for stream, output in pairs:
         stream.put(output)
+
+
+def _prepend_news(unread: RequestOutput, output: RequestOutput) -> None:
+    for earlier, later in zip(unread.outputs, output.outputs, strict=True):
+        later.new_text = earlier.new_text + later.new_text
+        later.new_token_ids = earlier.new_token_ids + later.new_token_ids
 
 
 class _QuitError(Exception):

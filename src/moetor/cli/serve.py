@@ -1,0 +1,92 @@
+"""`moetor serve`: an OpenAI API over a fused model, metrics, and a page that shows the experts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from moetor.cli.console import note, quiet_transformers
+from moetor.cli.flags import UsageError
+from moetor.cli.options import MODEL, QUANTIZATION, ModelSource, QuantizationName
+from moetor.engine.config import ENGINE, EngineConfig
+from moetor.server.config import SERVER, ServerConfig
+
+if TYPE_CHECKING:
+    from moetor.engine import AsyncEngine
+
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ModelSource, EngineConfig, ServerConfig):
+    """Serve a model with an OpenAI API.
+
+    Point any OpenAI client at http://HOST:PORT/v1. The page at / has a chat and shows how the
+    experts are loaded. SIGTERM or Ctrl-C ends it when running requests are done.
+    """
+
+    level: Literal["auto", "block", "experts"] = field(
+        default="auto",
+        metadata={"group": MODEL, "help": "fuse whole MoE blocks or their experts alone"},
+    )
+    quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
+    # the page and the metrics show it
+    record_expert_load: bool = field(
+        default=True,
+        metadata={"group": ENGINE, "help": "count how many tokens each expert gets"},
+    )
+    config: Path | None = field(
+        default=None,
+        metadata={
+            "group": SERVER,
+            "metavar": "FILE",
+            "settings_file": True,
+            "help": "YAML file with flags and their values; flags on the command line win",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        EngineConfig.__post_init__(self)
+        ServerConfig.__post_init__(self)
+
+
+def run(options: ServeOptions) -> int:
+    """Serve until a signal, and return the exit status."""
+    try:
+        from moetor.server.run import serve
+    except ModuleNotFoundError as missing:
+        if missing.name not in _EXTRA:
+            raise
+        raise UsageError(
+            f"the server needs {missing.name}, which is not installed; pip install 'moetor[serve]'"
+        ) from missing
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    quiet_transformers()
+    serve(lambda: _engine(options), ServerConfig.server_part(options), options.model)
+    return 0
+
+
+def _engine(options: ServeOptions) -> AsyncEngine:
+    from moetor.engine import AsyncEngine
+
+    note(f"loading {options.model}")
+    engine = AsyncEngine.from_model(
+        options.model,
+        config=EngineConfig.of(options),
+        kernel=options.kernel,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        level=options.level,
+        quantization=options.quantization,
+    )
+    report = engine.fusion_report
+    if report is not None:
+        note(f"{len(report.blocks)} MoE blocks, experts by {', '.join(report.kernels) or 'none'}")
+    return engine

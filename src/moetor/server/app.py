@@ -1,0 +1,103 @@
+"""The application: endpoints, guards, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+
+from moetor import __version__
+from moetor.engine import AsyncEngine
+from moetor.server import chat, completions, tokens
+from moetor.server.config import ServerConfig, read_text
+from moetor.server.errors import add_handlers, error_body
+from moetor.server.guards import BodyGuard, KeyGuard
+from moetor.server.service import Service
+from moetor.server.streams import ClientGoneError
+
+_CLOSED_REQUEST = 499
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig, model: str) -> FastAPI:
+    """The server's application; whoever runs it shuts the engine down.
+
+    Args:
+        engine: is not shared with another application.
+        config: of the server; host and port are whoever runs it's.
+        model: what it is called, unless `config` names it.
+
+    Raises:
+        ConfigError: a key or the chat template cannot be read.
+    """
+    keys = config.api_keys()
+    if config.chat_template is not None:
+        engine.tokenizer.chat_template = read_text(config.chat_template, "chat_template")
+    app = FastAPI(
+        title="Moetor", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    app.state.service = Service(engine, config, model)
+    app.include_router(chat.router)
+    app.include_router(completions.router)
+    app.include_router(tokens.router)
+    _add_small(app)
+    add_handlers(app)
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(_: Request, __: ClientGoneError) -> Response:
+        return Response(status_code=_CLOSED_REQUEST)  # nobody reads it
+
+    # The last one added comes first.
+    app.add_middleware(BodyGuard, most=int(config.max_body_mib * 2**20))
+    if keys:
+        app.add_middleware(KeyGuard, keys=keys)
+    if config.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+def _add_small(app: FastAPI) -> None:
+    service: Service = app.state.service
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model, under each of its names."""
+        return {"object": "list", "data": [_card(service, name) for name in service.names]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of its names."""
+        service.check_model(name)
+        return _card(service, name)
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether the engine lives and takes requests."""
+        if service.healthy:
+            return JSONResponse({"status": "ok", **service.state()})
+        reason = "the server is stopping" if service.draining else "the engine has stopped"
+        return JSONResponse(error_body(503, reason, code="service_unavailable"), 503)
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """Of this package."""
+        return {"version": __version__}
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "moetor",
+        "root": service.names[0],
+        "parent": None,
+        "max_model_len": service.engine.max_model_len,
+    }

@@ -1,0 +1,142 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from moetor.engine import CompletionOutput
+from moetor.server.answers import Choices, collect, usage
+from moetor.server.conversation import conversation_tokens
+from moetor.server.errors import refusal
+from moetor.server.logprobs import chat_logprobs
+from moetor.server.protocol import ChatBody
+from moetor.server.sampling import sampling_params
+from moetor.server.service import Job, Service, request_name
+from moetor.server.streams import event, while_connected
+
+MAX_TOP_LOGPROBS = 20
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(body: ChatBody, request: Request) -> Response:
+    """Answers a conversation."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    _check(body)
+    limit = body.max_completion_tokens
+    if limit is None:
+        limit = body.max_tokens
+    params = sampling_params(
+        body, max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+    )
+    ids = await conversation_tokens(
+        service,
+        body.messages,
+        add_generation_prompt=body.add_generation_prompt is not False,
+        continue_final_message=bool(body.continue_final_message),
+        extra=body.chat_template_kwargs,
+    )
+    service.check_length(ids, limit, "messages")
+    name = request_name("chatcmpl")
+    job = await service.submit([ids], params, name)
+    answer = _Answer(service, body, name)
+    headers = {"X-Request-Id": request.headers.get("x-request-id", name)}
+    if body.stream:
+        return service.stream(answer.events(job), job, headers)
+    try:
+        content = await while_connected(request, answer.whole(job))
+    finally:
+        await job.aclose()
+    return JSONResponse(content, headers=headers)
+
+
+def _check(body: ChatBody) -> None:
+    both = body.max_tokens is not None and body.max_completion_tokens is not None
+    if both and body.max_tokens != body.max_completion_tokens:
+        raise refusal(
+            "max_tokens and max_completion_tokens differ; send the second alone", "max_tokens"
+        )
+    if body.top_logprobs is not None:
+        if not body.logprobs:
+            raise refusal("top_logprobs needs logprobs to be true", "top_logprobs")
+        if not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise refusal(
+                f"top_logprobs {body.top_logprobs} must be between 0 and {MAX_TOP_LOGPROBS}",
+                "top_logprobs",
+            )
+    if body.stream_options is not None and not body.stream:
+        raise refusal("stream_options needs stream to be true", "stream_options")
+    for name in ("tools", "tool_choice", "parallel_tool_calls"):
+        if getattr(body, name) not in (None, [], "none"):
+            raise refusal(f"{name} is not supported here; leave it out", name)
+    if body.response_format is not None and body.response_format.type != "text":
+        raise refusal(
+            f"response_format {body.response_format.type!r} is not supported; leave it out or take "
+            "'text'",
+            "response_format",
+        )
+    if body.add_special_tokens:
+        raise refusal(
+            "add_special_tokens: a chat template brings the special tokens itself; leave it out",
+            "add_special_tokens",
+        )
+
+
+class _Answer:
+    """Makes the answer's parts."""
+
+    def __init__(self, service: Service, body: ChatBody, name: str) -> None:
+        self._service, self._body = service, body
+        self._frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
+
+    async def whole(self, job: Job) -> dict[str, Any]:
+        outputs = await collect(self._service, job)
+        choices = [
+            {
+                "index": one.index,
+                "message": {"role": "assistant", "content": one.text, "refusal": None},
+                "logprobs": self._logprobs(one, one.token_ids),
+                "finish_reason": one.finish_reason,
+                "stop_reason": one.stop_reason,
+            }
+            for one in outputs[0].outputs
+        ]
+        kind = {"object": "chat.completion"}
+        return {**self._frame, **kind, "choices": choices, "usage": usage(outputs)}
+
+    async def events(self, job: Job) -> AsyncGenerator[bytes]:
+        options = self._body.stream_options
+        counted = options is not None and options.include_usage
+        frame = {**self._frame, "object": "chat.completion.chunk"}
+        plain = {**frame, "usage": None} if counted else frame
+        choices = Choices(self._service, job)
+        async for _, _, one, first in choices.news():
+            logprobs = self._logprobs(one, one.new_token_ids)
+            if not first and not one.new_text and logprobs is None and not one.finished:
+                continue
+            delta: dict[str, Any] = {"role": "assistant"} if first else {}
+            if first or one.new_text:
+                delta["content"] = one.new_text
+            choice = {
+                "index": one.index,
+                "delta": delta,
+                "logprobs": logprobs,
+                "finish_reason": one.finish_reason,
+            }
+            if one.finished:
+                choice["stop_reason"] = one.stop_reason
+            yield event({**plain, "choices": [choice]})
+        if counted:
+            yield event({**frame, "choices": [], "usage": usage(choices.last)})
+
+    def _logprobs(self, one: CompletionOutput, tokens: Sequence[int]) -> dict[str, Any] | None:
+        if one.logprobs is None or not tokens:
+            return None
+        entries = one.logprobs[len(one.token_ids) - len(tokens) :]
+        return chat_logprobs(tokens, entries, self._body.top_logprobs or 0)

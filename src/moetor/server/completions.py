@@ -1,0 +1,188 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from moetor.engine import CompletionOutput, RequestOutput
+from moetor.server.answers import Choices, collect, usage
+from moetor.server.errors import refusal
+from moetor.server.logprobs import TextLogprobs
+from moetor.server.protocol import CompletionBody
+from moetor.server.sampling import sampling_params
+from moetor.server.service import Job, Service, request_name
+from moetor.server.streams import event, while_connected
+
+DEFAULT_MAX_TOKENS = 16
+router = APIRouter()
+
+
+@router.post("/v1/completions", response_model=None)
+async def complete(body: CompletionBody, request: Request) -> Response:
+    """Continues prompts."""
+    service: Service = request.app.state.service
+    service.check_model(body.model)
+    _check(body)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    alone = max_tokens == 0
+    if alone and not body.echo:
+        raise refusal("max_tokens 0 asks for nothing; take at least 1, or echo", "max_tokens")
+    params = sampling_params(
+        body,
+        # The engine always generates; what it adds to an echo without continuation is left out.
+        max_tokens=1 if alone else max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    prompts = await _prompts(service, body)
+    for ids, _ in prompts:
+        service.check_length(ids, max_tokens, "prompt")
+    name = request_name("cmpl")
+    job = await service.submit([ids for ids, _ in prompts], params, name)
+    answer = _Answer(service, body, name, [text for _, text in prompts], alone)
+    headers = {"X-Request-Id": request.headers.get("x-request-id", name)}
+    if body.stream:
+        return service.stream(answer.events(job), job, headers)
+    try:
+        content = await while_connected(request, answer.whole(job))
+    finally:
+        await job.aclose()
+    return JSONResponse(content, headers=headers)
+
+
+def _check(body: CompletionBody) -> None:
+    if body.suffix:
+        raise refusal("suffix is not supported: models here only continue a text", "suffix")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise refusal(
+            f"best_of {body.best_of} must be n ({body.n or 1}): texts are not ranked here",
+            "best_of",
+        )
+    if body.stream_options is not None and not body.stream:
+        raise refusal("stream_options needs stream to be true", "stream_options")
+    if body.response_format is not None and body.response_format.type != "text":
+        raise refusal(
+            f"response_format {body.response_format.type!r} is not supported; leave it out or take "
+            "'text'",
+            "response_format",
+        )
+
+
+async def _prompts(service: Service, body: CompletionBody) -> list[tuple[list[int], str]]:
+    """Token ids, and the text where it is echoed."""
+    given: Any = body.prompt
+    many: Sequence[Any] = given if not isinstance(given, str) else [given]
+    if not isinstance(given, str) and isinstance(given[0], int):
+        many = [given]
+    special = body.add_special_tokens is not False
+    made = []
+    for index, prompt in enumerate(many):
+        if isinstance(prompt, str):
+            ids = await service.encode(prompt, special=special)
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise refusal(f"prompt {index} has no tokens; give at least one", "prompt")
+        text = prompt if isinstance(prompt, str) else ""
+        if body.echo and not isinstance(prompt, str):
+            text = await service.decode(
+                ids, "prompt", skip_special=body.skip_special_tokens is not False
+            )
+        made.append((ids, text))
+    return made
+
+
+class _Answer:
+    """Makes the answer's parts.
+
+    Args:
+        texts: of the prompts.
+        alone: whether the prompt is echoed without a continuation.
+    """
+
+    def __init__(
+        self, service: Service, body: CompletionBody, name: str, texts: list[str], alone: bool
+    ) -> None:
+        self._service, self._body, self._texts, self._alone = service, body, texts, alone
+        self._logprobs: dict[int, TextLogprobs] = {}
+        self._frame = {
+            "id": name,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.names[0],
+        }
+
+    async def whole(self, job: Job) -> dict[str, Any]:
+        outputs = await collect(self._service, job)
+        choices = []
+        for number, output in enumerate(outputs):
+            for one in output.outputs:
+                index = number * job.choices + one.index
+                text, logprobs = self._piece(index, number, output, one, first=True, whole=True)
+                choices.append(_choice(index, text, logprobs, one))
+        return {**self._frame, "choices": choices, "usage": self._usage(outputs)}
+
+    async def events(self, job: Job) -> AsyncGenerator[bytes]:
+        options = self._body.stream_options
+        counted = options is not None and options.include_usage
+        choices = Choices(self._service, job)
+        async for number, output, one, first in choices.news():
+            index = number * job.choices + one.index
+            text, logprobs = self._piece(index, number, output, one, first=first, whole=False)
+            if not text and logprobs is None and not one.finished:
+                continue
+            chunk = {**self._frame, "choices": [_choice(index, text, logprobs, one)]}
+            yield event({**chunk, "usage": None} if counted else chunk)
+        if counted:
+            yield event({**self._frame, "choices": [], "usage": self._usage(choices.last)})
+
+    def _piece(
+        self,
+        index: int,
+        number: int,
+        output: RequestOutput,
+        one: CompletionOutput,
+        *,
+        first: bool,
+        whole: bool,
+    ) -> tuple[str, dict[str, Any] | None]:
+        """Text and log-probabilities: all of them, or what is new."""
+        text = one.text if whole else one.new_text
+        tokens = one.token_ids if whole else one.new_token_ids
+        if self._alone:
+            text, tokens = "", []
+        entries: list[Any] = []
+        if one.logprobs is not None:
+            entries = list(one.logprobs[len(one.token_ids) - len(tokens) :]) if tokens else []
+        texts: list[str] = [""] * len(entries)
+        if first and self._body.echo:
+            text = self._texts[number] + text
+            prompt = output.prompt_token_ids
+            tokens = [*prompt, *tokens]
+            if output.prompt_logprobs is not None:
+                entries = [*output.prompt_logprobs, *entries]
+                texts = [self._service.piece(prompt[0]), *[""] * (len(tokens) - 1)]
+        if self._body.logprobs is None or not tokens:
+            return text, None
+        maker = self._logprobs.setdefault(index, TextLogprobs(self._body.logprobs))
+        return text, maker.take(tokens, entries, texts)
+
+    def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        return usage(outputs, generated=not self._alone)
+
+
+def _choice(
+    index: int, text: str, logprobs: dict[str, Any] | None, one: CompletionOutput
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": one.finish_reason,
+        "stop_reason": one.stop_reason,
+    }

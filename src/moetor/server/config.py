@@ -1,0 +1,152 @@
+"""The server's settings, from which the flags of `moetor serve` are generated."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from moetor.errors import ConfigError
+
+SERVER, API, LIMITS = "server", "API", "limits"
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _flag(group: str, help_text: str, metavar: str | None = None) -> dict[str, str]:
+    named = {} if metavar is None else {"metavar": metavar}
+    return {"group": group, "help": help_text, **named}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the server listens, who may ask, and how much.
+
+    Raises:
+        ConfigError: a value is out of its range, a file cannot be read, or two contradict.
+    """
+
+    host: str = field(default="127.0.0.1", metadata=_flag(SERVER, "address to listen on", "HOST"))
+    port: int = field(
+        default=8000, metadata=_flag(SERVER, "port to listen on; 0 takes a free one", "N")
+    )
+    api_key: str | None = field(
+        default=None,
+        metadata=_flag(
+            API,
+            "key that requests must bring; other users of the machine can see it in the list of "
+            "processes, so prefer the two flags below",
+            "KEY",
+        ),
+    )
+    api_key_file: Path | None = field(
+        default=None, metadata=_flag(API, "file with that key, or several, one a line", "FILE")
+    )
+    api_key_env: str | None = field(
+        default=None, metadata=_flag(API, "environment variable with that key", "NAME")
+    )
+    served_model_name: tuple[str, ...] = field(
+        default=(),
+        metadata=_flag(
+            API,
+            "what clients call the model; the first stands in answers; without it, MODEL",
+            "A,B",
+        ),
+    )
+    chat_template: Path | None = field(
+        default=None, metadata=_flag(API, "chat template instead of the tokenizer's", "FILE")
+    )
+    allow_origins: tuple[str, ...] = field(
+        default=(),
+        metadata=_flag(
+            API, "web origins whose pages may call the API (CORS); * for all", "URL,..."
+        ),
+    )
+    max_waiting: int = field(
+        default=1024,
+        metadata=_flag(
+            LIMITS, "sequences that may wait for a place; more are answered with status 429", "N"
+        ),
+    )
+    max_body_mib: float = field(
+        default=16.0, metadata=_flag(LIMITS, "size of a request's body at most", "MIB")
+    )
+    write_timeout: float = field(
+        default=60.0,
+        metadata=_flag(
+            LIMITS, "a client that reads nothing for so long is disconnected", "SECONDS"
+        ),
+    )
+    drain_timeout: float = field(
+        default=30.0,
+        metadata=_flag(
+            LIMITS, "how long running requests may go on after SIGTERM before they end", "SECONDS"
+        ),
+    )
+    log_level: LogLevel = field(
+        default="info", metadata=_flag(SERVER, "what is logged, on standard error")
+    )
+    log_interval: float = field(
+        default=10.0, metadata=_flag(SERVER, "between two lines of figures", "SECONDS")
+    )
+
+    @classmethod
+    def server_part(cls, options: ServerConfig, **changed: Any) -> ServerConfig:
+        """The server's part of a command's options, with some fields changed."""
+        own = {one.name: getattr(options, one.name) for one in fields(ServerConfig)}
+        return ServerConfig(**(own | changed))
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port {self.port} must be between 0 and 65535")
+        for name in ("max_body_mib", "write_timeout", "log_interval"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        if self.max_waiting < 0:
+            raise ConfigError(f"max_waiting {self.max_waiting} must be at least 0")
+        if not 0 <= self.drain_timeout < float("inf"):
+            raise ConfigError(f"drain_timeout {self.drain_timeout} must be at least 0")
+        if any(not name for name in self.served_model_name):
+            raise ConfigError("served_model_name has an empty name")
+
+    def api_keys(self) -> tuple[str, ...]:
+        """The keys, from the argument, the file and the environment; none where none is asked for.
+
+        Raises:
+            ConfigError: one is empty or not ASCII, the file cannot be read, or the variable is not
+                set.
+        """
+        keys = []
+        if self.api_key is not None:
+            keys.append(("api_key", self.api_key))
+        if self.api_key_file is not None:
+            lines = read_text(self.api_key_file, "api_key_file").split("\n")
+            found = [line.strip() for line in lines if line.strip()]
+            if not found:
+                raise ConfigError(f"api_key_file {self.api_key_file} has no key in it")
+            keys += [("api_key_file", key) for key in found]
+        if self.api_key_env is not None:
+            value = os.environ.get(self.api_key_env)
+            if value is None:
+                raise ConfigError(f"api_key_env: there is no variable {self.api_key_env}")
+            keys.append(("api_key_env", value))
+        for name, key in keys:
+            if not key or not key.isascii() or not key.isprintable():
+                raise ConfigError(
+                    f"{name} gives a key that is empty or has characters that a header cannot carry"
+                )
+        return tuple(key for _, key in keys)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The file's text.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{what} {path} is not UTF-8 text") from error

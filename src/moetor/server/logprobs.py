@@ -1,0 +1,93 @@
+"""Log-probabilities in the two forms of OpenAI's answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from moetor.engine import Logprob
+
+# What OpenAI puts where a token was impossible; JSON has no infinity.
+_LOWEST = -9999.0
+_INCOMPLETE = "\ufffd"
+
+
+def _value(found: Logprob) -> float:
+    return max(found.logprob, _LOWEST) if not math.isnan(found.logprob) else _LOWEST
+
+
+def _ranked(entry: dict[int, Logprob], top: int) -> list[Logprob]:
+    return sorted((one for one in entry.values() if one.rank <= top), key=lambda one: one.rank)
+
+
+def _bytes(text: str) -> list[int] | None:
+    # A token that is a part of a character has no text of its own to take bytes from.
+    return None if _INCOMPLETE in text else list(text.encode())
+
+
+def chat_logprobs(
+    tokens: Sequence[int], entries: Sequence[dict[int, Logprob]], top: int
+) -> dict[str, Any]:
+    """The `logprobs` of a choice of `/v1/chat/completions`.
+
+    Args:
+        tokens: that were generated; an entry of `entries` for each.
+        top: how many of the likeliest are told for each.
+    """
+    content = []
+    for token, entry in zip(tokens, entries, strict=True):
+        taken = _one(entry[token])
+        taken["top_logprobs"] = [_one(other) for other in _ranked(entry, top)]
+        content.append(taken)
+    return {"content": content, "refusal": None}
+
+
+def _one(found: Logprob) -> dict[str, Any]:
+    text = found.decoded_token or ""
+    return {"token": text, "logprob": _value(found), "bytes": _bytes(text)}
+
+
+class TextLogprobs:
+    """Makes the `logprobs` of a choice of `/v1/completions`, piece by piece.
+
+    Args:
+        top: how many of the likeliest are told for each token.
+    """
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._offset = 0
+
+    def take(
+        self,
+        tokens: Sequence[int],
+        entries: Sequence[dict[int, Logprob] | None],
+        texts: Sequence[str] | None = None,
+    ) -> dict[str, Any]:
+        """The next tokens; the entry of a text's very first token is None, as nothing comes before.
+
+        Args:
+            texts: of the tokens whose entry is None.
+        """
+        made: dict[str, Any] = {
+            "text_offset": [],
+            "token_logprobs": [],
+            "tokens": [],
+            "top_logprobs": [],
+        }
+        for place, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
+            text = (entry[token].decoded_token or "") if entry else (texts or [])[place]
+            made["text_offset"].append(self._offset)
+            made["tokens"].append(text)
+            made["token_logprobs"].append(_value(entry[token]) if entry else None)
+            made["top_logprobs"].append(self._tops(entry, token) if entry else None)
+            self._offset += len(text)
+        return made
+
+    def _tops(self, entry: dict[int, Logprob], token: int) -> dict[str, float]:
+        """The likeliest, and the one taken where it is not among them."""
+        tops: dict[str, float] = {}
+        for one in (*_ranked(entry, self._top), entry[token]):
+            tops.setdefault(one.decoded_token or "", _value(one))
+        return tops

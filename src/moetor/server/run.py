@@ -1,0 +1,98 @@
+"""Runs the application under uvicorn: the socket first, then the engine, then until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from moetor.engine import AsyncEngine
+from moetor.errors import ConfigError
+from moetor.server.app import create_app
+from moetor.server.config import ServerConfig
+from moetor.server.service import Service
+
+_log = logging.getLogger("moetor.server")
+# Past the draining: answers of ended requests are written.
+_LAST_WORDS_S = 5
+
+
+def serve(make_engine: Callable[[], AsyncEngine], config: ServerConfig, model: str) -> None:
+    """Serves until SIGINT or SIGTERM, then drains.
+
+    Args:
+        make_engine: called once the port is ours, as loading a model takes its time.
+        model: what it is called, unless `config` names it.
+
+    Raises:
+        ConfigError: the port cannot be had, or a setting does not fit.
+    """
+    logging.getLogger("moetor").setLevel(config.log_level.upper())
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    config.api_keys()
+    with listen(config.host, config.port) as listening:
+        engine = make_engine()
+        try:
+            app = create_app(engine, config, model)
+            # uvicorn raises the signal again when it is done, for whoever had the handler before.
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            _Server(app, config).run(sockets=[listening])
+        finally:
+            asyncio.run(engine.shutdown())
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        ConfigError: the port is taken, or not ours to take.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with "
+            "--port"
+        ) from error
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """Says where it is once it is there; at the end, requests that drain too long are ended."""
+
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+        self._service: Service = app.state.service
+        self._drain_s = config.drain_timeout
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level=None,
+                access_log=False,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=int(config.drain_timeout) + _LAST_WORDS_S,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        host, port = (sockets or [])[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        _log.info("serving %s on http://%s:%d", self._service.names[0], shown, port)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.draining = True
+        _log.info("stopping: %d sequences are under way", self._service.sequences)
+        ending = asyncio.create_task(self._service.engine.shutdown(self._drain_s))
+        await super().shutdown(sockets)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)

@@ -1,0 +1,261 @@
+"""What the endpoints share: the engine, the names, the tokenizer's thread, the queue's bound."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+from moetor.engine import AsyncEngine, EngineStoppedError, RequestOutput, SamplingParams
+from moetor.engine.aio import OutputStream
+from moetor.engine.text import decode_function
+from moetor.errors import InputError
+from moetor.server.config import ServerConfig
+from moetor.server.errors import ApiError, refusal
+from moetor.server.streams import EventStream
+
+Result = TypeVar("Result")
+
+
+class Job:
+    """The prompts of one request, on their way through the engine.
+
+    Args:
+        choices: continuations of each prompt.
+        release: called once, at the end.
+    """
+
+    def __init__(self, choices: int, release: Callable[[], None]) -> None:
+        self.choices = choices
+        self.streams: list[OutputStream] = []
+        self._release: Callable[[], None] | None = release
+
+    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """Outputs as they come, each with the number of its prompt; closing it aborts the rest."""
+        try:
+            if len(self.streams) == 1:
+                async for output in self.streams[0]:
+                    yield 0, output
+            else:
+                async with aclosing(_merged(self.streams)) as merged:
+                    async for pair in merged:
+                        yield pair
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Aborts what has not finished."""
+        for stream in self.streams:
+            await stream.aclose()
+        if self._release is not None:
+            self._release()
+            self._release = None
+
+
+class Service:
+    """One engine behind the endpoints.
+
+    Args:
+        engine: as `AsyncEngine` made it.
+        config: the server's settings.
+        name: of the model, where `config` names none.
+
+    Attributes:
+        names: what the model is called; the first stands in answers.
+        created: Unix time of the start.
+        draining: whether the server is going down.
+    """
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, name: str) -> None:
+        self.engine, self.config = engine, config
+        self.names = config.served_model_name or (name,)
+        self.created = int(time.time())
+        self.draining = False
+        self.sequences = 0
+        self._most = engine.engine.config.max_num_seqs + config.max_waiting
+        # One thread: a tokenizer's settings are not safe to share, and its work would otherwise
+        # hold up every other stream.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="moetor-tokenizer")
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.healthy and not self.draining
+
+    def state(self) -> dict[str, Any]:
+        """What the engine holds now."""
+        stats = self.engine.stats()
+        return {
+            "running": stats.running,
+            "waiting": stats.waiting,
+            "kv_cache_usage": stats.kv_cache_usage,
+        }
+
+    def check_model(self, name: str | None) -> None:
+        """Refuses a model that is not served here.
+
+        Raises:
+            ApiError: status 404.
+        """
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; there is {', '.join(self.names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Runs `work` on the tokenizer's thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, work, *arguments)
+
+    async def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            ApiError: the engine has no tokenizer, or it refuses the text.
+        """
+        tokenizer = self.tokenizer()
+
+        def work() -> list[int]:
+            return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+        try:
+            return await self.in_thread(work)
+        except (TypeError, UnicodeError) as error:
+            raise refusal(f"the tokenizer refuses the prompt: {error}", "prompt") from error
+
+    async def decode(self, ids: Sequence[int], param: str, *, skip_special: bool) -> str:
+        """The text of token ids.
+
+        Raises:
+            ApiError: one is outside the vocabulary, or there is no tokenizer.
+        """
+        size = self.engine.engine.intake.vocab_size
+        wrong = next((token for token in ids if token >= size), None)
+        if wrong is not None:
+            raise refusal(f"token id {wrong} is outside the vocabulary of {size} tokens", param)
+        decode = decode_function(self.tokenizer(), skip_special_tokens=skip_special)
+        return await self.in_thread(decode, list(ids))
+
+    def piece(self, token: int) -> str:
+        """The text of one token, special or not."""
+        return decode_function(self.tokenizer(), skip_special_tokens=False)([token])
+
+    def tokenizer(self) -> Any:
+        """The model's.
+
+        Raises:
+            ApiError: it has none.
+        """
+        if self.engine.tokenizer is None:
+            raise refusal("this model was loaded without a tokenizer; send token ids")
+        return self.engine.tokenizer
+
+    def check_length(self, prompt: Sequence[int], max_tokens: int | None, param: str) -> None:
+        """Refuses a prompt that leaves no room for its continuation.
+
+        Raises:
+            ApiError: status 400, with OpenAI's code for it.
+        """
+        wanted = 1 if max_tokens is None else max_tokens
+        most = self.engine.max_model_len
+        if len(prompt) + wanted > most:
+            raise refusal(
+                f"This model's maximum context length is {most} tokens. However, you requested "
+                f"{len(prompt) + wanted} tokens ({len(prompt)} in the {param}, {wanted} in the "
+                f"completion). Please reduce the length of the {param} or of the completion.",
+                param,
+                "context_length_exceeded",
+            )
+
+    async def submit(self, prompts: Sequence[Any], params: SamplingParams, name: str) -> Job:
+        """Queues prompts; all of them, or none.
+
+        Raises:
+            ApiError: the queue is full, the engine is down, or it refuses a prompt.
+        """
+        wanted = len(prompts) * params.n
+        if self.sequences + wanted > self._most:
+            raise ApiError(
+                429,
+                f"{self.sequences} sequences are under way, this request has {wanted}, and this "
+                f"server takes {self._most} at a time; try again later, or with fewer",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": "1"},
+            )
+        if not self.healthy:
+            raise unavailable("the engine takes no requests: it has stopped or is about to")
+        self.sequences += wanted
+        job = Job(params.n, lambda: self._release(wanted))
+        try:
+            for index, prompt in enumerate(prompts):
+                job.streams.append(
+                    await self.engine.add_request(prompt, params, f"{name}-{index}", merge=True)
+                )
+        except InputError as error:
+            await job.aclose()
+            raise refusal(str(error), "prompt") from error
+        except EngineStoppedError as error:
+            await job.aclose()
+            raise unavailable(str(error)) from error
+        except BaseException:
+            await job.aclose()
+            raise
+        return job
+
+    def stream(self, events: AsyncGenerator[bytes], job: Job, headers: dict[str, str]) -> Response:
+        """A streamed answer, at whose end `job` ends."""
+        return EventStream(
+            events, close=job.aclose, write_timeout=self.config.write_timeout, headers=headers
+        )
+
+    def _release(self, sequences: int) -> None:
+        self.sequences -= sequences
+
+
+async def _merged(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    # Its bound makes a slow reader hold back the pumps, so that outputs merge in their streams.
+    queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue(maxsize=1)
+
+    async def pump(number: int) -> None:
+        async for output in streams[number]:
+            await queue.put((number, output))
+
+    pumps = [asyncio.create_task(pump(number)) for number in range(len(streams))]
+    try:
+        left = len(pumps)
+        while left:
+            number, output = await queue.get()
+            left -= output.finished
+            yield number, output
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def unavailable(message: str) -> ApiError:
+    """Status 503."""
+    return ApiError(503, message, code="service_unavailable", headers={"Retry-After": "5"})
+
+
+def failure(output: RequestOutput) -> ApiError | None:
+    """The error of a request that did not end well, or None."""
+    if output.error is not None:
+        return ApiError(500, f"the engine failed on this request: {output.error}")
+    if any(one.finish_reason == "abort" for one in output.outputs):
+        return unavailable("the request was ended before it was done: the server is stopping")
+    return None
+
+
+def request_name(prefix: str) -> str:
+    """A new id."""
+    return f"{prefix}-{uuid.uuid4().hex}"

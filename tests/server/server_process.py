@@ -1,0 +1,69 @@
+"""A real `moetor serve` on a free port of loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+
+KEY = "a-key-that-must-not-be-logged"
+
+
+class ServerProcess:
+    """Starts it and waits until it answers.
+
+    Attributes:
+        url: without a path.
+        log: lines of standard error so far.
+    """
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "moetor", "serve", "--port", "0", *flags]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.log: list[str] = []
+        self.url = ""
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._ready.wait(120)
+        if not self.url:
+            self.process.kill()
+            raise AssertionError("the server did not start:\n" + "".join(self.log))
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if " on http://" in line:
+                self.url = line.rsplit(" on ", 1)[1].strip()
+                self._ready.set()
+        self._ready.set()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        status = self.process.wait(60)
+        self._reader.join(10)
+        return status
+
+    def idle(self) -> None:
+        """Waits until the engine holds nothing; fails after half a minute."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            state = httpx.get(f"{self.url}/health").json()
+            if state["running"] == state["waiting"] == 0 and state["kv_cache_usage"] == 0:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"requests are left: {state}")
+
+
+def resident_mib(pid: int) -> float:
+    """Memory of a process, in MiB."""
+    text = Path(f"/proc/{pid}/statm").read_text()
+    return int(text.split()[1]) * 4096 / 2**20
