@@ -223,9 +223,8 @@ def prompt_cases() -> Iterator[Case]:
     for sequences, length in ((16, 2048), (4, 512)):
         given = paged(sequences, length, length, 1)
         chosen = plan_of(sequences, length, length)
-        plans = [chosen, replace(chosen, stages=3), replace(chosen, keys=128),
-                 replace(chosen, rows=64, warps=4), replace(chosen, keys=128, stages=3),
-                 replace(chosen, rows=128, keys=32, stages=4)]  # fmt: skip
+        plans = [chosen, replace(chosen, stages=2), replace(chosen, keys=128)]
+        plans += [replace(chosen, keys=128, stages=2), replace(chosen, keys=32)]
         found = [
             Variant(name=f"ours r{p.rows} k{p.keys} w{p.warps} st{p.stages}",
                     call=with_plan(given, p, False))
@@ -353,6 +352,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32, 128, 256])
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 1024, 4096])
+    kinds = ("chain", "product", "small", "decode", "prompt")
+    parser.add_argument("--cases", nargs="*", default=list(kinds), choices=kinds)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     ceilings = measure_ceilings("cuda", DTYPE)
@@ -361,11 +362,15 @@ def main() -> None:
     batches, contexts = arguments.batches, arguments.contexts
     results = []
     with torch.no_grad():
-        for sequences, context in ((1, 128), (1, 1024), (8, 512)):
-            results.append(run(chain_case(sequences, context), read, flops))
-        for cases in (product_cases(batches), small_cases(batches),
-                      decode_cases(batches, contexts), prompt_cases()):  # fmt: skip
-            for case in cases:
+        cases = {
+            "chain": (chain_case(*size) for size in ((1, 128), (1, 1024), (8, 512), (32, 512))),
+            "product": product_cases(batches),
+            "small": small_cases(batches),
+            "decode": decode_cases(batches, contexts),
+            "prompt": prompt_cases(),
+        }
+        for kind in arguments.cases:
+            for case in cases[kind]:
                 results.append(run(case, read, flops))
             torch.cuda.empty_cache()
     made = {
