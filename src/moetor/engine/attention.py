@@ -299,6 +299,14 @@ def _weigh(
     if scores.expand is not None:
         keys_SHLD, values_SHLD = scores.expand(keys_SHLD, values_SHLD)
     if scores.softcap is None and scores.sinks_H is None:
+        heads, tokens = query_SHTD.shape[1:3]
+        if tokens == 1:
+            # The heads that share keys as if they were tokens: on a CPU many times as fast.
+            query_SHTD = query_SHTD.unflatten(1, (keys_SHLD.shape[1], -1)).squeeze(3)
+            out = F.scaled_dot_product_attention(
+                query_SHTD, keys_SHLD, values_SHLD, mask, scale=scores.scale
+            )
+            return out.reshape(out.shape[0], heads, 1, -1)
         return F.scaled_dot_product_attention(
             query_SHTD, keys_SHLD, values_SHLD, mask, scale=scores.scale, enable_gqa=True
         )

@@ -15,6 +15,8 @@ from torch import Tensor
 from moetor.engine.sequence import Scheduled, Sequence
 
 _MASK = 2**64 - 1
+# How many of the likeliest tokens are looked at before the whole vocabulary is sorted.
+_CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,15 +203,36 @@ class Sampler:
         top_k = self._tensor([p.top_k if p.top_k > 0 else size for p in params])[:, None]
         top_p = self._tensor([p.top_p for p in params], torch.float32)[:, None]
         min_p = self._tensor([p.min_p for p in params], torch.float32)[:, None]
-        ordered, order = scaled_RV.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered.masked_fill(torch.arange(size, device=self._device) >= top_k, -torch.inf)
-        probable = ordered.softmax(-1)
-        before = probable.cumsum(-1) - probable
+        # Sorting a whole vocabulary is slow on a CPU, and reading whether a part of it is enough is
+        # slow on a GPU.
+        ordered, order, enough = scaled_RV, scaled_RV, False
+        if self._device.type == "cpu" and size > _CANDIDATES:
+            ordered, order = scaled_RV.topk(_CANDIDATES, dim=-1)
+            probable, before = _probable(ordered, scaled_RV, top_k)
+            smallest = probable[:, -1:]
+            complete = (top_k <= _CANDIDATES) | (before[:, -1:] + smallest >= top_p)
+            enough = bool((complete | (smallest < min_p * probable[:, :1])).all())
+        if not enough:
+            ordered, order = scaled_RV.sort(dim=-1, descending=True, stable=True)
+            probable, before = _probable(ordered, scaled_RV, top_k)
         # The likeliest has nothing before it and always stays.
-        out = (before >= top_p) | (probable < min_p * probable[:, :1])
+        out = (before >= top_p) | (probable < min_p * probable[:, :1]) | (probable == 0)
         out[:, 0] = False
         ordered = ordered.masked_fill(out, -torch.inf)
-        return torch.empty_like(scaled_RV).scatter_(-1, order, ordered)
+        return torch.full_like(scaled_RV, -torch.inf).scatter_(-1, order, ordered)
+
+
+def _probable(ordered_RN: Tensor, scaled_RV: Tensor, top_k_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of the likeliest tokens among the `top_k` likeliest, 0 for those beyond, and
+    the sum of those before each.
+    """
+    places = torch.arange(ordered_RN.shape[1], device=ordered_RN.device)
+    kept_RN = ordered_RN.masked_fill(places >= top_k_R1, -torch.inf)
+    some_R1 = kept_RN.logsumexp(-1, keepdim=True)
+    all_R1 = scaled_RV.logsumexp(-1, keepdim=True)
+    total_R1 = torch.where(top_k_R1 < scaled_RV.shape[1], some_R1, all_R1)
+    probable_RN = (kept_RN - total_R1).exp()
+    return probable_RN, probable_RN.cumsum(-1) - probable_RN
 
 
 def _row(part: Scheduled) -> int:
