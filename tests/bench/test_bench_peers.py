@@ -81,6 +81,13 @@ def test_weights_differ_between_rows_experts_and_sets() -> None:
     assert not torch.equal(first.gate_up, second.gate_up)
     assert first.gate_up.float().std() == pytest.approx(32**-0.5, rel=0.1)
     assert first.gate_up_bias is None
+    assert first.post_norm is None
+    normed = replace(PLAIN, experts=replace(PLAIN.experts, post_norm_eps=1e-6))
+    one, two = make_weights(normed, 2, torch.bfloat16, "cpu", seed=0)
+    assert one.post_norm is not None
+    assert two.post_norm is not None
+    assert one.post_norm.shape == (32,)
+    assert not torch.equal(one.post_norm, two.post_norm)
 
 
 def test_vllm_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

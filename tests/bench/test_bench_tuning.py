@@ -15,9 +15,12 @@ from moetor.bench.gpu_tuning import gpu_cases
 from moetor.bench.shapes import SHAPES
 from moetor.bench.tuning import PlanTimer, TuneCase, TuneRow, tune
 from moetor.cli.main import main
+from moetor.cli.tune import TuneOptions, _shapes
+from moetor.huggingface import loading
 from moetor.kernels.triton import choose, fused, tuned
 from moetor.kernels.triton.candidates import large_candidates, small_candidates
 from moetor.kernels.triton.tuned import Plan, TunedPlan, TunedPlans, plan_key
+from moetor.tools.tiny.models import tiny_config
 
 KB = 1024
 H100 = choose.Device(sms=132, shared=227 * KB, capability=(9, 0))
@@ -393,19 +396,37 @@ def test_the_kernel_takes_the_plan_of_its_range(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune"]) == 1
+    assert main(["tune", "--shape", "olmoe"]) == 1
     assert "there is nothing to tune" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
+        ([], "either a MODEL or --shape"),
+        (["demo", "--shape", "olmoe"], "either a MODEL or --shape"),
         (["--shape", "gpt"], "qwen3-30b-a3b"),
-        (["--tokens", "0"], "tokens=0"),
-        (["--seconds", "0"], "--seconds 0"),
-        (["--dtype", "int8"], "bfloat16"),
+        (["demo", "--tokens", "0"], "tokens=0"),
+        (["demo", "--seconds", "0"], "--seconds 0"),
+        (["demo", "--dtype", "int8"], "bfloat16"),
     ],
 )
 def test_bad_usage(flags: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", *flags]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_the_shapes_of_a_model() -> None:
+    (shape,) = _shapes(TuneOptions(model="demo"))
+    config = loading.load_config("demo")
+    assert shape.top_k == config.num_experts_per_tok
+    assert shape.experts.num_experts == config.num_experts
+    assert shape.experts.hidden_size == config.hidden_size
+    assert [one.name for one in _shapes(TuneOptions(shape=("olmoe",)))] == ["olmoe"]
+
+
+def test_the_form_of_a_model_is_kept(tmp_path: Path) -> None:
+    tiny_config("gpt_oss").save_pretrained(tmp_path)
+    (shape,) = _shapes(TuneOptions(model=str(tmp_path)))
+    experts = shape.experts
+    assert (experts.interleaved, experts.transposed, experts.has_bias) == (True, True, True)

@@ -157,7 +157,8 @@ SURFACE: dict[str, dict[str, object]] = {
         "--debug": False,
     },
     "tune": {
-        "--shape": ("qwen3-30b-a3b",),
+        "model": None,
+        "--shape": (),
         "--tokens": (1, 4, 16, 64, 256, 1024, 4096),
         "--dtype": "bfloat16",
         "--seconds": 60.0,

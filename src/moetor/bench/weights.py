@@ -42,12 +42,21 @@ def make_weights(
         )
         return (drawn * _BIAS_SCALE).to(device=device, dtype=dtype)
 
+    def norm(number: int) -> Tensor | None:
+        if experts.post_norm_eps is None:
+            return None
+        drawn = torch.rand(
+            experts.hidden_size, generator=torch.Generator().manual_seed(seed + number)
+        )
+        return (0.5 + drawn).to(device=device, dtype=dtype)
+
     return [
         ExpertWeights(
             gate_up=matrix(experts.gate_up_shape, experts.hidden_size, 4 * number),
             down=matrix(experts.down_shape, experts.intermediate_size, 4 * number + 1),
             gate_up_bias=bias(experts.up_size, 4 * number + 2),
             down_bias=bias(experts.hidden_size, 4 * number + 3),
+            post_norm=norm(number),
         )
         for number in range(num_sets)
     ]

@@ -118,7 +118,7 @@ COMMANDS = (
         module="moetor.cli.tune",
         options="TuneOptions",
         summary="measure the fastest tiles of the GPU kernels for a layer, and keep them",
-        examples=("moetor tune --shape olmoe", "moetor tune --shape 64,8,2048,1024 --tokens 1,16"),
+        examples=("moetor tune ./OLMoE-1B-7B-0924", "moetor tune --shape olmoe --tokens 1,16"),
     ),
     Command(
         words=("bench", "layer"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from moetor.bench.shapes import check_tokens, parse_shapes
+from moetor.bench.shapes import LayerShape, check_tokens, parse_shapes
 from moetor.cli.console import Progress, note, print_table, progress
 from moetor.errors import InputError, UnsupportedError
 
@@ -29,12 +29,20 @@ class TuneOptions:
     Shape letters: E experts, K experts per token (top_k), H hidden, I intermediate, T tokens.
     """
 
+    model: str | None = field(
+        default=None,
+        metadata={
+            "positional": True,
+            "help": "folder or hub id of a Transformers model, or demo: the experts of its layers; "
+            "only its configuration is read",
+        },
+    )
     shape: tuple[str, ...] = field(
-        default=("qwen3-30b-a3b",),
+        default=(),
         metadata={
             "metavar": "SHAPE,...",
-            "help": "qwen3-30b-a3b, mixtral-8x7b, olmoe, gpt-oss-20b, deepseek-v3-ep8, all, or "
-            "four numbers E,K,H,I",
+            "help": "instead of a model: qwen3-30b-a3b, mixtral-8x7b, olmoe, gpt-oss-20b, "
+            "deepseek-v3-ep8, all, or four numbers E,K,H,I",
         },
     )
     tokens: tuple[int, ...] = field(
@@ -51,7 +59,10 @@ class TuneOptions:
     seed: int = field(default=0, metadata={"help": "of weights, hidden states and routings"})
 
     def __post_init__(self) -> None:
-        parse_shapes(self.shape)
+        if (self.model is None) == (not self.shape):
+            raise InputError("name either a MODEL or --shape, for example --shape olmoe")
+        if self.shape:
+            parse_shapes(self.shape)
         check_tokens(self.tokens)
         if not self.seconds > 0:
             raise InputError(f"--seconds {self.seconds:g} must be positive")
@@ -75,7 +86,7 @@ def run(options: TuneOptions) -> int:
     store = tuned.plans_of(index)
     counts = tuple(dict.fromkeys(next_power_of_2(count) for count in options.tokens))
     dtype, rows = getattr(torch, options.dtype), []
-    for shape in parse_shapes(options.shape):
+    for shape in _shapes(options):
         if options.again:
             store.drop(shape.experts, shape.top_k, dtype.itemsize, counts)
         cases = gpu_cases(shape, counts, dtype, support.gpu(index), options.seed)
@@ -94,6 +105,24 @@ def run(options: TuneOptions) -> int:
     print_table("plans kept; gain: computed / tuned", COLUMNS, rows)
     note(f"kept in {store.path}")
     return 0 if any(row[2] for row in rows) else 1
+
+
+def _shapes(options: TuneOptions) -> tuple[LayerShape, ...]:
+    if options.model is None:
+        return parse_shapes(options.shape)
+    from moetor.huggingface.explaining import expert_forms
+
+    forms = expert_forms(options.model)
+    if not forms:
+        raise InputError(f"{options.model!r} has no experts that a kernel of ours could run")
+    return tuple(
+        LayerShape(
+            name=f"{one.num_experts},{top_k},{one.hidden_size},{one.intermediate_size}",
+            top_k=top_k,
+            experts=one,
+        )
+        for one, top_k in forms
+    )
 
 
 def _cells(row: TuneRow) -> list[str]:

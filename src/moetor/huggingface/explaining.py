@@ -79,6 +79,24 @@ def explain(
     return FusionReport(lines, weight_bytes=whole - saved)
 
 
+def expert_forms(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> list[tuple[ExpertsConfig, int]]:
+    """Sizes, form and top_k of the model's routed experts, each kind once, without weights.
+
+    Raises:
+        CheckpointError: the configuration cannot be read, or no model can be built from it.
+    """
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(model, config, trust_remote_code=trust_remote_code)
+    forms: dict[tuple[ExpertsConfig, int], None] = {}
+    for _, block, name in find_blocks(skeleton):
+        found = recognise_experts(block.get_submodule(name))
+        if not isinstance(found, Unrecognised):
+            forms[found, top_k_of(block, found.num_experts)] = None
+    return list(forms)
+
+
 def build_skeleton(model: str, config: object, *, trust_remote_code: bool) -> nn.Module:
     """The model that the configuration describes, on the meta device.
 
