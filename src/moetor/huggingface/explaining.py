@@ -14,6 +14,7 @@ from moetor.errors import CheckpointError, FusionError
 from moetor.huggingface.block_form import (
     ExpertsSource,
     beside_label,
+    experts_form,
     find_blocks,
     find_left_alone,
     recognise_beside,
@@ -90,8 +91,8 @@ def expert_forms(
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(model, config, trust_remote_code=trust_remote_code)
     forms: dict[tuple[ExpertsConfig, int], None] = {}
-    for _, block, name in find_blocks(skeleton):
-        found = recognise_experts(block.get_submodule(name))
+    for _, block, source in find_blocks(skeleton):
+        found = experts_form(block, source)
         if not isinstance(found, Unrecognised):
             forms[found, top_k_of(block, found.num_experts)] = None
     return list(forms)
