@@ -110,6 +110,7 @@ def main() -> None:
     given = parser.parse_args()
     sizes = [int(size) for size in given.sizes.split(",")]
     building.fuse = timed(building.fuse, "fuse")  # type: ignore[attr-defined]
+    building.fuse_dense = timed(building.fuse_dense, "fuse dense parts")  # type: ignore[attr-defined]
     building.dummy_model = timed(building.dummy_model, "weights")  # type: ignore[attr-defined]
     building.choose_strategy = timed(building.choose_strategy, "trial")  # type: ignore[attr-defined]
     building.free_memory = timed(building.free_memory, "full step")  # type: ignore[attr-defined]

@@ -219,10 +219,10 @@ def test_more_than_the_context_is_refused_before_weights_are_loaded(
 
 
 def test_a_model_without_moe_says_so(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    import moetor.huggingface
+    from moetor.engine import build
     from moetor.huggingface import FusionReport
 
-    monkeypatch.setattr(moetor.huggingface, "fuse", lambda *_, **__: FusionReport([]))
+    monkeypatch.setattr(build, "fuse", lambda *_, **__: FusionReport([]))
     out, err = generate(capsys, "--prompt", "ROMEO:", *SHORT)
     assert out
     assert "demo has no MoE blocks; nothing was fused" in err

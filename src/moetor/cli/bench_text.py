@@ -215,7 +215,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
     import copy
 
     from moetor.bench.generation import GenerateBackend
-    from moetor.huggingface import fuse
+    from moetor.engine.build import fuse_for_serving
 
     settings: dict[str, Any] = {"cache": options.cache, "compiled": options.compile}
     peers: list[TextBackend] = []
@@ -224,7 +224,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         peers.append(GenerateBackend("transformers", twin, **settings))
     with progress(f"fusing {options.model}", "blocks") as fused:
-        report = fuse(model, level=options.level, kernel=options.kernel, progress=fused)
+        report = fuse_for_serving(model, level=options.level, kernel=options.kernel, progress=fused)
     if not report.blocks:
         note(f"{options.model} has no MoE blocks; nothing was fused")
     ours: TextBackend

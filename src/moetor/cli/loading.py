@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     """The model, and what was fused; None with level `none`. Of several ranks, this one's part."""
-    from moetor import huggingface
+    from moetor.engine.build import fuse_for_serving
     from moetor.huggingface import loading
 
     name = options.model
@@ -38,7 +38,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     if options.level == "none":
         return model, None
     with progress(f"fusing {name}", "blocks") as fused:
-        report = huggingface.fuse(
+        report = fuse_for_serving(
             model,
             level=options.level,
             kernel=options.kernel,

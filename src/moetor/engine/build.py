@@ -24,8 +24,9 @@ from moetor.errors import CheckpointError, ConfigError, FusionMismatchError
 from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dense_fusing import fuse_dense
 from moetor.huggingface.dummy import CONFIGS, dummy_model
-from moetor.huggingface.fuse_options import FuseLevel
+from moetor.huggingface.fuse_options import FuseLevel, Progress
 from moetor.huggingface.modules import fused_modules
+from moetor.parallel.config import ParallelConfig
 from moetor.quant_config import QuantConfig
 
 _UNCOUNTED = 2**62
@@ -210,13 +211,36 @@ def _fused(model: Any, source: ModelSource) -> FusionReport | None:
                 + "; leave them out"
             )
         return None
+    return fuse_for_serving(
+        model, level=source.level, kernel=source.kernel, quantization=source.quantization
+    )
+
+
+def fuse_for_serving(
+    model: Any,
+    *,
+    level: FuseLevel = "auto",
+    kernel: str = "auto",
+    quantization: str | QuantConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    progress: Progress | None = None,
+) -> FusionReport:
+    """`fuse`, and on a GPU the dense parts as well; where these do not reproduce the model, a
+    warning says so and the experts alone are fused.
+
+    Raises:
+        MoetorError: as `fuse`.
+    """
     report = fuse(
         model,
-        level=source.level,
-        kernel=source.kernel,
-        quantization=source.quantization,
+        level=level,
+        kernel=kernel,
+        quantization=quantization,
+        parallel=parallel,
+        progress=progress,
     )
-    if next(model.parameters()).device.type != "cuda":
+    # Over several ranks Transformers' plan has split the dense parts.
+    if parallel is not None or next(model.parameters()).device.type != "cuda":
         return report
     try:
         return replace(report, dense=fuse_dense(model))
