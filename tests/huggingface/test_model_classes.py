@@ -29,6 +29,7 @@ from tiny import (
 from torch import nn
 
 import moetor
+from moetor import ParallelConfig
 from moetor.errors import (
     ConfigError,
     FusionError,
@@ -170,8 +171,9 @@ def test_a_wrong_block_is_found_by_the_sample(
 
 
 def test_what_is_not_possible_yet(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"parallel.*leave it None"):
-        moetor.MoEForCausalLM.from_pretrained(str(tmp_path / "nowhere"), parallel=object())
+    alone = ParallelConfig(tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="needs 2 ranks, and 1 has joined"):
+        moetor.MoEForCausalLM.from_pretrained(str(tmp_path / "nowhere"), parallel=alone)
     with pytest.raises(ConfigError, match="'some' is not one of sample, all, off"):
         moetor.MoEForCausalLM.from_pretrained("demo", verify="some")  # type: ignore[arg-type]
     with pytest.raises(KernelRefusedError, match="'warp'"):

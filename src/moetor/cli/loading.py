@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import note, progress
@@ -23,6 +24,9 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     device = options.device
     if parallel is not None:
         device = _join_ranks(device)
+    # Of several ranks each knows its share of the experts, and reads it, once the model is spread.
+    sharded = parallel is not None and options.quantization is None and options.level != "none"
+    report: FusionReport | None = None
     with progress(f"loading {name}", "tensors") as loaded:
         model = loading.load_model(
             name,
@@ -33,19 +37,24 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             quantization=options.quantization,
             kernel=options.kernel,
             for_fusing=options.level != "none",
+            sharded=sharded,
             progress=loaded,
         )
-    if options.level == "none":
-        return model, None
-    with progress(f"fusing {name}", "blocks") as fused:
-        report = fuse_for_serving(
+        if options.level == "none":
+            return model, None
+        fuse = partial(
+            fuse_for_serving,
             model,
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
             parallel=parallel,
-            progress=fused,
         )
+        if sharded:
+            report = fuse()
+    if report is None:
+        with progress(f"fusing {name}", "blocks") as fused:
+            report = fuse(progress=fused)
     if not report.blocks:
         note(f"{name} has no MoE blocks; nothing was fused")
     if report.quantized is not None:

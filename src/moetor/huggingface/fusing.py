@@ -46,7 +46,12 @@ from moetor.huggingface.modules import (
 )
 from moetor.huggingface.parallelism import parallelize
 from moetor.huggingface.placement import hooks_aside, put_hook, take_hook
-from moetor.huggingface.quantized_loading import forget_held, random_weights
+from moetor.huggingface.quantized_loading import (
+    forget_held,
+    has_stand_ins,
+    random_weights,
+    share_parameters,
+)
 from moetor.huggingface.quantizing import (
     QuantizedBlock,
     RefuseToSave,
@@ -56,6 +61,7 @@ from moetor.huggingface.quantizing import (
 )
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.report_lines import block_report, left_alone_report, top_k_of
+from moetor.huggingface.sharded_loading import check_withheld, read_withheld
 from moetor.huggingface.split_experts import SplitExperts
 from moetor.huggingface.trial import try_block, try_experts
 from moetor.layer.quantized_experts import QuantizedExperts
@@ -141,6 +147,7 @@ def _fuse(
     parallel: ParallelConfig | None,
     progress: Progress | None,
 ) -> FusionReport:
+    check_withheld(model, spread=parallel is not None)
     found = list(find_blocks(model))
     with hooks_aside(model, [(path, block) for path, block, _ in found]):
         return _fuse_found(model, found, options, parallel, progress)
@@ -174,6 +181,7 @@ def _fuse_found(
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
     spread = None if parallel is None else parallelize(model, parallel)
+    read_withheld(model)
     if quant is not None:
         _quantize(replacements, reports, quant)
     if any(report.quantization is not None for report in reports):
@@ -236,17 +244,21 @@ def _prepare_held(
     if isinstance(source, SplitExperts):
         return _prepare(path, block, source, options, hint)
     held = options.held.get(f"{path}.{source}" if path else source)
-    if held is None:
+    original = block.get_submodule(source)
+    if held is None and not has_stand_ins(original):
         return _prepare(path, block, source, options, hint)
-    with random_weights(block.get_submodule(source)):
+    with random_weights(original):
         replacement, report = _prepare(path, block, source, options, hint)
         if replacement is None:
             raise FusionError(
-                f"block {path!r} holds quantised experts and cannot be fused: {report.reason}. "
-                "Load a checkpoint that is not quantised, without quantization"
+                f"block {path!r} cannot be fused: {report.reason}. Its experts can then be loaded "
+                "neither quantised nor over several ranks; leave out quantization and parallel"
             )
-        done = attach_quantized(replacement.module, held)
-    return replacement, _quantized_report(report, replacement, done)
+        if held is not None:
+            done = attach_quantized(replacement.module, held)
+            return replacement, _quantized_report(report, replacement, done)
+    share_parameters(replacement.module, original)
+    return replacement, report
 
 
 def _quantized_report(

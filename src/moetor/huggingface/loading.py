@@ -30,6 +30,7 @@ from moetor.huggingface.quantized_loading import (
     quantizable_experts,
 )
 from moetor.huggingface.quantized_reading import PackedSink, QuantizedReader, packed_experts
+from moetor.huggingface.sharded_loading import WithholdingSink, leave_withheld, withhold
 from moetor.huggingface.skeleton import (
     concrete_class,
     empty_model,
@@ -142,6 +143,7 @@ def load_model(
     quantization: str | QuantConfig | None = None,
     kernel: str = "auto",
     for_fusing: bool = False,
+    sharded: bool = False,
     progress: LoadProgress | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode, not fused, with every weight streamed from safetensors files.
@@ -154,6 +156,8 @@ def load_model(
         kernel: that is to compute with them, refused before anything is read.
         for_fusing: whether `fuse` is called next, which alone makes the experts of a quantised
             checkpoint usable.
+        sharded: whether `fuse(parallel=...)` is called next, which then reads this rank's share of
+            the experts; until then stand-ins are in their places.
         progress: called as weights are read.
 
     Raises:
@@ -173,6 +177,7 @@ def load_model(
             quantization=quant_config(quantization),
             kernel=kernel,
             fused=for_fusing or quantization is not None,
+            sharded=sharded,
         ),
         progress=progress,
     )[0]
@@ -189,6 +194,7 @@ class LoadOptions:
         quantization: of the experts' weights, as they are read.
         kernel: that is to compute with quantised experts, refused before anything is read.
         fused: whether the model will be fused, which alone makes quantised experts usable.
+        sharded: leave the experts' matrices out, for `read_shares` once the model has been spread.
     """
 
     dtype: torch.dtype | None = None
@@ -200,6 +206,7 @@ class LoadOptions:
     quantization: QuantConfig | None = None
     kernel: str = "auto"
     fused: bool = False
+    sharded: bool = False
 
 
 def stream_model(
@@ -223,6 +230,11 @@ def stream_model(
             f"{model!r} is quantised ({settings.get('quant_method')}) and only runs fused; load it "
             "with moetor.MoEForCausalLM.from_pretrained, or take a checkpoint in bfloat16, float16 "
             "or float32"
+        )
+    if settings is not None and options.sharded:
+        raise UnsupportedError(
+            f"{model!r} is quantised ({settings.get('quant_method')}), which cannot be spread over "
+            "ranks yet; leave parallel None, or take a checkpoint that is not quantised"
         )
     if settings is not None and options.quantization is not None:
         raise ConfigError(
@@ -248,10 +260,15 @@ def stream_model(
             key_mapping=options.key_mapping,
             expert_names=options.expert_names,
         )
-        sink = _sink(empty, plan, checkpoint, options, dtype)
         reader = CheckpointReader(checkpoint)
         if isinstance(checkpoint, QuantizedCheckpoint):
             reader = QuantizedReader(checkpoint)
+        withheld = None
+        if options.sharded:
+            plan, withheld = withhold(empty, plan, reader, progress)
+            sink: PlainSink = WithholdingSink(dict(empty.state_dict()), options.device, withheld)
+        else:
+            sink = _sink(empty, plan, checkpoint, options, dtype)
         figures = stream_weights(
             empty,
             plan,
@@ -271,6 +288,8 @@ def stream_model(
         )
     if isinstance(sink, QuantizingSink | PackedSink):
         hold_experts(finished, sink.quantized())
+    if withheld is not None:
+        leave_withheld(finished, withheld)
     return finished, figures
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +24,8 @@ from moetor.huggingface.loading import (
     stream_model,
 )
 from moetor.huggingface.streaming import LoadProgress
+from moetor.parallel.config import ParallelConfig
+from moetor.parallel.groups import make_groups
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import quant_config
 
@@ -53,7 +56,7 @@ class _Streamed:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         quantization: str | QuantConfig | None = None,
-        parallel: object | None = None,
+        parallel: ParallelConfig | None = None,
         kernel: str = "auto",
         verify: Verify = "sample",
         progress: bool = True,
@@ -73,7 +76,8 @@ class _Streamed:
             device: cpu, cuda or cuda:N; `auto` for the first GPU, else the CPU.
             quantization: name of a quantisation (`moetor.quant_config.PRESETS`) or a `QuantConfig`
                 for the routed experts, which are quantised one by one as they are read.
-            parallel: None; a model cannot be spread over several devices yet.
+            parallel: how the model is spread over the ranks that have joined, as by
+                `moetor.parallelize`; each reads the experts, or their slices, that it keeps.
             kernel: a kernel's name, honoured or refused; `auto` chooses.
             verify: `sample` compares one fused block of each form with its original, `all` every
                 one, `off` none.
@@ -93,13 +97,15 @@ class _Streamed:
             KernelRefusedError: the kernel is unknown or refuses.
             UnsupportedError: the model is of another kind, quantised, or not possible here.
         """
-        _refuse_later(parallel)
         if verify not in _VERIFY:
             raise ConfigError(f"verify={verify!r} is not one of {', '.join(_VERIFY)}")
         check_request("auto", kernel, quantization)
+        where = find_device(str(device))
+        if parallel is not None:
+            _check_parallel(parallel, quantization, where)
         options = LoadOptions(
             dtype=dtype if isinstance(dtype, torch.dtype) else find_dtype(dtype),
-            device=find_device(str(device)),
+            device=where,
             revision=revision,
             trust_remote_code=trust_remote_code,
             key_mapping=key_mapping,
@@ -107,17 +113,22 @@ class _Streamed:
             quantization=quant_config(quantization),
             kernel=kernel,
             fused=True,
+            sharded=parallel is not None,
+        )
+        fused = partial(
+            fuse,
+            kernel=kernel,
+            quantization=quantization,
+            verify=_VERIFY[verify],
+            parallel=parallel,
         )
         with _bar(f"loading {model}", "tensors") if progress else nullcontext() as shown:
             loaded, _ = stream_model(model, options, maker=cls._class_of, progress=shown)
-        with _bar(f"fusing {model}", "blocks") if progress else nullcontext() as shown:
-            report = fuse(
-                loaded,
-                kernel=kernel,
-                quantization=quantization,
-                verify=_VERIFY[verify],
-                progress=shown,
-            )
+            # Of several ranks each knows its share of the experts once the model has been spread.
+            report = None if parallel is None else fused(loaded)
+        if report is None:
+            with _bar(f"fusing {model}", "blocks") if progress else nullcontext() as shown:
+                report = fused(loaded, progress=shown)
         if not report.count("block") + report.count("experts"):
             reasons = dict.fromkeys(block.reason for block in report.blocks)
             raise FusionError(
@@ -177,11 +188,15 @@ class MoEForMultimodalLM(_Streamed):
     )
 
 
-def _refuse_later(parallel: object | None) -> None:
-    if parallel is not None:
+def _check_parallel(
+    parallel: ParallelConfig, quantization: str | QuantConfig | None, device: torch.device
+) -> None:
+    """Refuses ranks that do not fit, before anything is read."""
+    if quantization is not None:
         raise UnsupportedError(
-            "parallel: a checkpoint cannot be loaded onto several devices yet; leave it None"
+            f"quantization={quantization!r} and parallel cannot be had together yet; leave one None"
         )
+    make_groups(parallel, device)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from moetor.errors import CheckpointError, InputError
 from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import UP_NAMES, Unrecognised, recognise_experts
 from moetor.huggingface.load_steps import LoadPlan, Streamed
+from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
 from moetor.huggingface.streaming import PlainSink
 from moetor.kernels.formats import QuantizedExpertWeights, canonical
 from moetor.quant_config import QuantConfig
@@ -162,6 +163,19 @@ def forget_held(model: nn.Module) -> None:
 def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One zero in every place."""
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def has_stand_ins(experts: nn.Module) -> bool:
+    """Whether the matrices of an experts module are stand-ins."""
+    down = experts._parameters.get("down_proj")
+    return down is not None and down.numel() > 1 and not any(down.stride())
+
+
+def share_parameters(module: FusedMoEBlock | FusedExperts, original: nn.Module) -> None:
+    """Gives a fused module's experts the matrices that the original has now."""
+    experts = module.routed_experts
+    for name in (experts.up_name, "down_proj"):
+        experts._parameters[name] = original._parameters[name]
 
 
 @contextmanager

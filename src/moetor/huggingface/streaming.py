@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,9 @@ from moetor.huggingface.load_steps import LoadPlan, Source, Streamed
 
 READERS = min(4, os.cpu_count() or 1)
 LoadProgress = Callable[[int, int, str], None]
-"""`progress(done, total, item)` in tensors of the model; `item` is a line of figures."""
+"""`progress(done, total, item)` in tensors of the checkpoint; `item` is a line of figures."""
+Parts = Sequence[tuple[int | None, Layout]]
+"""Expert, or None for a whole tensor, and where its elements come from."""
 
 
 class WeightSink(ABC):
@@ -143,17 +145,8 @@ def stream_weights(
     Raises:
         CheckpointError: a tensor cannot be converted.
     """
-    meter = _Meter(plan, progress)
-    pool = ThreadPoolExecutor(READERS, "moetor-load")
-    try:
-        waiting = [
-            (item, [pool.submit(_fill, sink, reader, item, *part) for part in _parts(sink, item)])
-            for item in plan.streamed
-        ]
-        for item, futures in waiting:
-            meter.add(len(item.layout.keys), sum(_results(futures)))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    meter = _Meter(plan.tensors, progress)
+    _read(((item, _parts(sink, item)) for item in plan.streamed), reader, sink, meter)
     for name, tensor in sink.tensors():
         set_param_for_module(model, name, tensor, plan.info, None)
     for step in plan.converted:
@@ -172,7 +165,44 @@ def stream_weights(
     return meter.figures
 
 
-def _parts(sink: WeightSink, item: Streamed) -> list[tuple[int | None, Layout]]:
+def read_parts(
+    parts: Sequence[tuple[Streamed, Parts]],
+    reader: CheckpointReader,
+    sink: WeightSink,
+    progress: LoadProgress | None = None,
+) -> LoadFigures:
+    """Reads parts of tensors into a sink.
+
+    Args:
+        parts: of each tensor those that are wanted, by the number under which the sink is asked for
+            a place.
+    """
+    keys = {key for _, some in parts for _, layout in some for key in layout.keys}
+    meter = _Meter(len(keys), progress)
+    _read(parts, reader, sink, meter)
+    return meter.figures
+
+
+def _read(
+    parts: Iterable[tuple[Streamed, Parts]],
+    reader: CheckpointReader,
+    sink: WeightSink,
+    meter: _Meter,
+) -> None:
+    pool = ThreadPoolExecutor(READERS, "moetor-load")
+    try:
+        waiting = [
+            (some, [pool.submit(_fill, sink, reader, item, *part) for part in some])
+            for item, some in parts
+        ]
+        for some, futures in waiting:
+            keys = {key for _, layout in some for key in layout.keys}
+            meter.add(len(keys), sum(_results(futures)))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _parts(sink: WeightSink, item: Streamed) -> Parts:
     if not sink.by_expert(item):
         return [(None, item.layout)]
     return list(enumerate(item.layout.by_row()))
@@ -206,8 +236,8 @@ def _results(futures: list[Future[int]]) -> list[int]:
 class _Meter:
     """Counts, and tells `progress`."""
 
-    def __init__(self, plan: LoadPlan, progress: LoadProgress | None) -> None:
-        self.total = plan.tensors
+    def __init__(self, total: int, progress: LoadProgress | None) -> None:
+        self.total = total
         self.progress = progress
         self.tensors, self.nbytes = 0, 0
         self.start = time.perf_counter()

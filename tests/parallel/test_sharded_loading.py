@@ -1,0 +1,54 @@
+"""Checkpoints loaded onto two ranks: each reads its own bytes, and has what spreading gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moetor.errors import UnsupportedError
+from moetor.tools.tiny import tiny_model
+from parallel.loading import load_both, refuse_grid, refuse_quantised
+from parallel.pool import Pool
+
+# Experts one by one under two namings, packed, transposed and interleaved with biases, ungated in
+# a latent width, behind a vision tower, and with rows for experts without weights.
+CASES = [
+    ("mixtral", "tp"),
+    ("mixtral", "dp_ep"),
+    ("qwen2_moe", "tp_ep"),
+    ("gpt_oss", "tp"),
+    ("gpt_oss", "tp_ep"),
+    ("deepseek_v3", "sp"),
+    ("nemotron_h", "tp"),
+    ("qwen3_vl_moe", "tp"),
+    ("longcat_flash", "tp_ep"),
+]
+MULTIMODAL = ("qwen3_vl_moe",)
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_a_rank_reads_what_it_keeps(name: str, mode: str, two: Pool, tmp_path: Path) -> None:
+    try:
+        model = tiny_model(name)
+    except UnsupportedError as missing:
+        pytest.skip(str(missing))
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    entrance = "MoEForMultimodalLM" if name in MULTIMODAL else "MoEForCausalLM"
+    answers = two.run(load_both, str(tmp_path), name, mode, entrance)
+    for told in answers:
+        assert told.differing == []
+        assert told.equal_logits
+        assert told.levels == {"block"}
+        assert told.ranks == 2
+        assert told.read == told.held, "no more than the rank's own bytes"
+        assert told.held < told.whole
+    assert sum(told.held for told in answers) >= answers[0].whole
+
+
+def test_refused_before_anything_is_read(two: Pool, tmp_path: Path) -> None:
+    """The folder does not even exist."""
+    for text in two.run(refuse_grid, str(tmp_path / "nowhere")):
+        assert text.startswith("ConfigError: tensor_parallel_size=4")
+    for text in two.run(refuse_quantised, str(tmp_path / "nowhere")):
+        assert text.startswith("UnsupportedError: quantization='int8' and parallel")
