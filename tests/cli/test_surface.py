@@ -139,6 +139,18 @@ SURFACE: dict[str, dict[str, object]] = {
         "--file": None,
         "--max-tokens": 4096,
         "--plot": None,
+        "--save-stats": None,
+    },
+    "eplb plan": {
+        "stats": None,
+        "--ranks": 2,
+        "--num-redundant-experts": 0,
+        "--policy": "auto",
+        "--nodes": 1,
+        "--groups": 1,
+        "--json": False,
+        "--plot": None,
+        "--debug": False,
     },
     "bench layer": {
         "--shape": ("qwen3-30b-a3b",),

@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import moetor
 from layer.layer_cases import LayerTensors, build, draw_layer, make_config
 from moetor.config import SharedExpertsConfig
 from moetor.errors import ConfigError
+from moetor.huggingface.modules import fused_modules
 from moetor.layer.sharding import balanced_layer, shard_layer
 from moetor.parallel.config import EplbConfig, ParallelConfig
 from moetor.parallel.eplb.balance import balance, balancedness, part_loads
@@ -22,7 +24,7 @@ from moetor.parallel.eplb.rearrange import moves_between
 from moetor.parallel.eplb.statistics import read_loads, save_loads
 from moetor.parallel.groups import make_groups
 from moetor.parallel.placement import ExpertMap, ExpertPlacement
-from parallel.pool import Pool
+from parallel.pool import Pool, RankError
 
 
 def zipf(experts: int, rng: torch.Generator) -> list[float]:
@@ -187,3 +189,58 @@ def test_experts_move_and_results_stay(fields: dict[str, Any], two: Pool, seed: 
         assert even[1] > even[0]
         assert even[1] > 0.9
     assert answers[0][4] == answers[1][4], "both ranks have the same placement"
+
+
+def demo_under_eplb(rank: int, folder: str, dynamic: bool) -> Any:
+    """In a worker: the demo on other tokens per rank, placed for a recorded load, or by its own."""
+    from transformers import AutoModelForCausalLM
+
+    from moetor.demo import heldout_text, model_path
+    from moetor.huggingface.trial import relative_error
+
+    stats = str(Path(folder) / "load.json")
+    whole = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32).eval()
+    eplb = EplbConfig(
+        window=4,
+        interval=2,
+        dynamic=dynamic,
+        statistics=None if dynamic else stats,
+        max_bytes_per_step=2**20,
+    )
+    config = ParallelConfig(
+        data_parallel_size=2, enable_expert_parallel=True, eplb=eplb, num_redundant_experts=2
+    )
+    report = moetor.fuse(model, verify=False, parallel=config).parallel
+    assert report is not None
+    codes = torch.tensor([list(heldout_text().encode()[:600])]) % 97
+    given = codes[:, :300] if rank == 0 else codes[:, 300:500]
+    expected = whole(given).logits
+    errors = [relative_error(model(given).logits, expected) for _ in range(16 if dynamic else 1)]
+    layouts = [module.parallel for _, module in fused_modules(model)]
+    placements = [layout.experts.placement for layout in layouts]  # type: ignore[union-attr]
+    moved = 0 if report.balancer is None else report.balancer.stats.experts_moved
+    return errors, placements, moved
+
+
+@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+def test_the_demo(dynamic: bool, two: Pool, tmp_path: Path) -> None:
+    load = [1.0 + expert * (expert < 8) for expert in range(16)]
+    loads = {f"model.layers.{layer}.mlp": load for layer in range(4)}
+    save_loads(tmp_path / "load.json", "demo", loads)
+    answers = two.run(demo_under_eplb, str(tmp_path), dynamic)
+    in_order = ExpertPlacement.linear(16, 2, 2)
+    for errors, placements, moved in answers:
+        assert max(errors) < 1e-5
+        assert (moved > 0) == dynamic
+        assert any(placement != in_order for placement in placements)
+    assert answers[0][1] == answers[1][1]
+    if not dynamic:
+        wanted = balance(in_order, loads["model.layers.0.mlp"], EplbConfig())
+        assert answers[0][1] == [wanted] * 4
+
+
+def test_statistics_of_another_model_are_refused(two: Pool, tmp_path: Path) -> None:
+    save_loads(tmp_path / "load.json", "other", {"model.layers.0.mlp": [1.0] * 5})
+    with pytest.raises(RankError, match=r"have 5 experts for layer 'model.layers.0.mlp', which ha"):
+        two.run(demo_under_eplb, str(tmp_path), False)

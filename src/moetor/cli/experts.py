@@ -43,6 +43,14 @@ class ExpertsOptions(FusedModelOptions):
             "help": "write a heat-map, layers against experts",
         },
     )
+    save_stats: str | None = field(
+        default=None,
+        metadata={
+            "group": OUTPUT,
+            "metavar": "FILE.json",
+            "help": "write the counts for moetor eplb plan and --eplb-stats",
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.file is not None:
@@ -92,6 +100,8 @@ def run(options: ExpertsOptions) -> int:
     window = _WINDOW if context is None else min(_WINDOW, context)
     with progress("running the text", "tokens") as ran:
         load = expert_load(model, ids.to(model.device), window=window, progress=ran)
+    if options.save_stats is not None:
+        _save(load, options.model, Path(options.save_stats))
     title = f"{options.model}: {load.tokens} tokens"
     if options.json:
         print_json({"model": options.model, **load.to_dict()})
@@ -102,6 +112,15 @@ def run(options: ExpertsOptions) -> int:
 
         draw_expert_map(load, title, Path(options.plot))
     return 0
+
+
+def _save(load: ExpertLoad, model: str, path: Path) -> None:
+    from moetor.parallel.eplb.statistics import save_loads
+
+    try:
+        save_loads(path, model, {layer.layer: layer.counts for layer in load.layers})
+    except OSError as error:
+        raise UsageError(f"--save-stats {path} cannot be written: {error}") from error
 
 
 def _text(options: ExpertsOptions) -> str:

@@ -114,6 +114,16 @@ COMMANDS = (
         ),
     ),
     Command(
+        words=("eplb", "plan"),
+        module="moetor.cli.eplb",
+        options="EplbPlanOptions",
+        summary="place experts on ranks for a recorded load",
+        examples=(
+            "moetor eplb plan load.json --ranks 4 --num-redundant-experts 4 --plot plan.png",
+            "moetor eplb plan load.json --ranks 16 --nodes 2 --groups 8 --json",
+        ),
+    ),
+    Command(
         words=("tune",),
         module="moetor.cli.tune",
         options="TuneOptions",
@@ -172,6 +182,7 @@ COMMANDS = (
 GROUPS: dict[tuple[str, ...], str] = {
     (): "Mixture-of-Experts models of Hugging Face Transformers, fused and fast.",
     ("bench",): "Measurements.",
+    ("eplb",): "Expert-parallel load balancing.",
 }
 
 DEBUG_HELP = "print the traceback of an error instead of one line (default: off)"
@@ -231,9 +242,9 @@ def _dispatch(arguments: list[str]) -> int:
         reached = tuple(command for command in reached if command.words[: len(words)] == words)
     parser, options, module = command_parser(reached[0])
     chosen = parse_options(parser, options, arguments[len(words) :])
-    ranks = getattr(chosen, "ranks", 1)
-    if ranks > 1 and not is_rank():
-        return _launch(arguments, ranks)
+    processes = getattr(chosen, "processes", 1)
+    if processes > 1 and not is_rank():
+        return _launch(arguments, processes)
     return int(module.run(chosen))
 
 

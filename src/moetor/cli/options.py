@@ -241,6 +241,6 @@ class ParallelModelOptions(ServedModelOptions):
         return config if config.world_size > 1 else None
 
     @property
-    def ranks(self) -> int:
-        """Processes that the command needs."""
+    def processes(self) -> int:
+        """How many the command needs, each one rank."""
         return self.tensor_parallel_size
