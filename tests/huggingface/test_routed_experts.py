@@ -76,15 +76,25 @@ def test_a_copy_has_a_record_of_its_own(model: nn.Module, ids: torch.Tensor) -> 
         _ = record.ids
 
 
-def test_experts_alone_are_recorded_and_not_replayed(ids: torch.Tensor) -> None:
+def test_experts_alone_replay_their_own_choice(ids: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
     moetor.fuse(model, level="experts")
     with moetor.record_routing(model) as record:
-        logits(model, ids)
+        expected = logits(model, ids)
     assert record.ids.shape == (22, 4, 4)
+    with moetor.replay_routing(model, record.ids):
+        assert torch.equal(logits(model, ids), expected)
     with (
-        moetor.replay_routing(model, record.ids),
+        moetor.replay_routing(model, (record.ids + 1) % 16),
         pytest.raises(UnsupportedError, match="routed outside of Moetor"),
+    ):
+        logits(model, ids)
+
+
+def test_ids_that_name_no_expert_are_refused(model: nn.Module, ids: torch.Tensor) -> None:
+    with (
+        moetor.replay_routing(model, torch.full((22, 4, 4), 16)),
+        pytest.raises(InputError, match="they are 0 to 15"),
     ):
         logits(model, ids)
 

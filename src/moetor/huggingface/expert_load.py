@@ -112,7 +112,10 @@ def expert_load(
         with record_routing(model) as record:
             model(input_ids=ids_T[None, start : start + window])
         for layer in record.layers:
-            counts = torch.bincount(record.ids_of(layer).flatten(), minlength=sizes[layer] + 1)
+            ids = (
+                record.ids_of(layer).flatten().clamp(max=sizes[layer])
+            )  # identity experts, dropped
+            counts = torch.bincount(ids, minlength=sizes[layer] + 1)
             totals[layer] = totals.get(layer, torch.zeros_like(counts)) + counts
         if progress is not None:
             progress(min(start + window, tokens), tokens)

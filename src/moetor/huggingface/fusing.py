@@ -61,6 +61,7 @@ from moetor.huggingface.quantizing import (
 )
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.report_lines import block_report, left_alone_report, top_k_of
+from moetor.huggingface.routed_keyword import offer_keyword, withdraw_keyword
 from moetor.huggingface.sharded_loading import check_withheld, read_withheld
 from moetor.huggingface.split_experts import SplitExperts
 from moetor.huggingface.trial import try_block, try_experts
@@ -180,6 +181,8 @@ def _fuse_found(
         _put(model, replacement.path, replacement.module)
         if isinstance(replacement.module, FusedMoEBlock):
             install_gate(replacement.module)
+    if replacements:
+        offer_keyword(model)
     spread = None if parallel is None else parallelize(model, parallel)
     read_withheld(model)
     if quant is not None:
@@ -302,6 +305,7 @@ def unfuse(model: nn.Module) -> int:
                 f"the experts of {path!r} were quantised ({module.routed_experts.method.name}) and "
                 "their original weights released; load the model again to have it unfused"
             )
+    withdraw_keyword(model)
     unfuse_dense(model)
     for path, module in fused:
         hook = take_hook(module)

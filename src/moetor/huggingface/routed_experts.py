@@ -6,14 +6,15 @@ Shape letters: T tokens, L layers, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from moetor.errors import FusionError, InputError
 from moetor.huggingface.modules import fused_modules
-from moetor.layer.context import ForwardContext, forward_context
+from moetor.layer.context import forward_context, get_forward_context
 from moetor.layer.recording import RoutingRecorder, RoutingReplay
 
 
@@ -31,12 +32,25 @@ class RoutingRecord:
 
     @property
     def ids(self) -> Tensor:
-        """Chosen experts, int32 [T, L, K]; the number of experts marks a dropped slot.
+        """Chosen experts, int32 [T, L, K]. Ids from the number of experts on are identity experts
+        where the model has them; else that number is a dropped slot.
 
         Raises:
             InputError: layers with different K, or not called yet.
         """
         return self._recorder.ids(list(self._paths.values()))
+
+    def by_sequence(self, sequences: int) -> Tensor:
+        """The same when every forward pass had tokens of this many sequences, as `generate` does:
+        the tokens of the first sequence, those of the second, ...
+        """
+        return self._recorder.ids(list(self._paths.values()), sequences)
+
+    @property
+    def by_layer(self) -> dict[str, Tensor]:
+        """The same as [T, K] by path, of every layer that was called."""
+        called = {path: name for path, name in self._paths.items() if self._recorder.has(name)}
+        return {path: self._recorder.ids([name])[:, 0] for path, name in called.items()}
 
     def ids_of(self, layer: str) -> Tensor:
         """The same for one layer, [T, K]."""
@@ -50,31 +64,45 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     Raises:
         FusionError: the model is not fused.
     """
-    recorder = RoutingRecorder()
+    context = get_forward_context()
+    recorder = RoutingRecorder(context.recorder)
     record = RoutingRecord(recorder, _names(model))
-    with forward_context(ForwardContext(recorder=recorder)):
+    with forward_context(replace(context, recorder=recorder)):
         yield record
 
 
 @contextmanager
-def replay_routing(model: nn.Module, ids: Tensor) -> Iterator[None]:
+def replay_routing(model: nn.Module, ids: Tensor | Mapping[str, Tensor]) -> Iterator[None]:
     """Makes every layer use prescribed experts; weights still follow from the model's own scores.
 
+    A layer whose router has no known formula can only be given what it chooses itself.
+
     Args:
-        ids: [T, L, K], as `RoutingRecord.ids` gives them; forward passes take them in order.
+        ids: [T, L, K], as `RoutingRecord.ids` and `return_routed_experts` give them; forward
+            passes take them in order. Or [T, K] by path, as `RoutingRecord.by_layer` gives them,
+            for a model whose layers see different tokens.
 
     Raises:
         FusionError: the model is not fused.
         InputError: `ids` are not for this model.
     """
-    names = list(_names(model).values())
-    if ids.dim() != 3 or ids.shape[1] != len(names) or ids.is_floating_point():
+    names = _names(model)
+    if isinstance(ids, Tensor):
+        if ids.dim() != 3 or ids.shape[1] != len(names) or ids.is_floating_point():
+            raise InputError(
+                f"ids of shape {list(ids.shape)} and dtype {ids.dtype} were given; this model "
+                f"takes integers [tokens, {len(names)}, top_k]"
+            )
+        ids = {path: ids[:, layer] for layer, path in enumerate(names)}
+    strangers = [path for path in ids if path not in names]
+    wrong = [path for path, one in ids.items() if one.dim() != 2 or one.is_floating_point()]
+    if strangers or wrong:
         raise InputError(
-            f"ids of shape {list(ids.shape)} and dtype {ids.dtype} were given; this model takes "
-            f"integers [tokens, {len(names)}, top_k]"
+            f"ids for {', '.join(strangers or wrong)} are not integers [tokens, top_k] of a fused "
+            "layer of this model"
         )
-    replay = RoutingReplay({name: ids[:, layer] for layer, name in enumerate(names)})
-    with forward_context(ForwardContext(replay=replay)):
+    replay = RoutingReplay({names[path]: one for path, one in ids.items()})
+    with forward_context(replace(get_forward_context(), replay=replay)):
         yield
 
 

@@ -25,11 +25,14 @@ class Routing(NamedTuple):
             weight is 0.
         identity_weights: float32 [T], the weight of the token itself, where identity experts were
             chosen.
+        chosen_ids: int32 [T, K], the choice before identity experts became dropped slots; None
+            where there are none.
     """
 
     topk_weights: Tensor
     topk_ids: Tensor
     identity_weights: Tensor | None = None
+    chosen_ids: Tensor | None = None
 
 
 def _elementwise(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
@@ -122,5 +125,6 @@ def route(
         weights = weights * config.scaling_factor
     if config.weights_precision == "model":
         weights = weights.to(dtype)
-    weights, ids, identity = split_identity(weights.to(torch.float32), ids.to(torch.int32), config)
-    return Routing(weights, ids, identity)
+    ids = ids.to(torch.int32)
+    weights, slots, identity = split_identity(weights.to(torch.float32), ids, config)
+    return Routing(weights, slots, identity, ids if config.num_zero_experts else None)

@@ -263,7 +263,10 @@ class MoELayer(nn.Module):
         Only inside an op: a compiler cannot follow the forward context.
         """
         forced_ids = self._forced_ids(logits_TE.shape[0])
-        if forced_ids is not None:
+        recorded = (
+            get_forward_context().recorder is not None and self.config.router.num_zero_experts
+        )
+        if forced_ids is not None or recorded:  # launches do not tell identity experts apart
             return self.formula_routing(logits_TE, dtype, forced_ids)
         assert isinstance(self.token_router, Router), "a callable router has no formula"
         return self.token_router.launch(logits_TE, self.selection_bias, dtype)
@@ -287,11 +290,15 @@ class MoELayer(nn.Module):
             return None
         ids_TK = replay.take(self.name, tokens)
         config = self.config.router
-        if ids_TK.shape[1] != config.top_k or config.num_zero_experts:
+        if ids_TK.shape[1] != config.top_k:
             raise InputError(
                 f"layer {self.name!r} cannot replay ids {list(ids_TK.shape)}: it chooses "
                 f"{config.top_k} of {config.num_experts} experts"
-                + (" and identity experts" if config.num_zero_experts else "")
+            )
+        if tokens and not 0 <= int(ids_TK.min()) <= int(ids_TK.max()) < config.num_logits:
+            raise InputError(
+                f"layer {self.name!r} cannot replay ids from {int(ids_TK.min())} to "
+                f"{int(ids_TK.max())}: they are 0 to {config.num_logits - 1}"
             )
         return ids_TK
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from moetor.errors import UnsupportedError
 from moetor.kernels.routing import Routing
 from moetor.layer.context import find_layer, get_forward_context
+from moetor.layer.recording import replay_choice
 
 if TYPE_CHECKING:
     from moetor.layer.moe import MoELayer
@@ -58,9 +58,8 @@ def transformers_moe_forward(
     routing = Routing(topk_weights_TK.float(), topk_ids_TK.to(torch.int32))
     context = get_forward_context()
     if context.replay is not None:
-        raise UnsupportedError(
-            f"layer {layer_name!r} is routed outside of Moetor, where no ids can be replayed"
-        )
+        ids_TK = context.replay.take(layer_name, hidden_TH.shape[0])
+        routing = replay_choice(layer_name, ids_TK, routing)
     if context.recorder is not None:
         context.recorder.note(layer_name, routing.topk_ids)
     return layer.runner.run_experts(layer, hidden_TH, routing)

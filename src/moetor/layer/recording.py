@@ -10,29 +10,46 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moetor.errors import InputError
+from moetor.errors import InputError, UnsupportedError
+from moetor.kernels.routing import Routing
 
 
 class RoutingRecorder:
-    """Collects the ids that layers chose, call by call."""
+    """Collects the ids that layers chose, call by call.
 
-    def __init__(self) -> None:
+    Args:
+        outer: a recorder that is told everything, too.
+    """
+
+    def __init__(self, outer: RoutingRecorder | None = None) -> None:
+        self._outer = outer
         self._ids: dict[str, list[Tensor]] = {}
 
     def note(self, layer: str, ids_TK: Tensor) -> None:
         """Keeps a copy of one call's ids."""
+        if self._outer is not None:
+            self._outer.note(layer, ids_TK)
         self._ids.setdefault(layer, []).append(ids_TK.detach().clone())
 
-    def ids(self, layers: Sequence[str]) -> Tensor:
+    def has(self, layer: str) -> bool:
+        """Whether the layer was called."""
+        return layer in self._ids
+
+    def ids(self, layers: Sequence[str], sequences: int = 1) -> Tensor:
         """Ids int32 [T, L, K] of all calls so far, for `layers` in this order.
 
+        Args:
+            sequences: B: every call had as many tokens of each of B sequences, sequence by
+                sequence, and so has the result.
+
         Raises:
-            InputError: a layer was not called, or layers saw different tokens or have different K.
+            InputError: a layer was not called, or layers saw different tokens or have different K,
+                or calls do not divide into `sequences`.
         """
         silent = [layer for layer in layers if layer not in self._ids]
         if silent:
             raise InputError(f"no routing was recorded for {', '.join(silent)}")
-        per_layer = [torch.cat(self._ids[layer]) for layer in layers]
+        per_layer = [_by_sequence(self._ids[layer], sequences) for layer in layers]
         shapes = {tuple(ids.shape) for ids in per_layer}
         if len(shapes) > 1:
             raise InputError(
@@ -40,6 +57,15 @@ class RoutingRecorder:
                 "by one"
             )
         return torch.stack(per_layer, dim=1)
+
+
+def _by_sequence(calls: list[Tensor], sequences: int) -> Tensor:
+    """The calls' ids [T, K], those of each sequence together."""
+    if sequences == 1:
+        return torch.cat(calls)
+    if any(ids_TK.shape[0] % sequences for ids_TK in calls):
+        raise InputError(f"not every call had as many tokens of each of {sequences} sequences")
+    return torch.cat([ids.unflatten(0, (sequences, -1)) for ids in calls], dim=1).flatten(0, 1)
 
 
 class RoutingReplay:
@@ -67,3 +93,30 @@ class RoutingReplay:
             )
         self._next[layer] = stop
         return ids[start:stop]
+
+
+def replay_choice(layer: str, ids_TK: Tensor, routing: Routing) -> Routing:
+    """A routing that was made outside of Moetor, with prescribed ids [T, K].
+
+    Only the router itself, which is not known as a formula, could weigh experts that it did not
+    choose: each token's ids must be those that it chose, in any order.
+
+    Raises:
+        InputError: another K.
+        UnsupportedError: other experts.
+    """
+    chosen_TK, weights_TK = routing.topk_ids, routing.topk_weights
+    if ids_TK.shape != chosen_TK.shape:
+        raise InputError(
+            f"layer {layer!r} cannot replay ids {list(ids_TK.shape)}: it chooses "
+            f"{chosen_TK.shape[1]} experts"
+        )
+    ids_TK = ids_TK.to(chosen_TK.device, chosen_TK.dtype)
+    order_TK, theirs_TK = (ids.argsort(dim=-1, stable=True) for ids in (ids_TK, chosen_TK))
+    if not torch.equal(ids_TK.gather(1, order_TK), chosen_TK.gather(1, theirs_TK)):
+        raise UnsupportedError(
+            f"layer {layer!r} is routed outside of Moetor, by a router without a known formula: it "
+            "can replay its own choice alone"
+        )
+    weights_TK = torch.empty_like(weights_TK).scatter_(1, order_TK, weights_TK.gather(1, theirs_TK))
+    return routing._replace(topk_weights=weights_TK, topk_ids=ids_TK)

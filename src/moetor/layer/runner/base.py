@@ -146,7 +146,8 @@ class MoERunner(ABC):
             return self.run_monolithic(layer, hidden_TX, logits_TE)
         routing = layer.route(logits_TE, hidden_TX.dtype)
         if context.recorder is not None:
-            context.recorder.note(layer.name, routing.topk_ids)
+            chosen = routing.topk_ids if routing.chosen_ids is None else routing.chosen_ids
+            context.recorder.note(layer.name, chosen)
         return self.run_experts(layer, hidden_TX, routing, between=between)
 
     @abstractmethod
