@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
 from moetor import __version__
 from moetor.engine import AsyncEngine
-from moetor.server import chat, completions, tokens
+from moetor.server import chat, completions, experts, tokens
 from moetor.server.config import ServerConfig, read_text
 from moetor.server.errors import add_handlers, error_body
-from moetor.server.guards import BodyGuard, KeyGuard
+from moetor.server.guards import BodyGuard, KeyGuard, RateGuard
 from moetor.server.service import Service
 from moetor.server.streams import ClientGoneError
 
@@ -41,6 +43,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, model: str) -> FastAPI
     app.include_router(chat.router)
     app.include_router(completions.router)
     app.include_router(tokens.router)
+    app.include_router(experts.router)
     _add_small(app)
     add_handlers(app)
 
@@ -49,7 +52,11 @@ def create_app(engine: AsyncEngine, config: ServerConfig, model: str) -> FastAPI
         return Response(status_code=_CLOSED_REQUEST)  # nobody reads it
 
     # The last one added comes first.
-    app.add_middleware(BodyGuard, most=int(config.max_body_mib * 2**20))
+    app.add_middleware(
+        BodyGuard, most=int(config.max_body_mib * 2**20), timeout=config.read_timeout
+    )
+    if config.max_requests_per_minute is not None:
+        app.add_middleware(RateGuard, per_minute=config.max_requests_per_minute)
     if keys:
         app.add_middleware(KeyGuard, keys=keys)
     if config.allow_origins:
@@ -84,6 +91,13 @@ def _add_small(app: FastAPI) -> None:
             return JSONResponse({"status": "ok", **service.state()})
         reason = "the server is stopping" if service.draining else "the engine has stopped"
         return JSONResponse(error_body(503, reason, code="service_unavailable"), 503)
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        # In a thread: counting experts waits for the device.
+        text = await asyncio.to_thread(generate_latest, service.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def version() -> dict[str, str]:

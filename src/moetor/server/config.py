@@ -71,6 +71,18 @@ class ServerConfig:
     max_body_mib: float = field(
         default=16.0, metadata=_flag(LIMITS, "size of a request's body at most", "MIB")
     )
+    max_requests_per_minute: int | None = field(
+        default=None,
+        metadata=_flag(
+            LIMITS,
+            "of one client (its key, or without keys its address); more are answered with 429",
+            "N",
+        ),
+    )
+    read_timeout: float = field(
+        default=60.0,
+        metadata=_flag(LIMITS, "a request must have arrived whole within this time", "SECONDS"),
+    )
     write_timeout: float = field(
         default=60.0,
         metadata=_flag(
@@ -90,6 +102,11 @@ class ServerConfig:
         default=10.0, metadata=_flag(SERVER, "between two lines of figures", "SECONDS")
     )
 
+    expert_token_metrics: bool = field(
+        default=False,
+        metadata=_flag(SERVER, "tell every expert's tokens in /metrics, a line for each"),
+    )
+
     @classmethod
     def server_part(cls, options: ServerConfig, **changed: Any) -> ServerConfig:
         """The server's part of a command's options, with some fields changed."""
@@ -99,9 +116,13 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port {self.port} must be between 0 and 65535")
-        for name in ("max_body_mib", "write_timeout", "log_interval"):
+        for name in ("max_body_mib", "read_timeout", "write_timeout", "log_interval"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        if self.max_requests_per_minute is not None and self.max_requests_per_minute < 1:
+            raise ConfigError(
+                f"max_requests_per_minute {self.max_requests_per_minute} must be at least 1"
+            )
         if self.max_waiting < 0:
             raise ConfigError(f"max_waiting {self.max_waiting} must be at least 0")
         if not 0 <= self.drain_timeout < float("inf"):

@@ -1,9 +1,12 @@
-"""What stands before the endpoints: keys, and the size of bodies."""
+"""What stands before the endpoints: keys, rates, the size of bodies."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import math
+import time
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
@@ -14,6 +17,7 @@ from moetor.server.errors import ApiError, error_body
 
 # Without a key: whether the server lives, what it is, and the page, which asks for the key itself.
 OPEN_PATHS = frozenset(("/", "/health", "/metrics", "/version"))
+_MOST_CLIENTS = 10_000
 
 
 class KeyGuard:
@@ -50,16 +54,62 @@ class KeyGuard:
         return scheme.lower() == "bearer" and any(same)
 
 
+class RateGuard:
+    """Bounds how often one client asks: a bucket of one minute's requests, filled steadily.
+
+    Args:
+        app: what is guarded.
+        per_minute: requests of a client.
+    """
+
+    def __init__(self, app: ASGIApp, per_minute: int) -> None:
+        self._app, self._most = app, per_minute
+        self._buckets: dict[str, tuple[float, float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, or answers 429."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        wait = self._take(self._client(scope), time.monotonic())
+        if not wait:
+            await self._app(scope, receive, send)
+            return
+        text = f"more than {self._most} requests a minute; try again in {wait:.0f} seconds"
+        body = error_body(429, text, code="rate_limit_exceeded")
+        answer = JSONResponse(body, 429, headers={"Retry-After": f"{wait:.0f}"})
+        await answer(scope, receive, send)
+
+    @staticmethod
+    def _client(scope: Scope) -> str:
+        key = Headers(scope=scope).get("authorization", "")
+        # A digest, so that no key is kept.
+        return hashlib.sha256(key.encode()).hexdigest() if key else (scope["client"] or [""])[0]
+
+    def _take(self, client: str, now: float) -> int:
+        """Takes one request from the client's bucket; seconds to wait where it is empty."""
+        if len(self._buckets) > _MOST_CLIENTS:
+            self._buckets = {c: b for c, b in self._buckets.items() if now - b[1] < 60}
+        left, then = self._buckets.get(client, (float(self._most), now))
+        left = min(self._most, left + (now - then) * self._most / 60)
+        if left < 1:
+            self._buckets[client] = left, now
+            return math.ceil((1 - left) * 60 / self._most)
+        self._buckets[client] = left - 1, now
+        return 0
+
+
 class BodyGuard:
     """Refuses bodies that are too large, before and while they are read.
 
     Args:
         app: what is guarded.
         most: bytes.
+        timeout: seconds in which a body must have arrived.
     """
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app, self._most = app, most
+    def __init__(self, app: ASGIApp, most: int, timeout: float) -> None:
+        self._app, self._most, self._timeout = app, most, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on, or answers 413."""
@@ -72,11 +122,19 @@ class BodyGuard:
             answer = JSONResponse(error.body(), error.status_code, headers={"Connection": "close"})
             await answer(scope, receive, send)
             return
-        taken = 0
+        taken, reading = 0, True
+        end = asyncio.get_running_loop().time() + self._timeout
 
         async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, reading
+            if not reading:  # what comes now is that the client leaves
+                return await receive()
+            try:
+                async with asyncio.timeout_at(end):
+                    message = await receive()
+            except TimeoutError as error:
+                raise ApiError(408, "the request took too long to arrive") from error
+            reading = bool(message.get("more_body"))
             taken += len(message.get("body", b""))
             if taken > self._most:
                 raise self._refusal()

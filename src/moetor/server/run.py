@@ -15,6 +15,8 @@ from moetor.engine import AsyncEngine
 from moetor.errors import ConfigError
 from moetor.server.app import create_app
 from moetor.server.config import ServerConfig
+from moetor.server.figures import log_figures
+from moetor.server.http import bounded_protocol
 from moetor.server.service import Service
 
 _log = logging.getLogger("moetor.server")
@@ -70,13 +72,15 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, config: ServerConfig) -> None:
         self._service: Service = app.state.service
-        self._drain_s = config.drain_timeout
+        self._drain_s, self._log_interval = config.drain_timeout, config.log_interval
+        self._figures: asyncio.Task[None] | None = None
         super().__init__(
             uvicorn.Config(
                 app,
                 log_config=None,
                 log_level=None,
                 access_log=False,
+                http=bounded_protocol(config.read_timeout),
                 lifespan="off",
                 server_header=False,
                 timeout_graceful_shutdown=int(config.drain_timeout) + _LAST_WORDS_S,
@@ -87,6 +91,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = (sockets or [])[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
+        self._figures = asyncio.create_task(
+            log_figures(self._service, self._log_interval), name="figures"
+        )
         _log.info("serving %s on http://%s:%d", self._service.names[0], shown, port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -94,5 +101,7 @@ class _Server(uvicorn.Server):
         _log.info("stopping: %d sequences are under way", self._service.sequences)
         ending = asyncio.create_task(self._service.engine.shutdown(self._drain_s))
         await super().shutdown(sockets)
-        ending.cancel()
-        await asyncio.gather(ending, return_exceptions=True)
+        left = [ending] if self._figures is None else [ending, self._figures]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -18,8 +19,10 @@ from moetor.engine.text import decode_function
 from moetor.errors import InputError
 from moetor.server.config import ServerConfig
 from moetor.server.errors import ApiError, refusal
+from moetor.server.metrics import Metrics
 from moetor.server.streams import EventStream
 
+_log = logging.getLogger("moetor.server")
 Result = TypeVar("Result")
 
 
@@ -27,35 +30,66 @@ class Job:
     """The prompts of one request, on their way through the engine.
 
     Args:
+        name: of the request.
         choices: continuations of each prompt.
+        metrics: count it.
         release: called once, at the end.
     """
 
-    def __init__(self, choices: int, release: Callable[[], None]) -> None:
-        self.choices = choices
+    def __init__(
+        self, name: str, choices: int, metrics: Metrics, release: Callable[[], None]
+    ) -> None:
+        self.name, self.choices = name, choices
         self.streams: list[OutputStream] = []
+        self._metrics = metrics
         self._release: Callable[[], None] | None = release
+        self._last: dict[int, RequestOutput] = {}
+        self._times: dict[int, dict[int, float]] = {}
+        self._begin = time.monotonic()
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Outputs as they come, each with the number of its prompt; closing it aborts the rest."""
         try:
             if len(self.streams) == 1:
                 async for output in self.streams[0]:
+                    self._note(0, output)
                     yield 0, output
             else:
                 async with aclosing(_merged(self.streams)) as merged:
-                    async for pair in merged:
-                        yield pair
+                    async for number, output in merged:
+                        self._note(number, output)
+                        yield number, output
         finally:
             await self.aclose()
+
+    def _note(self, number: int, output: RequestOutput) -> None:
+        self._last[number] = output
+        self._metrics.token_times(output, self._times.setdefault(number, {}))
+        if output.finished:
+            self._metrics.finished(output)
 
     async def aclose(self) -> None:
         """Aborts what has not finished."""
         for stream in self.streams:
             await stream.aclose()
-        if self._release is not None:
-            self._release()
-            self._release = None
+        if self._release is None:
+            return
+        self._release()
+        self._release = None
+        last = self._last.values()
+        left = len(self.streams) - sum(output.finished for output in last)
+        if left:
+            self._metrics.ended("abort", left * self.choices)
+        _log.info(
+            "request %s: prompts=%d prompt_tokens=%d generated_tokens=%d ended_early=%d "
+            "seconds=%.3f",
+            self.name,
+            len(self.streams),
+            sum(len(output.prompt_token_ids) for output in last),
+            sum(len(one.token_ids) for output in last for one in output.outputs),
+            left,
+            time.monotonic() - self._begin,
+        )
 
 
 class Service:
@@ -76,6 +110,7 @@ class Service:
         self.engine, self.config = engine, config
         self.names = config.served_model_name or (name,)
         self.created = int(time.time())
+        self.metrics = Metrics(engine, self.names[0], expert_tokens=config.expert_token_metrics)
         self.draining = False
         self.sequences = 0
         self._most = engine.engine.config.max_num_seqs + config.max_waiting
@@ -194,7 +229,7 @@ class Service:
         if not self.healthy:
             raise unavailable("the engine takes no requests: it has stopped or is about to")
         self.sequences += wanted
-        job = Job(params.n, lambda: self._release(wanted))
+        job = Job(name, params.n, self.metrics, lambda: self._release(wanted))
         try:
             for index, prompt in enumerate(prompts):
                 job.streams.append(

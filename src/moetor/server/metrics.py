@@ -1,0 +1,162 @@
+"""`/metrics`: figures of requests and of the experts for Prometheus, under vLLM's names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from moetor.engine import AsyncEngine, RequestOutput
+from moetor.server.experts import balancedness
+
+_Buckets = tuple[float, ...]
+_SLOW: _Buckets = (0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_TTFT: _Buckets = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, *_SLOW, 160, 640, 2560)
+_TOKEN: _Buckets = (0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, *_SLOW)
+_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_LENGTH = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
+
+
+class Metrics:
+    """Counts the requests of one server.
+
+    Args:
+        engine: whose counters are told beside.
+        model: name of the model, a label of every figure.
+        expert_tokens: whether each expert's tokens are told, a line for each.
+
+    Attributes:
+        registry: what `/metrics` prints.
+    """
+
+    def __init__(self, engine: AsyncEngine, model: str, *, expert_tokens: bool) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine, model, expert_tokens))
+        self._reasons = Counter(
+            "vllm:request_success",
+            "Choices that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._model = model
+
+        def histogram(name: str, text: str, buckets: _Buckets) -> Any:
+            made = Histogram(
+                f"vllm:{name}", text, ["model_name"], buckets=buckets, registry=self.registry
+            )
+            return made.labels(model)
+
+        self._ttft = histogram("time_to_first_token_seconds", "From arrival to token.", _TTFT)
+        self._itl = histogram("inter_token_latency_seconds", "Between two tokens.", _TOKEN)
+        self._tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean of a request after the first.", _TOKEN
+        )
+        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", _REQUEST)
+        self._queue = histogram("request_queue_time_seconds", "Before the first step.", _REQUEST)
+        self._prompt = histogram("request_prompt_tokens", "Of a prompt.", _LENGTH)
+        self._generated = histogram("request_generation_tokens", "Of a choice.", _LENGTH)
+
+    def ended(self, reason: str, choices: int) -> None:
+        """Choices ended for a reason."""
+        self._reasons.labels(self._model, reason).inc(choices)
+
+    def token_times(self, output: RequestOutput, before: dict[int, float]) -> None:
+        """Notes the time between tokens.
+
+        Args:
+            before: of the request: when each choice had its last token; is brought up to date.
+        """
+        now = time.monotonic()
+        for one in output.outputs:
+            new = len(one.new_token_ids)
+            if not new:
+                continue
+            last = before.get(one.index)
+            if last is not None:
+                # Tokens that came together share the time since the one before.
+                for _ in range(new):
+                    self._itl.observe((now - last) / new)
+            before[one.index] = now
+
+    def finished(self, output: RequestOutput) -> None:
+        """Notes a request that is over."""
+        times = output.metrics
+        self._prompt.observe(len(output.prompt_token_ids))
+        for one in output.outputs:
+            self.ended(one.finish_reason or "error", 1)
+            self._generated.observe(len(one.token_ids))
+        if times.first_scheduled_time is not None:
+            self._queue.observe(times.first_scheduled_time - times.arrival_time)
+        if times.finished_time is None or times.first_token_time is None:
+            return
+        self._ttft.observe(times.first_token_time - times.arrival_time)
+        self._e2e.observe(times.finished_time - times.arrival_time)
+        longest = max(len(one.token_ids) for one in output.outputs)
+        if longest > 1:
+            decoding = times.finished_time - times.first_token_time
+            self._tpot.observe(decoding / (longest - 1))
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's own counters when it is asked."""
+
+    def __init__(self, engine: AsyncEngine, model: str, expert_tokens: bool) -> None:
+        self._engine, self._model, self._expert_tokens = engine, model, expert_tokens
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing is read when the collector is registered
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        gauges = {
+            "num_requests_running": ("Sequences that are computed.", stats.running),
+            "num_requests_waiting": ("Sequences that wait.", stats.waiting),
+            "kv_cache_usage_perc": ("Share of the cache's blocks in use.", stats.kv_cache_usage),
+        }
+        counters = {
+            "prompt_tokens": ("Computed for prompts.", stats.prompt_tokens),
+            "generation_tokens": ("Generated.", stats.generated_tokens),
+            "prefix_cache_queries": ("Prompt tokens looked for.", stats.prefix_query_tokens),
+            "prefix_cache_hits": ("Prompt tokens found.", stats.prefix_hit_tokens),
+            "num_preemptions": ("Sequences that were computed again.", stats.preemptions),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model], value)
+            yield counter
+        yield from self._experts()
+
+    def _experts(self) -> Iterator[Metric]:
+        report = self._engine.fusion_report
+        if report is not None:
+            info = GaugeMetricFamily(
+                "moe_kernel_info", "What runs the experts.", labels=["layer", "level", "kernel"]
+            )
+            for block in report.blocks:
+                info.add_metric([block.name, block.level, block.kernel or "none"], 1)
+            yield info
+        if not self._engine.engine.config.record_expert_load:
+            return
+        balance = GaugeMetricFamily(
+            "moe_balancedness", "Mean over maximum of the experts' tokens.", labels=["layer"]
+        )
+        tokens = CounterMetricFamily(
+            "moe_expert_tokens", "Tokens of each expert.", labels=["layer", "expert"]
+        )
+        for layer, counts in self._engine.expert_load().items():
+            value = balancedness(counts)
+            if value is not None:
+                balance.add_metric([layer], value)
+            for expert, count in enumerate(counts):
+                tokens.add_metric([layer, str(expert)], count)
+        yield balance
+        if self._expert_tokens:
+            yield tokens
