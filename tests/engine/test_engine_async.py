@@ -7,6 +7,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from engine.engine_cases import (
     assert_empty,
@@ -154,6 +155,66 @@ def test_a_failure_of_the_loop_ends_requests_and_the_thread_goes_on(
 
     run(work())
     assert_empty(engine.engine)
+
+
+def test_an_add_behind_a_failure_is_not_lost(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = engine.engine.core
+    add = core.add
+
+    def broken(request: Any) -> None:
+        if request.request_id == "broken":
+            raise RuntimeError("this one cannot be added")
+        add(request)
+
+    async def work() -> None:
+        monkeypatch.setattr(core, "add", broken)
+        with engine._work:  # so that both are posted before the thread looks
+            await engine.add_request([5, 6], greedy(), "broken")
+            good = await engine.add_request([5, 6], greedy(), "good")
+        assert [output async for output in good][-1].outputs[0].finish_reason == "length"
+
+    run(work())
+
+
+@pytest.mark.parametrize("kind", ["device", "loop"])
+def test_a_dead_engine_ends_its_streams_and_says_so(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    core = engine.engine.core
+
+    def broken(*_: Any) -> Any:
+        if kind == "device":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access")
+        raise SystemExit("out of everything")
+
+    async def work() -> None:
+        first = await engine.add_request([5, 6, 7], LONG)
+        await anext(first)
+        monkeypatch.setattr(core.runner, "launch", broken)
+        rest = [output async for output in first]
+        assert rest[-1].finished
+        assert rest[-1].error is not None
+        while engine.healthy:
+            await asyncio.sleep(0.001)
+        with pytest.raises(EngineStoppedError, match="failed"):
+            await engine.add_request([5], greedy())
+
+    run(work())
+
+
+def test_outputs_that_nobody_reads_become_one(engine: AsyncEngine) -> None:
+    async def work() -> None:
+        stream = await engine.add_request([5, 6, 7], greedy(40), merge=True)
+        while engine.stats().requests_finished == 0:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        (output,) = [output async for output in stream]
+        assert output.outputs[0].new_token_ids == output.outputs[0].token_ids
+        assert len(output.outputs[0].token_ids) == 40
+
+    run(work())
 
 
 def test_expert_load_is_counted_when_asked_for() -> None:

@@ -7,11 +7,13 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
 from moetor.engine.build import Engine, ModelSource, build_engine
 from moetor.engine.config import EngineConfig
 from moetor.engine.intake import Prompt
+from moetor.engine.llm import refused
 from moetor.engine.outputs import EngineStats, RequestOutput
 from moetor.engine.params import SamplingParams
 from moetor.engine.sequence import Request
@@ -82,7 +84,7 @@ class AsyncEngine:
         self._streams: dict[str, tuple[OutputStream, asyncio.AbstractEventLoop]] = {}
         self._work = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
-        self._stopping = False
+        self._stopping = self._dead = False
         self._thread = threading.Thread(target=self._run, name="moetor-engine", daemon=True)
         self._thread.start()
 
@@ -122,7 +124,7 @@ class AsyncEngine:
     @property
     def healthy(self) -> bool:
         """Whether the thread runs and takes requests."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread.is_alive() and not self._stopping and not self._dead
 
     async def add_request(
         self,
@@ -144,7 +146,8 @@ class AsyncEngine:
             EngineStoppedError: the engine takes no more requests.
         """
         if not self.healthy:
-            raise EngineStoppedError("the engine was shut down and takes no more requests")
+            reason = f"has failed ({self.errors[-1]})" if self._dead else "was shut down"
+            raise EngineStoppedError(f"the engine {reason} and takes no more requests")
         name = request_id if request_id is not None else f"request-{next(self._numbers)}"
         if name in self._streams:
             raise InputError(f"there is a request {name!r} under way; choose another id")
@@ -152,6 +155,8 @@ class AsyncEngine:
         stream = OutputStream(name, self._abort, merge=merge)
         self._streams[name] = (stream, asyncio.get_running_loop())
         self._post(lambda: self.engine.core.add(request))
+        if self._dead:  # since this call began; the thread may not have seen the stream
+            self._fail_streams(f"the engine has stopped: {self.errors[-1]}")
         return stream
 
     async def abort(self, request_id: str) -> None:
@@ -206,23 +211,46 @@ class AsyncEngine:
         raise _QuitError
 
     def _run(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except _QuitError:
+            return
+        except BaseException as error:
+            self.errors.append(f"{type(error).__name__}: {error}")
+            self._dead = True
+            self._fail_streams(f"the engine has stopped: {self.errors[-1]}")
+
+    def _turn(self) -> None:
+        """Takes in what was posted, and makes a step."""
         core = self.engine.core
-        while True:
-            with self._work:
-                while core.idle and not self._inbox:
-                    self._work.wait()
-                actions = list(self._inbox)
-                self._inbox.clear()
-            try:
-                for action in actions:
-                    action()
-                if not core.idle:
-                    self._deliver(core.step())
-            except _QuitError:
-                return
-            except Exception as error:
-                self.errors.append(f"{type(error).__name__}: {error}")
-                self._deliver(core.fail_all(error))
+        with self._work:
+            while core.idle and not self._inbox:
+                self._work.wait()
+            actions = list(self._inbox)
+            self._inbox.clear()
+        for action in actions:
+            self._attempt(action)
+        if not core.idle:
+            self._attempt(lambda: self._deliver(core.step()))
+        if core.fatal is not None:
+            raise core.fatal
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except _QuitError:
+            raise
+        except Exception as error:
+            self.errors.append(f"{type(error).__name__}: {error}")
+            self._deliver(self.engine.core.fail_all(error))
+
+    def _fail_streams(self, reason: str) -> None:
+        """The last output of every stream, where the core cannot make it any more."""
+        for name, (stream, loop) in list(self._streams.items()):
+            self._streams.pop(name, None)
+            with suppress(RuntimeError):  # that loop was closed
+                loop.call_soon_threadsafe(stream.put, refused(name, None, reason))
 
     def _deliver(self, requests: list[Request]) -> None:
         """Hands the requests' outputs to the event loops that wait for them."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 from moetor.engine.outputs import (
     CompletionOutput,
     EngineStats,
@@ -30,6 +32,9 @@ class EngineCore:
         runner, scheduler: of the model.
         tokenizer: None leaves texts empty.
         overlap: whether a step is launched before the one before it is read.
+
+    Attributes:
+        fatal: an error after which the device answers nothing else any more.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class EngineCore:
     ) -> None:
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.requests: dict[str, Request] = {}
+        self.fatal: Exception | None = None
         self._overlap = overlap
         self._flying: Launched | None = None
         self._decoders: dict[bool, Any] = {}
@@ -226,6 +232,8 @@ class EngineCore:
         lines = str(error).strip().splitlines() or [""]
         request.error = f"{type(error).__name__}: {lines[0]}".rstrip(": ")
         self._counts["failed"] += 1
+        if isinstance(error, torch.AcceleratorError):
+            self.fatal = error
         self._end(request, "error")
 
     def _close(self, request: Request) -> None:
