@@ -31,6 +31,7 @@ TEXT_BENCH: dict[str, object] = {
     "--trust-remote-code": False,
     "--load-format": "auto",
     "--level": "auto",
+    "--quantization": None,
     "--backend": "engine",
     "--peer": "none",
     "--input-len": 128,

@@ -14,6 +14,7 @@ import moetor
 from huggingface.tiny import FAMILIES, OLMOE
 from moetor.errors import CheckpointError, FusionMismatchError, KernelRefusedError
 from moetor.huggingface import quantized_loading, streaming
+from moetor.huggingface.dummy import dummy_model
 from moetor.huggingface.modules import FusedMoEBlock, fused_modules
 from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.quant_config import QuantConfig
@@ -106,3 +107,30 @@ def test_a_kernel_that_does_not_read_the_format_is_refused_before_reading(
         moetor.MoEForCausalLM.from_pretrained(
             str(tmp_path), quantization="fp8_block", kernel="native"
         )
+
+
+@pytest.mark.parametrize("quantization", ["int4", "int8", "fp8_block", "nvfp4"])
+def test_a_dummy_model_is_made_quantised(quantization: str) -> None:
+    """Its experts are never there unquantised, no two of a layer are equal unless blocks forbid it,
+    and it runs."""
+    model = dummy_model(
+        OLMOE.config(), OLMOE.model_class, torch.bfloat16, torch.device("cpu"), 0, quantization
+    )
+    held = [p for name, p in model.named_parameters() if ".experts." in name]
+    assert held
+    assert all(parameter.untyped_storage().nbytes() <= 4 for parameter in held)
+    report = moetor.fuse(model, quantization=quantization)
+    assert all(block.quantization == quantization for block in report.blocks)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    found = logits(model)
+    assert found.isfinite().all()
+    assert found.std() > 0
+    again = dummy_model(
+        OLMOE.config(), OLMOE.model_class, torch.bfloat16, torch.device("cpu"), 0, quantization
+    )
+    moetor.fuse(again, quantization=quantization)
+    assert torch.equal(logits(again), found)
+    weights = fused_modules(model)[0][1].routed_experts.quantized_weights  # type: ignore[attr-defined]
+    if quantization != "fp8_block":
+        first, second = (weights.down.values[e].view(torch.uint8) for e in (0, 1))
+        assert not torch.equal(first, second)

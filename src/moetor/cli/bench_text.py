@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
-from moetor.cli.options import MODEL, ModelSource
+from moetor.cli.options import MODEL, QUANTIZATION, ModelSource, QuantizationName
 from moetor.engine.config import ENGINE, EngineConfig
 from moetor.errors import InputError
 
@@ -39,6 +39,7 @@ class TextBenchOptions(ModelSource, EngineConfig):
         default="auto",
         metadata={"group": MODEL, "help": "fuse whole MoE blocks or their experts alone"},
     )
+    quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
     backend: Literal["engine", "generate"] = field(
         default="engine",
         metadata={
@@ -90,6 +91,11 @@ class TextBenchOptions(ModelSource, EngineConfig):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {getattr(self, name)} must be at least 1")
+        if self.quantization is not None and self.peer != "none":
+            raise InputError(
+                "--peer transformers runs the same weights unfused, which quantised experts have "
+                "not; leave out --peer or --quantization"
+            )
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
 
@@ -196,7 +202,7 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
         dtype = loading.find_dtype(options.dtype) or config.dtype or torch.bfloat16
         device = loading.find_device(options.device)
         made = loading.model_class(config)
-        model = dummy_model(config, made, dtype, device, options.seed)
+        model = dummy_model(config, made, dtype, device, options.seed, options.quantization)
         note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
         return model
     with progress(f"loading {options.model}", "tensors") as loaded:
@@ -206,6 +212,9 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
             device=options.device,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
+            quantization=options.quantization,
+            kernel=options.kernel,
+            for_fusing=options.peer == "none",
             progress=loaded,
         ).requires_grad_(False)
 
@@ -224,7 +233,13 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         peers.append(GenerateBackend("transformers", twin, **settings))
     with progress(f"fusing {options.model}", "blocks") as fused:
-        report = fuse_for_serving(model, level=options.level, kernel=options.kernel, progress=fused)
+        report = fuse_for_serving(
+            model,
+            level=options.level,
+            kernel=options.kernel,
+            quantization=options.quantization,
+            progress=fused,
+        )
     if not report.blocks:
         note(f"{options.model} has no MoE blocks; nothing was fused")
     ours: TextBackend

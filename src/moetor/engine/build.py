@@ -199,7 +199,8 @@ def _dummy(source: ModelSource, config: EngineConfig) -> Any:
         dtype = getattr(settings, "dtype", None) or torch.bfloat16
     device = loading.find_device(source.device)
     made = loading.model_class(settings)
-    return dummy_model(settings, made, dtype, device, config.seed)
+    quantization = None if source.level == "none" else source.quantization
+    return dummy_model(settings, made, dtype, device, config.seed, quantization)
 
 
 def _fused(model: Any, source: ModelSource) -> FusionReport | None:

@@ -4,11 +4,26 @@ checkpoint."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from transformers.core_model_loading import set_param_for_module
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
 
+from moetor.config import ExpertsConfig
 from moetor.errors import ConfigError
+from moetor.huggingface.block_form import find_packed
+from moetor.huggingface.experts_form import Unrecognised, recognise_experts
+from moetor.huggingface.load_steps import no_info
+from moetor.huggingface.quantized_loading import hold_experts, stand_in
+from moetor.kernels.formats import ActivationFormat, QuantizedExpertWeights, find_format
+from moetor.quant_config import QuantConfig
+from moetor.quantization.method import quant_config
+from moetor.quantization.quantize import empty_matrix, quantize
+
+# Of Transformers' usual initial weights.
+_STD = 0.02
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +59,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {"qwen3-30b-a3b": _qwen3_30b_a3b}
 
 
 def dummy_model(
-    config: Any, model_class: Any, dtype: torch.dtype, device: torch.device, seed: int
+    config: Any,
+    model_class: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    quantization: str | QuantConfig | None = None,
 ) -> PreTrainedModel:
     """A model of `config` in eval mode with random weights, drawn on `device` in `dtype`.
 
@@ -53,16 +73,81 @@ def dummy_model(
 
     Args:
         model_class: a class of Transformers, or an Auto class, of the configuration's family.
+        quantization: of the routed experts, which are then never there unquantised: all experts of
+            a layer have the codes of one, its rows shifted; the model is for `fuse` alone.
 
     Raises:
         ConfigError: the family does not make a model of this configuration.
     """
+    quant = quant_config(quantization)
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            with torch.device(device):
+            with torch.device(device if quant is None else "meta"):
                 model: PreTrainedModel = make(config, dtype=dtype)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"no model could be made of this configuration: {error}") from error
+        if quant is not None:
+            _draw_quantized(model, quant, dtype, device)
     return model.eval().requires_grad_(False)
+
+
+def _draw_quantized(
+    model: PreTrainedModel, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Gives a model on the meta device its weights, the experts' quantised."""
+    held: dict[str, QuantizedExpertWeights] = {}
+    info = no_info()
+    info.missing_keys = set(model.state_dict())
+    for path, block, child in find_packed(model):
+        module = f"{path}.{child}" if path else child
+        experts = block.get_submodule(child)
+        form = recognise_experts(experts)
+        if isinstance(form, Unrecognised):
+            continue
+        for name in ("gate_up_proj" if form.gated else "up_proj", "down_proj"):
+            shape = experts.get_parameter(name).shape
+            full = f"{module}.{name}"
+            set_param_for_module(model, full, stand_in(shape, dtype, device), info, None)
+            info.missing_keys.discard(full)
+        held[module] = _random_experts(form, quant, dtype, device)
+    settings = LoadStateDictConfig(
+        pretrained_model_name_or_path=None, device_map={"": device}, dtype=dtype
+    )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report all of them as missing
+    try:
+        model._finalize_model_loading(model, settings, info)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    hold_experts(model, held)
+
+
+def _random_experts(
+    form: ExpertsConfig, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+) -> QuantizedExpertWeights:
+    kind, made = find_format(quant.weight_format), []
+    for rows, depth in (
+        (form.up_size, form.hidden_size),
+        (form.hidden_size, form.intermediate_size),
+    ):
+        weight = torch.randn((rows, depth), device=device) * _STD
+        codes = quantize(weight, kind)
+        matrix = empty_matrix(kind, form.num_experts, rows, depth, device=device)
+        for field, tensor in matrix.tensors.items():
+            one = getattr(codes, field)
+            for expert in range(form.num_experts):
+                by_block = kind.group[0] > 1  # whose rows cannot be shifted without their scales
+                tensor[expert] = one if by_block else _shifted(one, expert)
+        made.append(matrix)
+    return QuantizedExpertWeights(
+        gate_up=made[0],
+        down=made[1],
+        activation_format=cast(ActivationFormat, quant.activation_format),
+    )
+
+
+def _shifted(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    as_bytes = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+    return as_bytes.roll(rows, 0).view(tensor.dtype)
