@@ -346,7 +346,7 @@ class SharedExpertsConfig:
     combine: SharedCombine = "sum"
     add_in_float32: bool = False
     order: SharedExpertsOrder = SharedExpertsOrder.AUTO
-    overlap_max_tokens: int = 256
+    overlap_max_tokens: int = 1024
 
     def __post_init__(self) -> None:
         me = "SharedExpertsConfig"
