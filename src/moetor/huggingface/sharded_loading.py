@@ -97,7 +97,15 @@ def withhold(
             items[path][name] = item
         else:
             kept.append(item)
-    return replace(plan, streamed=tuple(kept)), Withheld(forms, items, reader, progress)
+    rest = replace(plan, streamed=tuple(kept))
+    return rest, Withheld(forms, items, reader, _continued(progress, rest.tensors))
+
+
+def _continued(progress: LoadProgress | None, before: int) -> LoadProgress | None:
+    """Counts on from the tensors that were read before."""
+    if progress is None:
+        return None
+    return lambda done, total, item: progress(before + done, before + total, item)
 
 
 def share_of(
