@@ -278,21 +278,46 @@ def chain_case(sequences: int, context: int) -> Case:
         return dense.linear(normed, weights["gate"][i])
 
     slots = [one["block_table"][:, -1].long() * BLOCK + (context - 1) % BLOCK for one in given]
-    own = launches.overlap
+    own = launches.overlap, launches.rows_plan
 
     def without(i: int) -> Tensor:
         launches.overlap = lambda tensor: False
         try:
             return call(i)
         finally:
-            launches.overlap = own
+            launches.overlap = own[0]
 
+    def with_tiles(plan: launches.RowsPlan) -> Call:
+        def planned(outputs: int, *size: int, gated: bool) -> launches.RowsPlan:
+            small = outputs <= launches.FEW_OUTPUTS
+            return own[1](outputs, *size, gated=gated) if small else plan
+
+        def tried(i: int) -> Tensor:
+            launches.rows_plan = planned
+            try:
+                return call(i)
+            finally:
+                launches.rows_plan = own[1]
+
+        return tried
+
+    tiles = [launches.RowsPlan(4, 2048, 4, 1, ahead) for ahead in (False, True)]
+    tiles += [launches.RowsPlan(4, 1024, 8, 1, ahead) for ahead in (False, True)]
+    tiles += [launches.RowsPlan(4, 1024, 4, 1, True), launches.RowsPlan(2, 2048, 4, 1, True)]
+    others = [
+        Variant(
+            name=f"ours {p.outputs}x{p.depth} w{p.warps}" + (" ahead" if p.ahead else ""),
+            call=with_tiles(p),
+        )
+        for p in tiles
+        if sequences == 1
+    ]
     read = 2.0 * sum(size[0] * size[1] for name, size in PRODUCTS.items() if name != "head")
     read += 2 * sequences * context * KV_HEADS * WIDTH * 2
     return Case(
         name=f"chain S={sequences} L={context}", sets=sets, read=read,
         variants=[Variant(name="ours", call=call),
-                  Variant(name="ours, only attention overlaps", call=without)],
+                  Variant(name="ours, only attention overlaps", call=without), *others],
     )  # fmt: skip
 
 

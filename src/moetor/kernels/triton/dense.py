@@ -26,12 +26,20 @@ _HEADS = 4  # heads of a program of `rotate` and `write_to_cache`
 
 @dataclass(frozen=True, slots=True)
 class RowsPlan:
-    """Tile of a product with few rows: BN outputs, BK of the depth per step."""
+    """Tile of a product with few rows.
+
+    Attributes:
+        outputs: BN.
+        depth: BK, of a step.
+        warps, stages: of a program.
+        ahead: ask for all of a program's weights while the launch before is running.
+    """
 
     outputs: int
     depth: int
     warps: int
     stages: int
+    ahead: bool = False
 
 
 def rows_plan(outputs: int, depth: int, rows: int, itemsize: int, *, gated: bool) -> RowsPlan:
@@ -246,6 +254,7 @@ def few_rows(
             BN=plan.outputs,
             BK=plan.depth,
             STAGES=plan.stages,
+            LINES=next_power_of_2(depth * x.element_size() / 128) if plan.ahead and pdl else 0,
             PDL=pdl,
             num_warps=plan.warps,
             **_options(pdl),

@@ -267,6 +267,19 @@ def write_to_cache(
 
 
 @triton.jit
+def _to_cache(pointers):
+    """Asks for the cache lines of these addresses, and does not wait for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def few_rows(
     x,
     weight,
@@ -285,16 +298,23 @@ def few_rows(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[T, BN columns] = x @ weight.T + bias in float32 vector sums, weights read once.
 
     With GATED, activation(gate) * up of the rows n and n + up_offset / stride_n of the weight.
-    The first weights are on their way before the launch before has ended.
+    The first weights are on their way before the launch before has ended, and with LINES (cache
+    lines of a row of the weight, as a power of two) the others are on their way to the cache.
     """
     if PDL:
         gdc_launch_dependents()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    if PDL and LINES > 0:
+        PER_LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        line = tl.minimum(tl.arange(0, LINES) * PER_LINE, H - 1)
+        row_of = tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_n
+        _to_cache(weight + row_of + line[None, :])
     k = tl.arange(0, BK)
     t = tl.arange(0, TP)
     pointers = weight + n.to(tl.int64)[:, None] * stride_n + k[None, :]
