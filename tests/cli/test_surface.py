@@ -48,6 +48,7 @@ TEXT_BENCH: dict[str, object] = {
     "--gpu-memory-utilization": 0.9,
     "--enable-prefix-caching": False,
     "--enforce-eager": False,
+    "--fuse-dense": False,
     "--record-expert-load": False,
     "--json": None,
     "--debug": False,
@@ -69,6 +70,7 @@ SERVE_ENGINE = (
     "--kv-cache-blocks",
     "--gpu-memory-utilization",
     "--enforce-eager",
+    "--fuse-dense",
 )
 SURFACE: dict[str, dict[str, object]] = {
     "generate": {

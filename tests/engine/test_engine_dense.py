@@ -18,6 +18,7 @@ from engine.engine_cases import (
 )
 from engine.test_engine_families import TIGHT
 from moetor.engine.cache import EngineCache
+from moetor.kernels.dense import CacheSlots
 from moetor.tools.tiny import FAMILIES
 
 
@@ -30,8 +31,8 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
     model = make_model(name, 3)
     prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
     wanted = {str(i): own_tokens(name, model, prompt) for i, prompt in enumerate(prompts)}
-    report = moetor.fuse(model, dense=True)
-    targets = []
+    targets: list[CacheSlots | None] = []
+    reports: list[moetor.FusionReport | None] = []
     write_target = EngineCache.write_target
 
     def counted(*args: object) -> object:
@@ -40,10 +41,14 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(EngineCache, "write_target", counted)
     for settings in ({}, TIGHT):
-        engine = make_engine(model, **settings)
+        engine = make_engine(model, fuse_dense=True, **settings)
+        reports.append(engine.fusion_report)
         done = run_staggered(engine, prompts, [greedy()] * len(prompts), every=3)
         got = {key: output.outputs[0].token_ids for key, output in done.items()}
         assert got == wanted, (engine.strategy, settings)
         assert_empty(engine)
-    fused = any(part.kind == "attention" and part.done for part in report.dense)
+    (first, second) = reports
+    assert first is not None
+    assert second is None  # the model is fused already
+    fused = any(part.kind == "attention" and part.done for part in first.dense)
     assert any(target is not None for target in targets) == fused

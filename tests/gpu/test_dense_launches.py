@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import moetor
 from kernels.attention_cases import SMALL, PagedCase, draw, expected, largest_error
 from kernels.dense_cases import (
     FORMS,
@@ -23,6 +24,8 @@ from moetor.kernels.attention import paged_attention as attention_in_torch
 from moetor.kernels.dense import Norm
 from moetor.kernels.triton import dense as launches
 from moetor.kernels.triton.attention import attention_refusal, paged_attention
+from moetor.tools.tiny.calls import tiny_inputs
+from moetor.tools.tiny.models import tiny_model
 
 REFUSED = attention_refusal("cuda", torch.float32, width=64, value_width=64)
 pytestmark = pytest.mark.skipif(REFUSED is not None, reason=f"the Triton attention {REFUSED}")
@@ -106,3 +109,22 @@ def test_the_gpu_is_used_and_agrees(rng: torch.Generator) -> None:
     weight = torch.randn(32, 64, generator=rng).cuda()
     a, b = dense.linear(x, weight), dense.linear(x, weight, in_torch=True)
     assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_weights_asked_for_ahead(rng: torch.Generator) -> None:
+    for size in ((130, 2048), (64, 4096), (24, 2880)):
+        plan = launches.RowsPlan(4, 1024, 4, 1, ahead=True)
+        check_few_rows(launches.few_rows, 1, torch.bfloat16, rng, "cuda", size, plan)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_a_fused_model(family: str) -> None:
+    """Experts and dense parts, in float32 against the model as it was."""
+    model = tiny_model(family).cuda()
+    inputs = {name: x.cuda() for name, x in tiny_inputs(family, model).items()}
+    with torch.no_grad():
+        wanted = model(**inputs, use_cache=False).logits
+        report = moetor.fuse(model, dense=True)
+        assert {part.kind for part in report.dense if part.done} > {"norm", "attention", "layer"}
+        found = model(**inputs, use_cache=False).logits
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()

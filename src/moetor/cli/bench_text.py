@@ -224,7 +224,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
     import copy
 
     from moetor.bench.generation import GenerateBackend
-    from moetor.engine.build import fuse_for_serving
+    from moetor.huggingface import fuse
 
     settings: dict[str, Any] = {"cache": options.cache, "compiled": options.compile}
     peers: list[TextBackend] = []
@@ -233,11 +233,12 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         peers.append(GenerateBackend("transformers", twin, **settings))
     with progress(f"fusing {options.model}", "blocks") as fused:
-        report = fuse_for_serving(
+        report = fuse(
             model,
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
+            dense=options.fuse_dense,
             progress=fused,
         )
     if not report.blocks:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     """The model, and what was fused; None with level `none`. Of several ranks, this one's part."""
-    from moetor.engine.build import fuse_for_serving
-    from moetor.huggingface import loading
+    from moetor.huggingface import fuse, loading
 
     name = options.model
     parallel = options.parallel() if isinstance(options, ParallelModelOptions) else None
@@ -42,8 +41,8 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
         )
         if options.level == "none":
             return model, None
-        fuse = partial(
-            fuse_for_serving,
+        fuse_it = partial(
+            fuse,
             model,
             level=options.level,
             kernel=options.kernel,
@@ -51,10 +50,10 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             parallel=parallel,
         )
         if sharded:
-            report = fuse()
+            report = fuse_it()
     if report is None:
         with progress(f"fusing {name}", "blocks") as fused:
-            report = fuse(progress=fused)
+            report = fuse_it(progress=fused)
     if not report.blocks:
         note(f"{name} has no MoE blocks; nothing was fused")
     if report.quantized is not None:

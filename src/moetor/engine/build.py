@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,12 @@ from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
-from moetor.errors import CheckpointError, ConfigError, FusionMismatchError
+from moetor.errors import CheckpointError, ConfigError
 from moetor.huggingface import FusionReport, fuse, loading
-from moetor.huggingface.dense_fusing import fuse_dense
+from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
 from moetor.huggingface.dummy import CONFIGS, dummy_model
-from moetor.huggingface.fuse_options import FuseLevel, Progress
+from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
-from moetor.parallel.config import ParallelConfig
 from moetor.quant_config import QuantConfig
 
 _UNCOUNTED = 2**62
@@ -159,7 +158,7 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
                 f"{' and '.join(asked)} cannot be chosen for a model that is loaded already; move "
                 "or cast the model first, or give its path"
             )
-        return source.model.eval(), source.tokenizer, _fused(source.model, source)
+        return source.model.eval(), source.tokenizer, _fused(source.model, source, config)
     options: dict[str, Any] = {
         "revision": source.revision,
         "trust_remote_code": source.trust_remote_code,
@@ -183,7 +182,7 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
         except CheckpointError:
             if config.load_format != "dummy":
                 raise
-    return model, tokenizer, _fused(model, source)
+    return model, tokenizer, _fused(model, source, config)
 
 
 def _dummy(source: ModelSource, config: EngineConfig) -> Any:
@@ -203,51 +202,24 @@ def _dummy(source: ModelSource, config: EngineConfig) -> Any:
     return dummy_model(settings, made, dtype, device, config.seed, quantization)
 
 
-def _fused(model: Any, source: ModelSource) -> FusionReport | None:
-    if source.level == "none" or fused_modules(model):
-        if source.quantization is not None or source.kernel != "auto":
-            raise ConfigError(
-                "quantization and kernel are those of fusing, and this model is "
-                + ("not fused with level 'none'" if source.level == "none" else "fused already")
-                + "; leave them out"
-            )
-        return None
-    return fuse_for_serving(
-        model, level=source.level, kernel=source.kernel, quantization=source.quantization
-    )
-
-
-def fuse_for_serving(
-    model: Any,
-    *,
-    level: FuseLevel = "auto",
-    kernel: str = "auto",
-    quantization: str | QuantConfig | None = None,
-    parallel: ParallelConfig | None = None,
-    progress: Progress | None = None,
-) -> FusionReport:
-    """`fuse`, and on a GPU the dense parts as well; where these do not reproduce the model, a
-    warning says so and the experts alone are fused.
-
-    Raises:
-        MoetorError: as `fuse`.
-    """
-    report = fuse(
-        model,
-        level=level,
-        kernel=kernel,
-        quantization=quantization,
-        parallel=parallel,
-        progress=progress,
-    )
-    # Over several ranks Transformers' plan has split the dense parts.
-    if parallel is not None or next(model.parameters()).device.type != "cuda":
-        return report
-    try:
-        return replace(report, dense=fuse_dense(model))
-    except FusionMismatchError as error:
-        warnings.warn(f"only the experts are fused: {error}", stacklevel=2)
-        return report
+def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionReport | None:
+    if source.level != "none" and not fused_modules(model):
+        return fuse(
+            model,
+            level=source.level,
+            kernel=source.kernel,
+            quantization=source.quantization,
+            dense=config.fuse_dense,
+        )
+    if source.quantization is not None or source.kernel != "auto":
+        raise ConfigError(
+            "quantization and kernel are those of fusing, and this model is "
+            + ("not fused with level 'none'" if source.level == "none" else "fused already")
+            + "; leave them out"
+        )
+    if config.fuse_dense and not is_dense_fused(model):
+        return FusionReport([], dense=fuse_dense(model))
+    return None
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

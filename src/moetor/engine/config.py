@@ -57,6 +57,13 @@ class EngineConfig:
         metadata=_flag("requests with the same beginning share its blocks of the cache"),
     )
     enforce_eager: bool = field(default=False, metadata=_flag("do not capture CUDA graphs"))
+    fuse_dense: bool = field(
+        default=False,
+        metadata=_flag(
+            "also fuse what stands around the experts: norms with sums, products with one input, "
+            "rotary positions with the cache's write"
+        ),
+    )
     seed: int = field(default=0, metadata=_flag("of the requests that bring no seed", "N"))
     record_expert_load: bool = field(
         default=False, metadata=_flag("count how many tokens each expert gets")

@@ -33,7 +33,7 @@ class LLM:
         revision, trust_remote_code: of a checkpoint on the hub.
         settings: the fields of `EngineConfig`: `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `kv_cache_blocks`, `gpu_memory_utilization`,
-            `enable_prefix_caching`, `enforce_eager`, `seed`, `load_format`.
+            `enable_prefix_caching`, `enforce_eager`, `fuse_dense`, `seed`, `load_format`.
 
     Raises:
         CheckpointError: the model cannot be loaded.

@@ -26,7 +26,7 @@ from moetor.kernels.triton.dense import FEW_OUTPUTS
 
 # A product with one row, and one with few outputs and few rows (a router's), are bound by latency,
 # which torch's own products do not hide; beyond that these are nearer to the memory's rate.
-FEW_ROWS = 16
+FEW_ROWS = 4
 
 
 @functools.cache
@@ -38,7 +38,8 @@ def _launches(tensor: Tensor, in_torch: bool) -> bool:
     """Whether Triton computes it."""
     if in_torch or tensor.device.type != "cuda" or tensor.dtype not in support.DTYPES:
         return False
-    return _have_gpu_kernels()
+    # A compiler sees torch operations, which it fuses itself.
+    return not torch.compiler.is_compiling() and _have_gpu_kernels()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -258,7 +258,6 @@ def run_attention(
             BM=plan.rows,
             BQ=tokens_of_tile,
             STAGES=plan.stages,
-            WIDE=max(x.shape[0] * x.stride(0) for x in (key_cache, value_cache)) >= 2**31,
             num_warps=plan.warps,
             **form,
             **launch,

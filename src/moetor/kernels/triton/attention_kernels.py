@@ -35,87 +35,17 @@ def _part(low, high, SPLITS: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _rows(base, slot, inside, d, LAST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+def _rows(base, slot, inside, d, LAST: tl.constexpr, WIDTH: tl.constexpr):
     """[BN, WIDTH] of the cache; columns from LAST on do not exist."""
-    pointers = base + slot[:, None] + d[None, :]
     if LAST >= WIDTH:
-        if MASKED:
-            x = tl.load(pointers, mask=inside[:, None], other=0.0)
-        else:
-            x = tl.load(pointers)
+        x = tl.load(base + slot[:, None] + d[None, :], mask=inside[:, None], other=0.0)
     else:
-        x = tl.load(pointers, mask=inside[:, None] & (d[None, :] < LAST), other=0.0)
+        x = tl.load(
+            base + slot[:, None] + d[None, :],
+            mask=inside[:, None] & (d[None, :] < LAST),
+            other=0.0,
+        )
     return x
-
-
-@triton.jit
-def _tile(
-    key0,
-    best,
-    total,
-    acc,
-    q1,
-    q2,
-    keys,
-    values,
-    blocks,
-    high,
-    position,
-    row_low,
-    stride_kb,
-    stride_kt,
-    stride_vb,
-    stride_vt,
-    D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
-    DV: tl.constexpr,
-    DVP: tl.constexpr,
-    BS: tl.constexpr,
-    BN: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """BN keys: the running maximum in base 2, the sum and the output [BM, DVP] of all so far.
-
-    Without MASKED every row sees each of the keys. WIDE: the cache's offsets need 64 bits.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    REST: tl.constexpr = D - D1
-    key = key0 + tl.arange(0, BN)
-    inside = key < high
-    if MASKED:
-        block = tl.load(blocks + key // BS, mask=inside, other=0)
-    else:
-        block = tl.load(blocks + key // BS)
-    if WIDE:
-        block = block.to(tl.int64)
-    at_k = block * stride_kb + (key % BS) * stride_kt
-    k1 = _rows(keys, at_k, inside, tl.arange(0, D1), D, D1, MASKED)
-    raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-    if REST > 0:
-        k2 = _rows(keys + D1, at_k, inside, tl.arange(0, D2), REST, D2, MASKED)
-        raw = tl.dot(q2, tl.trans(k2), acc=raw, input_precision="ieee")
-    if SOFTCAP is not None:
-        raw = soft_cap(raw * SCALE, SOFTCAP) * LOG2E
-    else:
-        raw = raw * (SCALE * LOG2E)
-    if MASKED:
-        seen = inside[None, :] & (key[None, :] <= position[:, None])
-        seen = seen & (key[None, :] >= row_low[:, None])
-        raw = tl.where(seen, raw, -float("inf"))
-    top = tl.maximum(best, tl.max(raw, axis=1))
-    # A row that has seen nothing yet has no maximum to subtract.
-    shift = tl.where(top == -float("inf"), 0.0, top) if MASKED else top
-    power = tl.exp2(raw - shift[:, None])
-    fade = tl.exp2(best - shift)
-    total = total * fade + tl.sum(power, axis=1)
-    at_v = block * stride_vb + (key % BS) * stride_vt
-    v = _rows(values, at_v, inside, tl.arange(0, DVP), DV, DVP, MASKED)
-    acc = tl.dot(power.to(v.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
-    return top, total, acc
 
 
 # Tables and lengths come at any place of a buffer; none of them may cause another compilation.
@@ -167,7 +97,6 @@ def attend(
     BQ: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
-    WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile of queries of one key head against one split of its sequence's keys.
@@ -216,7 +145,6 @@ def attend(
     at_q = query + row * stride_qt + head_q * stride_qh
     q1 = tl.load(at_q[:, None] + d1[None, :], mask=real[:, None], other=0.0)
     REST: tl.constexpr = D - D1
-    q2 = q1
     if REST > 0:
         q2 = tl.load(
             at_q[:, None] + D1 + d2[None, :],
@@ -228,29 +156,39 @@ def attend(
     best = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DVP), tl.float32)
-    row_low = _first_key(position, window, WINDOW, CHUNK)
+    if WINDOW or CHUNK:
+        row_low = _first_key(position, window, WINDOW, CHUNK)
     keys = key_cache + head.to(tl.int64) * stride_kh
     values = value_cache + head.to(tl.int64) * stride_vh
-    blocks = block_table + seq * stride_table
-    # Tiles of keys that every row sees need no mask: most of them.
-    if DECODE:
-        whole = low + (high - low) // BN * BN
-    elif WINDOW or CHUNK:
-        whole = low
-    else:
-        whole = low + (length - count_q + block_q * BQ + 1 - low) // BN * BN
-    for key0 in tl.range(low, whole, BN, num_stages=STAGES):
-        best, total, acc = _tile(
-            key0, best, total, acc, q1, q2, keys, values, blocks, high, position, row_low,
-            stride_kb, stride_kt, stride_vb, stride_vt, D, D1, D2, DV, DVP, BS, BN, SCALE, SOFTCAP,
-            False, WIDE,
-        )  # fmt: skip
-    for key0 in tl.range(whole, high, BN, num_stages=STAGES):
-        best, total, acc = _tile(
-            key0, best, total, acc, q1, q2, keys, values, blocks, high, position, row_low,
-            stride_kb, stride_kt, stride_vb, stride_vt, D, D1, D2, DV, DVP, BS, BN, SCALE, SOFTCAP,
-            True, WIDE,
-        )  # fmt: skip
+    n = tl.arange(0, BN)
+    for key0 in tl.range(low, high, BN, num_stages=STAGES):
+        key = key0 + n
+        inside = key < high
+        block = tl.load(block_table + seq * stride_table + key // BS, mask=inside, other=0)
+        block = block.to(tl.int64)
+        at_k = block * stride_kb + (key % BS) * stride_kt
+        k1 = _rows(keys, at_k, inside, d1, D, D1)
+        raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        if REST > 0:
+            k2 = _rows(keys + D1, at_k, inside, d2, REST, D2)
+            raw = tl.dot(q2, tl.trans(k2), acc=raw, input_precision="ieee")
+        if SOFTCAP is not None:
+            raw = soft_cap(raw * SCALE, SOFTCAP) * LOG2E
+        else:
+            raw = raw * (SCALE * LOG2E)
+        seen = inside[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW or CHUNK:
+            seen = seen & (key[None, :] >= row_low[:, None])
+        raw = tl.where(seen, raw, -float("inf"))
+        top = tl.maximum(best, tl.max(raw, axis=1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        shift = tl.where(top == -float("inf"), 0.0, top)
+        power = tl.exp2(raw - shift[:, None])
+        fade = tl.exp2(best - shift)
+        total = total * fade + tl.sum(power, axis=1)
+        v = _rows(values, block * stride_vb + (key % BS) * stride_vt, inside, dv, DV, DVP)
+        acc = tl.dot(power.to(v.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
+        best = top
     columns = real[:, None] & (dv[None, :] < DV)
     if SPLITS > 1:
         place = (row * HQ + head_q) * SPLITS + split
