@@ -219,10 +219,9 @@ def test_more_than_the_context_is_refused_before_weights_are_loaded(
 
 
 def test_a_model_without_moe_says_so(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moetor.engine import build
-    from moetor.huggingface import FusionReport
+    from moetor.huggingface import FusionReport, fusing
 
-    monkeypatch.setattr(build, "fuse", lambda *_, **__: FusionReport([]))
+    monkeypatch.setattr(fusing, "fuse", lambda *_, **__: FusionReport([]))
     out, err = generate(capsys, "--prompt", "ROMEO:", *SHORT)
     assert out
     assert "demo has no MoE blocks; nothing was fused" in err
