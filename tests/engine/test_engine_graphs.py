@@ -35,7 +35,7 @@ def rerun(
     return replay, filled
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen3_next", "lfm2_moe"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen3_next", "lfm2_moe", "deepseek_v3"])
 def test_replayed_steps_give_the_tokens_of_generate(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from engine.engine_cases import (
     run_staggered,
 )
 
+# Each engine plans its memory as if it were alone on the GPU.
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

@@ -7,7 +7,6 @@ Dv of values, L keys of a sequence, M blocks of a sequence.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from moetor.engine.cache import Batch, LayerBlocks, active_cache, tokens_first
+from moetor.engine.cache import Batch, EngineCache, LayerBlocks, active_cache, tokens_first
+from moetor.engine.latent import LatentForm, latent_blocks
 from moetor.errors import UnsupportedError
 
 NAME = "moetor_paged"
@@ -54,8 +54,6 @@ class Scores:
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
         window, chunk: as in `LayerShape`.
         sinks_H: a further logit for each head, whose weight goes to no value (gpt-oss).
-        expand: makes keys and values [S, Hq, L, ...] of what the cache holds [S, 1, L, ...]
-            (the latents of DeepSeek-V2, arXiv:2405.04434).
     """
 
     scale: float
@@ -63,7 +61,6 @@ class Scores:
     window: int | None = None
     chunk: int | None = None
     sinks_H: Tensor | None = None
-    expand: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
 
 def paged_attention_forward(
@@ -102,8 +99,7 @@ def paged_attention_forward(
         raise UnsupportedError(f"paged attention does not know {', '.join(unknown)}")
     blocks = cache.blocks[cache.current]
     latent = key.shape[1] != blocks.shape.heads or key.shape[3] != blocks.shape.key_width
-    expand = getattr(module, "expand_kv", None) if latent else None
-    if latent and expand is None:
+    if latent and (blocks.joined is None or not hasattr(module, "expand_kv")):
         raise UnsupportedError("keys are repeated between the cache and the attention")
     scores = Scores(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -111,31 +107,58 @@ def paged_attention_forward(
         window=sliding_window if sliding_window is not None else blocks.shape.window,
         chunk=blocks.shape.chunk,
         sinks_H=s_aux,
-        expand=expand,
     )
-    out_THD = attend(tokens_first(query), blocks, cache.batch, scores, value.shape[-1])
+    states = tuple(tokens_first(x) for x in (query, key, value))
+    if latent:
+        out_THD = _attend_latent(module, states, blocks, cache, scores)
+    else:
+        out_THD = attend(states[0], blocks, cache.batch, scores)
     return out_THD.view(query.shape[0], query.shape[2], *out_THD.shape[1:]), None
 
 
-def attend(
-    query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores, value_width: int
+def _attend_latent(
+    module: Any,
+    states: tuple[Tensor, ...],
+    blocks: LayerBlocks,
+    cache: EngineCache,
+    scores: Scores,
 ) -> Tensor:
+    """Whole prompts by the expanded keys and values that the model made, all else in the latent
+    space.
+
+    Args:
+        states: queries, new keys and new values, [T, Hq, ...] each.
+    """
+    batch, (query_THD, key_THD, value_THD) = cache.batch, states
+    assert batch is not None
+    if cache.current not in cache.latents:
+        cache.latents[cache.current] = LatentForm.of(module, blocks)
+    form: LatentForm = cache.latents[cache.current]
+    whole = latent_blocks(blocks)
+    if not _only_new_keys(batch, scores):
+        return form.leave(attend(form.enter(query_THD), whole, batch, scores))
+    first = batch.num_decodes
+    prompts = _attend_fresh(query_THD[first:], key_THD[first:], value_THD[first:], batch, scores)
+    if first == 0:
+        return prompts
+    singles = attend(form.enter(query_THD[:first]), whole, batch.singles(), scores)
+    return torch.cat([form.leave(singles), prompts])
+
+
+def attend(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:
     """[T, Hq, Dv] for queries [T, Hq, D]."""
-    if query_THD.is_cuda and scores.expand is None:
+    if query_THD.is_cuda:
         return _attend_on_gpu(query_THD, blocks, batch, scores)
     if batch.lens is None or batch.query_lens is None:
-        if query_THD.is_cuda:
-            raise UnsupportedError(
-                "attention over latents reads lengths on the host, which a CUDA graph cannot hold"
-            )
         batch.lens = batch.seq_lens_S.tolist()
         batch.query_lens = batch.query_start_S1.diff().tolist()
-    out_THD = query_THD.new_empty((*query_THD.shape[:2], value_width))
+    out_THD = query_THD.new_empty((*query_THD.shape[:2], blocks.shape.value_width))
     for rows in _decode_groups(batch):
         out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
     first = batch.num_decodes
     if _only_new_keys(batch, scores):
-        out_THD[first:] = _attend_fresh(query_THD[first:], blocks, batch, scores)
+        keys_TD, values_TD = _new_keys(blocks, batch)
+        out_THD[first:] = _attend_fresh(query_THD[first:], keys_TD, values_TD, batch, scores)
         return out_THD
     for row in range(batch.num_decodes, len(batch.lens)):
         last = first + batch.query_lens[row]
@@ -167,7 +190,8 @@ def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores:
         )
 
     if batch.max_query_len > 1 and _only_new_keys(batch, scores):
-        prompts = _attend_fresh(query_THD[decodes:], blocks, batch, scores)
+        keys_TD, values_TD = _new_keys(blocks, batch)
+        prompts = _attend_fresh(query_THD[decodes:], keys_TD, values_TD, batch, scores)
         if not decodes:
             return prompts
     elif batch.prompt_start_S1 is None:
@@ -183,20 +207,27 @@ def _only_new_keys(batch: Batch, scores: Scores) -> bool:
     """Whether prompts see nothing but their own new tokens, and all of these: then torch's own
     attention needs no blocks and no mask.
     """
-    if not batch.fresh or batch.query_lens is None or scores.expand is not None:
+    if not batch.fresh or batch.query_lens is None:
         return False
     limits = [limit for limit in (scores.window, scores.chunk) if limit is not None]
     plain = scores.softcap is None and scores.sinks_H is None
     return plain and all(batch.max_query_len <= limit for limit in limits)
 
 
-def _attend_fresh(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:
-    """Whole prompts; neighbours of equal length in one call."""
-    assert batch.query_lens is not None
-    # Read where they were written: who writes into the cache may hand on something else.
+def _new_keys(blocks: LayerBlocks, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Keys and values of the prompts' new tokens, read where they were written: who writes into
+    the cache may hand on something else.
+    """
     slots = batch.slots_T[batch.num_decodes :]
     keys_TD = blocks.keys.flatten(0, 1).index_select(0, slots)
-    values_TD = blocks.values.flatten(0, 1).index_select(0, slots)
+    return keys_TD, blocks.values.flatten(0, 1).index_select(0, slots)
+
+
+def _attend_fresh(
+    query_THD: Tensor, keys_TD: Tensor, values_TD: Tensor, batch: Batch, scores: Scores
+) -> Tensor:
+    """Whole prompts; neighbours of equal length in one call."""
+    assert batch.query_lens is not None
     out, first = [], 0
     for length, same in itertools.groupby(batch.query_lens[batch.num_decodes :]):
         last = first + length * sum(1 for _ in same)
@@ -296,8 +327,6 @@ def _weigh(
 ) -> Tensor:
     """[S, Hq, T, Dv] for queries [S, Hq, T, D]; `mask` is true where a key is seen."""
     keys_SHLD, values_SHLD = keys_SLHD.transpose(1, 2), values_SLHD.transpose(1, 2)
-    if scores.expand is not None:
-        keys_SHLD, values_SHLD = scores.expand(keys_SHLD, values_SHLD)
     if scores.softcap is None and scores.sinks_H is None:
         heads, tokens = query_SHTD.shape[1:3]
         if tokens == 1:

@@ -53,6 +53,20 @@ class Batch:
     lens: list[int] | None = None
     query_lens: list[int] | None = None
 
+    def singles(self) -> Batch:
+        """The sequences with one new token alone."""
+        count = self.num_decodes
+        return Batch(
+            slots_T=self.slots_T[:count],
+            block_table_SM=self.block_table_SM[:count],
+            seq_lens_S=self.seq_lens_S[:count],
+            query_start_S1=self.query_start_S1[: count + 1],
+            num_decodes=count,
+            max_query_len=1,
+            lens=None if self.lens is None else self.lens[:count],
+            query_lens=None if self.query_lens is None else self.query_lens[:count],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -78,11 +92,17 @@ class LayerShape:
 
 @dataclass(slots=True)
 class LayerBlocks:
-    """One layer's blocks: keys [N, B, Hkv, D], values [N, B, Hkv, Dv]."""
+    """One layer's blocks: keys [N, B, Hkv, D], values [N, B, Hkv, Dv].
+
+    Attributes:
+        joined: [N, B, 1, D + Dv], of which keys and values are views, where a layer has one head
+            of different widths: so are latents held, which are read together.
+    """
 
     shape: LayerShape
     keys: Tensor
     values: Tensor
+    joined: Tensor | None = None
 
     @classmethod
     def empty(
@@ -90,6 +110,11 @@ class LayerBlocks:
     ) -> LayerBlocks:
         """Blocks of zeros: an unwritten slot may be multiplied by a weight of zero."""
         size = (num_blocks, block_size, shape.heads)
+        if shape.heads == 1 and shape.key_width != shape.value_width:
+            width = shape.key_width + shape.value_width
+            joined = torch.zeros((*size, width), dtype=shape.dtype, device=device)
+            keys, values = joined.split([shape.key_width, shape.value_width], dim=-1)
+            return cls(shape, keys, values, joined)
         keys = torch.zeros((*size, shape.key_width), dtype=shape.dtype, device=device)
         values = torch.zeros((*size, shape.value_width), dtype=shape.dtype, device=device)
         return cls(shape, keys, values)
@@ -184,6 +209,8 @@ class EngineCache(Cache):  # type: ignore[misc]
             for index, shape in shapes.items()
         }
         self.batch: Batch | None = None
+        # Made by the attention of layers with latents when they are first called.
+        self.latents: dict[int, Any] = {}
         self.past_length = 0
         self.current = 0
 
