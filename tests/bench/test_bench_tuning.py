@@ -17,7 +17,7 @@ from moetor.bench.tuning import PlanTimer, TuneCase, TuneRow, tune
 from moetor.cli.main import main
 from moetor.cli.tune import TuneOptions, _shapes
 from moetor.huggingface import loading
-from moetor.kernels.triton import choose, fused, tuned
+from moetor.kernels.triton import choose, fused, support, tuned
 from moetor.kernels.triton.candidates import large_candidates, small_candidates
 from moetor.kernels.triton.tuned import Plan, TunedPlan, TunedPlans, plan_key
 from moetor.tools.tiny.models import tiny_config
@@ -389,6 +389,34 @@ def test_the_kernel_takes_the_plan_of_its_range(monkeypatch: pytest.MonkeyPatch)
         assert fused.TritonKernel._tuned(*given(0, "cuda"), CONFIG) is None
         assert fused.TritonKernel._tuned(*given(4, "cpu"), CONFIG) is None
     assert asked == [(8, 1, 2, 0), (8, 16, 2, 0), (8, 32, 2, 0)]
+    monkeypatch.setattr(support, "have_triton", lambda: False)
+    with FakeTensorMode():
+        assert fused.TritonKernel._tuned(*given(4, "cuda"), CONFIG) is None
+    assert len(asked) == 3
+
+
+def test_a_user_without_a_home_has_no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(support, "gpu", lambda index: H100)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H100")
+    monkeypatch.setattr(tuned, "fingerprint", lambda: "0123456789ab")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    tuned.forget()
+    plans = tuned.plans_of(0)
+    tuned.forget()
+    assert not plans
+    assert plans.get(KEY) is None
+
+
+@pytest.mark.skipif(not support.have_triton(), reason="Triton is not installed")
+def test_the_fingerprint_is_short_and_steady() -> None:
+    first = tuned.fingerprint()
+    tuned.fingerprint.cache_clear()
+    assert tuned.fingerprint() == first
+    assert len(first) == 12
 
 
 # --- the command ---------------------------------------------------------------------------------

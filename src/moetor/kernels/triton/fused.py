@@ -91,6 +91,8 @@ class TritonKernel(ExpertsKernel):
         """The measured plan for this call, or None."""
         if not (hidden_TH.is_cuda and hidden_TH.dim() == topk_ids_TK.dim() == 2):
             return None
+        if not support.have_triton():
+            return None  # refused in a moment, with the reason
         tokens, top_k = topk_ids_TK.shape
         if tokens == 0:
             return None

@@ -1,7 +1,7 @@
 """Plans that `moetor tune` measured on this very GPU, kept in the user's cache folder.
 
 A plan belongs to a GPU model, a version of Triton and of these kernels: it is kept in a file named
-after them, and a file of others is never looked at. Imports no Triton.
+after them, and a file of others is never looked at.
 
 Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from moetor.kernels.triton.choose import (
 )
 
 FORMAT = "moetor-tuned/1"
+_NOWHERE = Path("/nonexistent/moetor-tuned.json")
 Plan = SmallPlan | LargePlan
 _PLANS: dict[str, type[Plan]] = {"small": SmallPlan, "large": LargePlan}
 _POWERS = ("rows", "columns", "depth", "warps")
@@ -210,8 +210,10 @@ def _fits(plan: Plan, device: Device) -> bool:
 @functools.cache
 def fingerprint() -> str:
     """Of Triton and of the code that a plan describes."""
+    import triton  # type: ignore[import-not-found, unused-ignore]
+
     digest = hashlib.sha256()
-    digest.update(importlib.metadata.version("triton").encode())
+    digest.update(triton.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         if source.name not in ("tuned.py", "candidates.py", "fused.py"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -233,7 +235,11 @@ def plans_of(index: int) -> TunedPlans:
     from moetor.kernels.triton.support import gpu
 
     device = gpu(index)
-    return TunedPlans(plans_path(torch.cuda.get_device_name(index), device), device)
+    try:
+        path = plans_path(torch.cuda.get_device_name(index), device)
+    except RuntimeError:  # the user has no home
+        path = _NOWHERE
+    return TunedPlans(path, device)
 
 
 def forget() -> None:
