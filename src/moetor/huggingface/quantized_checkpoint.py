@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from moetor.errors import CheckpointError, UnsupportedError
-from moetor.huggingface.checkpoint import Checkpoint, StoredTensor
+from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, StoredTensor
 from moetor.huggingface.packed_tensors import (
     Awq,
     CompressedIntegers,
@@ -27,6 +29,16 @@ from moetor.kernels.formats import WeightFormat, find_format
 _GROUPS = (128, 64, 32)
 _READ = "fp8, compressed-tensors, gptq, awq, mxfp4"
 Settings = Mapping[str, Any]
+
+
+class StoredTensors(Protocol):
+    """Reads tensors by name."""
+
+    def read(self, name: str, box: tuple[slice, ...] = ()) -> Tensor:
+        """A box of a tensor, or with `()` all of it."""
+
+    def close(self) -> None:
+        """Lets files go."""
 
 
 class QuantizedCheckpoint(Checkpoint):
@@ -74,10 +86,9 @@ class QuantizedCheckpoint(Checkpoint):
             first = plain.tensors[next(n for n in found_names(found, name))]
             self.tensors[name] = replace(first, name=name, dtype="BF16", shape=matrix.shape)
 
-    @property
-    def stored(self) -> Checkpoint:
-        """The checkpoint as it is."""
-        return self._plain
+    def open(self) -> StoredTensors:
+        """Reads the tensors as they are stored."""
+        return CheckpointReader(self._plain)
 
 
 Found = list[tuple[PackedTensor, list[str]]]

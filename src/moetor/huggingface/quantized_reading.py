@@ -42,7 +42,7 @@ class QuantizedReader(CheckpointReader):
     def __init__(self, checkpoint: QuantizedCheckpoint) -> None:
         super().__init__(checkpoint)
         self.packed = checkpoint.packed
-        self._stored = CheckpointReader(checkpoint.stored)
+        self._stored = checkpoint.open()
 
     def read(self, name: str, box: tuple[slice, ...] = ()) -> Tensor:
         """As of a `CheckpointReader`; a quantised matrix as numbers in float32."""
