@@ -257,7 +257,7 @@ class Input:
 
 def draw_input(layer: MoELayer, tokens: int, rng: torch.Generator, *, scale: float = 1.0) -> Input:
     """Hidden states [T, H] (and logits, for a layer without a gate) whose choices are clear."""
-    config, dtype = layer.config, layer.routed_experts.down_proj.dtype
+    config, dtype = layer.config, layer.routed_experts.dtype
 
     def draw(rows: int) -> tuple[Tensor, Tensor]:
         hidden = (scale * torch.randn(rows, config.hidden_size, generator=rng)).to(dtype)

@@ -85,6 +85,15 @@ FOUR: dict[str, ParallelConfig] = {
     "dp4_ep": dp_ep(4, dispatcher="alltoall", max_tokens_per_rank=8),
     "independent": tp(2, data_parallel_size=2),
 }
+QUANTISED = {
+    f"quantised {name}": {
+        "hidden_size": 128,
+        "experts": {"intermediate_size": 64, "has_bias": True},
+        "shared": SHARED,
+        "quantization": name,
+    }
+    for name in ("int8_w8a16", "fp8", "int4_g64", "mxfp4")
+}
 # Tokens of each data-parallel group: different ones, and none.
 TOKENS = {"some": (5, 3, 8, 1), "none_on_one": (0, 4, 0, 7), "one": (1, 1, 1, 1), "none": (0,) * 4}
 
@@ -109,7 +118,7 @@ def spread(
     rank: int, name: str, tensors: LayerTensors, inputs: dict[str, Any], parallel: ParallelConfig
 ) -> dict[str, Answer]:
     """In a worker: the layer on this rank, on every list of inputs."""
-    config = make_config(**LAYERS[name])
+    config = make_config(**{**LAYERS, **QUANTISED}[name])
     options = {"router": first_two} if name == "callable" else {}
     whole = build(config, tensors, **options)
     layer = build(config, tensors, **options)
@@ -144,8 +153,9 @@ def spread(
 
 def check(name: str, parallel: ParallelConfig, pool: Pool, seed: int) -> list[dict[str, Answer]]:
     rng = torch.Generator().manual_seed(seed)
-    config = make_config(**LAYERS[name])
-    tensors = draw_layer(config, torch.float64, rng)
+    config = make_config(**{**LAYERS, **QUANTISED}[name])
+    quantised = config.quantization is not None
+    tensors = draw_layer(config, torch.float32 if quantised else torch.float64, rng)
     drawn = build(config, tensors)
     inputs = {
         case: [draw_input(drawn, tokens, rng).hidden for tokens in counts]
@@ -154,6 +164,8 @@ def check(name: str, parallel: ParallelConfig, pool: Pool, seed: int) -> list[di
     answers: list[dict[str, Answer]] = pool.run(spread, name, tensors, inputs, parallel)
     # A float64 sum in another order; identity experts are added in float32.
     close = 1e-6 if config.router.num_zero_experts else 1e-12
+    if quantised:
+        close = 1e-5
     for rank, by_case in enumerate(answers):
         for case, answer in by_case.items():
             torch.testing.assert_close(
@@ -193,3 +205,16 @@ def test_every_weight_is_on_one_rank(two: Pool, seed: int) -> None:
         config = make_config(**LAYERS["odd"]).experts
         held = sum(answer["some"].weights for answer in answers)
         assert held == config.num_experts * config.params_per_expert
+
+
+@pytest.mark.parametrize("parallel", ["tp_ep", "sp_ep", "dp_ep_alltoall", "redundant"])
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_experts_are_split_by_expert(
+    name: str, parallel: str, two: Pool, seed: int
+) -> None:
+    check(name, TWO[parallel], two, seed)
+
+
+def test_quantised_experts_are_not_cut(two: Pool, seed: int) -> None:
+    with pytest.raises(RankError, match="possible: enable_expert_parallel=True, which splits"):
+        check("quantised int8_w8a16", TWO["tp"], two, seed)

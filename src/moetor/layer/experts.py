@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, RouterConfig
-from moetor.errors import ConfigError, UnsupportedError
+from moetor.errors import ConfigError
 from moetor.kernels.base import ExpertWeights, Weights
 from moetor.kernels.routing import Routing
 from moetor.kernels.select import KernelChoice
@@ -81,6 +81,21 @@ class Experts(nn.Module):
             post_norm=self._post_norm_weight(),
         )
 
+    @property
+    def names_by_expert(self) -> tuple[str, ...]:
+        """Names of the parameters that hold one expert per row of their first dimension."""
+        up = self.up_name
+        return (up, "down_proj", f"{up}_bias", "down_proj_bias")
+
+    def check_shard(self, shard: ExpertShard) -> None:
+        """Refuses a part that these experts cannot be cut into; any is possible here."""
+
+    def take_shard(self, shard: ExpertShard) -> list[Tensor | None]:
+        """Copies of a rank's part of the parameters `names_by_expert`."""
+        part = shard.take(self.weights, self.config)
+        self.check_shapes(shard.config(self.config), part)
+        return [part.gate_up, part.down, part.gate_up_bias, part.down_bias]
+
     def keep_shard(self, shard: ExpertShard, taken: TakenShards | None = None) -> None:
         """Keeps this rank's part of the parameters, as copies, and forgets the rest.
 
@@ -88,30 +103,20 @@ class Experts(nn.Module):
             taken: what layers that share their parameters with this one have kept.
 
         Raises:
-            UnsupportedError: the weights are in a quantised format.
+            ConfigError: as `check_shard`.
         """
-        if self.method.weight_format != "unquantized":
-            raise UnsupportedError(
-                f"experts in the format {self.method.weight_format!r} cannot be split after they "
-                "are made; load them with their parallel configuration"
-            )
+        self.check_shard(shard)
         taken = {} if taken is None else taken
-        up = self.up_name
-        names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
+        names = self.names_by_expert
         key = (shard, *(self._parameters[name] for name in names))
         if key not in taken:
-            part = shard.take(self.weights, self.config)
-            self.check_shapes(shard.config(self.config), part)
-            kept = (part.gate_up, part.down, part.gate_up_bias, part.down_bias)
-            taken[key] = tuple(_as_parameter(tensor) for tensor in kept)
+            taken[key] = tuple(_as_parameter(tensor) for tensor in self.take_shard(shard))
         self._parameters.update(zip(names, taken[key], strict=True))
         self.config = shard.config(self.config)
 
     def expert_tensors(self) -> list[Tensor]:
         """The tensors that hold one expert per row of their first dimension, themselves."""
-        up = self.up_name
-        names = (up, "down_proj", f"{up}_bias", "down_proj_bias")
-        held = (self._parameters[name] for name in names)
+        held = (self._parameters[name] for name in self.names_by_expert)
         return [parameter.detach() for parameter in held if parameter is not None]
 
     def adopt_post_norm(self, norm: nn.Module, offset: float) -> None:

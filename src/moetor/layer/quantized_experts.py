@@ -17,6 +17,7 @@ from moetor.errors import ConfigError
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.formats import QuantizedExpertWeights, QuantizedMatrix, canonical
 from moetor.layer.experts import Experts
+from moetor.parallel.shard import ExpertShard
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import (
     ModularMethod,
@@ -115,6 +116,32 @@ class QuantizedExperts(Experts):
         return replace(self._forms[name], **tensors)
 
     @property
+    def names_by_expert(self) -> tuple[str, ...]:
+        """See `Experts.names_by_expert`."""
+        up = self.up_name
+        matrices = (_parameter_name(n, field) for n in (up, "down_proj") for field in _FIELDS)
+        return (*matrices, f"{up}_bias", "down_proj_bias")
+
+    def check_shard(self, shard: ExpertShard) -> None:
+        """Refuses slices of the intermediate size, which would cut groups that share a scale.
+
+        Raises:
+            ConfigError: the part is not of whole experts.
+        """
+        if (shard.start, shard.stop) != (0, self.config.intermediate_size):
+            raise ConfigError(
+                f"experts in the format {self.method.name!r} cannot be split by their intermediate "
+                "size; possible: enable_expert_parallel=True, which splits them by expert, or "
+                "experts without quantization"
+            )
+
+    def take_shard(self, shard: ExpertShard) -> list[Tensor | None]:
+        """See `Experts.take_shard`."""
+        own = torch.tensor(shard.experts, device=self.device)
+        held = (self._parameters[name] for name in self.names_by_expert)
+        return [None if tensor is None else _rows(tensor.detach(), own) for tensor in held]
+
+    @property
     def quantized_weights(self) -> QuantizedExpertWeights:
         """The parameters, as a kernel takes them."""
         up_bias, down_bias = (
@@ -169,6 +196,12 @@ class QuantizedExperts(Experts):
     def extra_repr(self) -> str:
         """As `Experts`, with the quantisation."""
         return f"{super().extra_repr()}, {self.method.name}"
+
+
+def _rows(tensor: Tensor, own: Tensor) -> Tensor:
+    """Some rows, in any dtype: torch indexes no float8 tensors."""
+    bits = tensor.contiguous().view(torch.uint8) if tensor.dim() > 1 else tensor
+    return bits.index_select(0, own).view(tensor.dtype)
 
 
 def _parameter_name(name: str, field: str) -> str:

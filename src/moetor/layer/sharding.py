@@ -61,7 +61,7 @@ def check_layer(
     layout = plan_layer(
         groups, experts.config, router.top_k, loads=loads, num_groups=router.num_groups
     )
-    _check_format(experts)
+    experts.check_shard(layout.shard)
     by_expert = len(layout.shard.experts) != experts.config.num_experts
     if isinstance(experts.method, MonolithicMethod) and (
         by_expert or layout.dispatcher.communicates
@@ -71,14 +71,6 @@ def check_layer(
             "and cannot leave experts out; possible: tensor parallelism alone, or a modular method"
         )
     return layout
-
-
-def _check_format(experts: Experts) -> None:
-    if experts.method.weight_format != "unquantized":
-        raise ConfigError(
-            f"experts in the format {experts.method.weight_format!r} cannot be spread over ranks "
-            "yet; possible: experts without quantization, or one rank"
-        )
 
 
 def shard_layer(
@@ -156,8 +148,9 @@ def check_experts(
     if owner.parallel is not None:
         raise ConfigError("these experts are spread over ranks already")
     experts = owner.routed_experts
-    _check_format(experts)
-    return plan_layer(groups, experts.config, experts.top_k, reduces=True, loads=loads)
+    layout = plan_layer(groups, experts.config, experts.top_k, reduces=True, loads=loads)
+    experts.check_shard(layout.shard)
+    return layout
 
 
 def shard_experts(
