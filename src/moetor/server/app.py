@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from moetor import __version__
 from moetor.engine import AsyncEngine
-from moetor.server import chat, completions, experts, tokens
+from moetor.server import chat, completions, experts, page, tokens
 from moetor.server.config import ServerConfig, read_text
 from moetor.server.errors import add_handlers, error_body
 from moetor.server.guards import BodyGuard, KeyGuard, RateGuard
@@ -44,6 +44,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, model: str) -> FastAPI
     app.include_router(completions.router)
     app.include_router(tokens.router)
     app.include_router(experts.router)
+    app.include_router(page.router)
     _add_small(app)
     add_handlers(app)
 

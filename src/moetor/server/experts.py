@@ -44,6 +44,7 @@ async def experts_stats(request: Request) -> dict[str, Any]:
     return {
         "model": service.names[0],
         "time": time.time(),
+        "healthy": service.healthy,
         "recorded": engine.engine.config.record_expert_load,
         "layers": layers,
         "fusion": [] if report is None else [_block(block) for block in report.blocks],
