@@ -172,6 +172,7 @@ def plan_of(sequences: int, context: int, new: int) -> attention.AttentionPlan:
     return attention.attention_plan(
         sequences=sequences, kv_heads=KV_HEADS, group=HEADS // KV_HEADS, width=WIDTH,
         value_width=WIDTH, max_keys=context, max_query_len=new, itemsize=2, sms=device.sms,
+        shared=device.shared,
         overlap=device.capability >= (9, 0),
     )  # fmt: skip
 

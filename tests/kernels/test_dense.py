@@ -7,9 +7,6 @@ SEED`.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +17,7 @@ HERE = Path(__file__).resolve()
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parents[1]))
 
+from interpreted import needs_triton, run_interpreted  # noqa: E402
 from kernels.dense_cases import (  # noqa: E402
     FORMS,
     LIMITS,
@@ -95,19 +93,24 @@ def test_norm_refuses() -> None:
         dense.add_rms_norm(torch.zeros(2, 4), torch.zeros(3, 4), Norm(None, 1e-5))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed (pip install triton)",
-)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("gated", [False, True])
+def test_tiles_of_few_rows(gated: bool, itemsize: int) -> None:
+    """What a program sums at once stays in its registers, whatever the size."""
+    from moetor.kernels.triton.dense import rows_plan
+
+    for outputs in (8, 128, 2048, 5120, 151936):
+        for depth in (64, 2048, 2880, 7168):
+            for rows in (1, 2, 4):
+                plan = rows_plan(outputs, depth, rows, itemsize, gated=gated)
+                held = plan.outputs * plan.depth * rows * (2 if gated else 1)
+                assert held <= 8192
+                assert plan.depth & (plan.depth - 1) == 0
+
+
+@needs_triton
 def test_under_the_interpreter(seed: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE), str(seed)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_interpreted(HERE, str(seed))
 
 
 def main(seed: int) -> None:

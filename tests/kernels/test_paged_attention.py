@@ -6,9 +6,6 @@ tests/kernels/test_paged_attention.py SEED`.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +17,7 @@ HERE = Path(__file__).resolve()
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parents[1]))
 
+from interpreted import needs_triton, run_interpreted  # noqa: E402
 from kernels.attention_cases import SMALL, PagedCase, draw, expected, largest_error  # noqa: E402
 from moetor.errors import InputError, KernelRefusedError  # noqa: E402
 from moetor.kernels.attention import paged_attention  # noqa: E402
@@ -66,19 +64,44 @@ def test_the_launch_refuses_a_cpu(rng: torch.Generator) -> None:
         launch(**draw(SMALL[0], torch.float32, rng), max_query_len=1)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed (pip install triton)",
+@pytest.mark.parametrize("shared", [101376, 166912, 232448])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("width", "value_width"), [(64, 64), (80, 112), (128, 128), (192, 128), (256, 256), (576, 512)]
 )
+def test_tiles(width: int, value_width: int, itemsize: int, shared: int) -> None:
+    """Tiles fit the shared memory, hold whole groups of heads, and splits can be combined."""
+    from moetor.kernels.triton.attention import _shared_bytes, attention_plan
+
+    for group in (1, 5, 8, 71, 128):
+        for sequences, longest in ((1, 1), (8, 1), (300, 1), (4, 7), (4, 3000)):
+            plan = attention_plan(
+                sequences=sequences,
+                kv_heads=4,
+                group=group,
+                width=width,
+                value_width=value_width,
+                max_keys=4096,
+                max_query_len=longest,
+                itemsize=itemsize,
+                sms=132,
+                shared=shared,
+                overlap=False,
+            )
+            assert group % plan.heads == 0
+            assert plan.rows >= max(16, plan.heads)
+            assert plan.rows & (plan.rows - 1) == plan.splits & (plan.splits - 1) == 0
+            assert plan.splits * value_width <= 8192
+            assert plan.splits == 1 or longest == 1
+            size = (plan.rows, plan.keys, plan.stages)
+            fits = _shared_bytes(width, value_width, itemsize, *size) <= shared
+            # The widest heads in float32 are refused on the smallest GPUs.
+            assert fits != (width == 576 and itemsize == 4 and shared == 101376)
+
+
+@needs_triton
 def test_under_the_interpreter(seed: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE), str(seed)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_interpreted(HERE, str(seed))
 
 
 # --- what runs in that process -------------------------------------------------------------------
@@ -106,6 +129,7 @@ def main(seed: int) -> None:
                 max_query_len=max(case.new),
                 itemsize=4,
                 sms=1,
+                shared=232448,
                 overlap=False,
             )
             plans = [replace(plan, rows=16, keys=16)]

@@ -62,6 +62,22 @@ def attention_refusal(
     return support.device_refusal(device)
 
 
+def _key_columns(width: int) -> tuple[int, int]:
+    """Two powers of two that hold the width: the largest one below, and what holds the rest."""
+    first = 1 << (width.bit_length() - 1)
+    return first, max(16, next_power_of_2(width - first))
+
+
+def _shared_bytes(
+    width: int, value_width: int, itemsize: int, rows: int, keys: int, stages: int
+) -> int:
+    """Upper bound of the shared memory: the queries, and all stages of keys and values."""
+    first, second = _key_columns(width)
+    held = first + (second if first < width else 0)
+    values = next_power_of_2(value_width)
+    return itemsize * (rows * held + stages * keys * (held + values))
+
+
 def attention_plan(
     *,
     sequences: int,
@@ -73,12 +89,14 @@ def attention_plan(
     max_query_len: int,
     itemsize: int,
     sms: int,
+    shared: int,
     overlap: bool,
 ) -> AttentionPlan:
     """Tiles for one call, from upper bounds alone.
 
     Args:
         max_keys: the most keys that a token may see.
+        shared: bytes of shared memory that one program may use.
     """
     wide = max(width, value_width) * itemsize
     stages = 2
@@ -90,6 +108,15 @@ def attention_plan(
         most_rows, keys, warps = 32, 32, 4
     else:
         most_rows, keys, warps = 16, 16, 4
+    while _shared_bytes(width, value_width, itemsize, most_rows, keys, stages) > shared:
+        if stages > 1:
+            stages -= 1
+        elif keys > 16:
+            keys //= 2
+        elif most_rows > 16:
+            most_rows //= 2
+        else:
+            break
     heads = group
     while next_power_of_2(heads) > most_rows:
         heads = heads // 2 if heads % 2 == 0 else 1
@@ -109,7 +136,13 @@ def attention_plan(
     while 2 * splits <= min(_PROGRAMS_PER_SM * sms // programs, most):
         splits *= 2
     return AttentionPlan(
-        rows=rows, heads=heads, keys=keys, splits=splits, warps=4, stages=2, overlap=overlap
+        rows=rows,
+        heads=heads,
+        keys=keys,
+        splits=splits,
+        warps=4,
+        stages=min(stages, 2),
+        overlap=overlap,
     )
 
 
@@ -171,8 +204,17 @@ def paged_attention(
         max_query_len=max_query_len,
         itemsize=query.element_size(),
         sms=device.sms,
+        shared=device.shared,
         overlap=device.capability >= (9, 0),
     )
+    size = (plan.rows, plan.keys, plan.stages)
+    needed = _shared_bytes(query.shape[2], value_cache.shape[3], query.element_size(), *size)
+    if needed > device.shared:
+        raise KernelRefusedError(
+            f"the Triton attention needs {needed} bytes of shared memory for heads of "
+            f"{query.shape[2]} and {value_cache.shape[3]} in {query.dtype}, this GPU has "
+            f"{device.shared}; use moetor.kernels.attention.paged_attention, or half precision"
+        )
     return run_attention(
         query, key_cache, value_cache, block_table, seq_lens, query_start, plan,
         decode=max_query_len == 1, scale=scale, softcap=softcap, window=window, chunk=chunk,
@@ -211,7 +253,7 @@ def run_attention(
         places = (tokens, heads, plan.splits)
         part_out = query.new_empty((*places, value_width), dtype=torch.float32)
         part_max, part_sum = query.new_empty((2, *places), dtype=torch.float32)
-    first = 1 << (width.bit_length() - 1)
+    first, second = _key_columns(width)
     limit = window or chunk or 0
     form = {
         "WINDOW": window is not None,
@@ -247,7 +289,7 @@ def run_attention(
             GROUPS=group // plan.heads,
             D=width,
             D1=first,
-            D2=max(16, next_power_of_2(width - first)),
+            D2=second,
             DV=value_width,
             DVP=max(16, next_power_of_2(value_width)),
             BS=key_cache.shape[1],
