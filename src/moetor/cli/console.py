@@ -10,14 +10,9 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
-
-class Progress(Protocol):
-    """What a long piece of work calls after each of its steps."""
-
-    def __call__(self, done: int, total: int, item: str = "") -> None:
-        """`done` of `total` steps are over, the last of them on `item`."""
+from moetor.progress import Progress, drawn_bar
 
 
 def fail(message: str) -> None:
@@ -84,19 +79,7 @@ def progress(label: str, unit: str) -> Iterator[Progress]:
         if last:
             note(f"{label}: {last} {unit}")
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    parts = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    now = (TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Bar(*parts, *now, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def draw(done: int, total: int, item: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=escape(item))
-
+    with drawn_bar(label, unit) as draw:
         yield draw
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from moetor.bench.shapes import LayerShape, check_tokens, parse_shapes
-from moetor.cli.console import Progress, note, print_table, progress
+from moetor.cli.console import note, print_table, progress
 from moetor.errors import InputError, UnsupportedError
+from moetor.progress import Progress
 
 if TYPE_CHECKING:
     from moetor.bench.tuning import TuneRow

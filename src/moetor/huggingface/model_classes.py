@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 
 from moetor.errors import ConfigError, FusionError, UnsupportedError
 from moetor.huggingface.expert_mapping import ExpertNames
-from moetor.huggingface.fuse_options import Progress, VerifyMode, check_request
+from moetor.huggingface.fuse_options import VerifyMode, check_request
 from moetor.huggingface.fusing import fuse
 from moetor.huggingface.loading import (
     LoadOptions,
@@ -23,9 +23,9 @@ from moetor.huggingface.loading import (
     model_class,
     stream_model,
 )
-from moetor.huggingface.streaming import LoadProgress
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
+from moetor.progress import Progress, drawn_bar
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import quant_config
 
@@ -122,12 +122,12 @@ class _Streamed:
             verify=_VERIFY[verify],
             parallel=parallel,
         )
-        with _bar(f"loading {model}", "tensors") if progress else nullcontext() as shown:
+        with _bar(f"loading {model}", "tensors", shown=progress) as shown:
             loaded, _ = stream_model(model, options, maker=cls._class_of, progress=shown)
             # Of several ranks each knows its share of the experts once the model has been spread.
             report = None if parallel is None else fused(loaded)
         if report is None:
-            with _bar(f"fusing {model}", "blocks") if progress else nullcontext() as shown:
+            with _bar(f"fusing {model}", "blocks", shown=progress) as shown:
                 report = fused(loaded, progress=shown)
         if not report.count("block") + report.count("experts"):
             reasons = dict.fromkeys(block.reason for block in report.blocks)
@@ -199,23 +199,6 @@ def _check_parallel(
     make_groups(parallel, device)
 
 
-@contextmanager
-def _bar(label: str, unit: str) -> Iterator[LoadProgress | Progress | None]:
-    """A bar on standard error, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    parts = (TextColumn(escape(label)), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    now = (TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Bar(*parts, *now, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def draw(done: int, total: int, item: str) -> None:
-            bar.update(task, completed=done, total=total, description=escape(item))
-
-        yield draw
+def _bar(label: str, unit: str, *, shown: bool) -> AbstractContextManager[Progress | None]:
+    """A bar on standard error, where it is wanted and that is a terminal."""
+    return drawn_bar(label, unit) if shown and sys.stderr.isatty() else nullcontext()
