@@ -46,8 +46,8 @@ CHILD = """
 import sys, torch, moetor
 torch.zeros(1, device="cuda")
 model = moetor.MoEForCausalLM.from_pretrained(sys.argv[1], device="cuda", verify="off")
-held = sum(p.nbytes for p in model.parameters())
-print((torch.cuda.max_memory_allocated() - held) / model.model.layers[0].mlp.experts.down_proj.nbytes)
+above = torch.cuda.max_memory_allocated() - sum(p.nbytes for p in model.parameters())
+print(above / model.model.layers[1].mlp.experts.down_proj.nbytes)
 """
 
 
