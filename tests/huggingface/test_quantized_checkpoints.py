@@ -252,3 +252,19 @@ def test_a_quantised_checkpoint_is_not_loaded_without_fusing(
     folder, _ = edited(tmp_path, rng, "awq")
     with pytest.raises(UnsupportedError, match=r"quantised \(awq\).*MoEForCausalLM"):
         moetor.verify(str(folder))
+
+
+def test_explain_reads_the_headers_of_a_quantised_checkpoint(
+    tmp_path: Path, rng: torch.Generator
+) -> None:
+    folder, tensors = edited(tmp_path, rng, "awq")
+    explained = moetor.explain(str(folder), device="cpu")
+    loaded = load(folder)
+    assert explained.kernels == loaded.fusion_report.kernels
+    assert [block.quantization for block in explained.blocks] == [
+        block.quantization for block in loaded.fusion_report.blocks
+    ]
+    assert explained.weight_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert explained.quantized == "experts: 16 of 16 quantised (int4_zp)"
+    with pytest.raises(ConfigError, match=r"quantised already \(awq\)"):
+        moetor.explain(str(folder), quantization="int8")

@@ -4,13 +4,15 @@ a router's.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from moetor.config import ExpertsConfig, RouterConfig, RunnerConfig
-from moetor.errors import CheckpointError, FusionError
+from moetor.errors import CheckpointError, ConfigError, FusionError, UnsupportedError
 from moetor.huggingface.block_form import (
     ExpertsSource,
     beside_label,
@@ -29,14 +31,20 @@ from moetor.huggingface.loading import (
     find_dtype,
     load_config,
     model_class,
+    resolve,
 )
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.report_lines import left_alone_report, top_k_of
 from moetor.huggingface.split_experts import SplitExperts
+from moetor.huggingface.stored_quantization import (
+    StoredQuantization,
+    stored_quantization,
+    stored_settings,
+)
 from moetor.kernels.formats import canonical
 from moetor.kernels.select import KernelChoice
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import make_method, quant_config
+from moetor.quantization.method import QuantizedMethod, make_method, quant_config
 from moetor.quantization.sink import quantized_bytes
 
 
@@ -72,12 +80,40 @@ def explain(
     skeleton = build_skeleton(model, config, trust_remote_code=trust_remote_code)
     wanted = find_dtype(dtype) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     skeleton.to(wanted)
+    stored = _stored(model, config, quantization)
     explainer = _Explainer(level, kernel, quantization, find_device(device), wanted)
+    if stored is not None:
+        explainer.method = stored.method(kernel)
     lines = [explainer.line(*found) for found in find_blocks(skeleton)]
     lines += [left_alone_report(*found) for found in find_left_alone(skeleton)]
+    if stored is not None:
+        name = explainer.method.name
+        lines = [one if one.level == "none" else replace(one, quantization=name) for one in lines]
+        return FusionReport(lines, weight_bytes=stored.nbytes)
     whole = sum(parameter.nbytes for parameter in skeleton.parameters())
     saved = sum(line.expert_bytes[0] - line.expert_bytes[1] for line in lines if line.expert_bytes)
     return FusionReport(lines, weight_bytes=whole - saved)
+
+
+def _stored(
+    model: str, config: Any, quantization: str | QuantConfig | None
+) -> StoredQuantization | None:
+    """How the model's own checkpoint is quantised, if it is."""
+    folder = Path(resolve(model))
+    settings = stored_settings(folder, config)
+    if settings is None:
+        return None
+    kind = settings.get("quant_method")
+    if quantization is not None:
+        raise ConfigError(
+            f"quantization={quantization!r} was asked for, and {model!r} is quantised already "
+            f"({kind}); leave it None"
+        )
+    if not folder.is_dir():
+        raise UnsupportedError(
+            f"{model!r} is quantised ({kind}), which is explained from its files; give a folder"
+        )
+    return stored_quantization(folder, config)
 
 
 def expert_forms(
@@ -202,7 +238,7 @@ class _Explainer:
         )
 
     def _choice(self, config: ExpertsConfig, top_k: int) -> KernelChoice:
-        form = config if self.quant is None else canonical(config)
+        form = canonical(config) if isinstance(self.method, QuantizedMethod) else config
         return self.method.choice(form, top_k, self.device, self.dtype)
 
     def _experts(self, config: ExpertsConfig) -> dict[str, Any]:

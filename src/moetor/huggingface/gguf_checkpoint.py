@@ -213,6 +213,11 @@ class GgufCheckpoint(QuantizedCheckpoint):
             block=kind,
         )
 
+    @property
+    def stored_bytes(self) -> int:
+        """See `QuantizedCheckpoint.stored_bytes`."""
+        return self.nbytes
+
     def open(self) -> GgufTensors:
         """See `QuantizedCheckpoint.open`."""
         return GgufTensors(self)

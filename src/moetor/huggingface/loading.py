@@ -20,10 +20,9 @@ from moetor.demo import model_path
 from moetor.errors import CheckpointError, ConfigError, MoetorError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, first_line
 from moetor.huggingface.expert_mapping import ExpertNames
-from moetor.huggingface.gguf_checkpoint import GgufCheckpoint, find_gguf
 from moetor.huggingface.load_plan import make_plan
 from moetor.huggingface.load_steps import LoadPlan
-from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint, quantization_settings
+from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint
 from moetor.huggingface.quantized_loading import (
     QuantizingSink,
     check_kernel,
@@ -38,6 +37,7 @@ from moetor.huggingface.skeleton import (
     finish_model,
     settle_dtype,
 )
+from moetor.huggingface.stored_quantization import open_checkpoint, stored_settings
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import quant_config
@@ -225,9 +225,7 @@ def stream_model(
     source = resolve(model)
     revision, remote = options.revision, options.trust_remote_code
     config = load_config(model, revision=revision, trust_remote_code=remote)
-    settings = quantization_settings(config)
-    if find_gguf(Path(source)) is not None:
-        settings = {"quant_method": "gguf"}
+    settings = stored_settings(Path(source), config)
     if settings is not None and not options.fused:
         raise UnsupportedError(
             f"{model!r} is quantised ({settings.get('quant_method')}) and only runs fused; load it "
@@ -247,7 +245,7 @@ def stream_model(
     made = (maker or model_class)(config)
     with _one_sentence(model):
         folder = _folder(source, revision)
-        checkpoint = _checkpoint(folder, config, settings)
+        checkpoint = open_checkpoint(folder, config)
         concrete = concrete_class(made, config, source, revision=revision)
         dtype = settle_dtype(config, options.dtype, checkpoint.float_dtype())
         config.name_or_path = source
@@ -290,18 +288,6 @@ def stream_model(
     if withheld is not None:
         leave_withheld(finished, withheld)
     return finished, figures
-
-
-def _checkpoint(folder: Path, config: Any, settings: dict[str, Any] | None) -> Checkpoint:
-    """The checkpoint of a folder, quantised as `settings` say, if it is."""
-    gguf = find_gguf(folder)
-    if gguf is not None:
-        return GgufCheckpoint(gguf)
-    plain = Checkpoint(folder, file_name=getattr(config, "transformers_weights", None))
-    if settings is None:
-        return plain
-    del config.quantization_config  # the model itself is not Transformers' quantised one
-    return QuantizedCheckpoint(plain, settings)
 
 
 def _sink(

@@ -7,8 +7,7 @@ outputs of a product, D its depth, G group size.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,19 +15,23 @@ from torch import Tensor
 
 from moetor.errors import CheckpointError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, StoredTensor
+from moetor.huggingface.compressed_tensors import compressed
+from moetor.huggingface.packed_matrices import (
+    Found,
+    Settings,
+    check_shape,
+    eight_bits,
+    group_kind,
+)
 from moetor.huggingface.packed_tensors import (
     Awq,
-    CompressedIntegers,
     Gptq,
     MicroFloats,
     PackedTensor,
-    Plain8Bit,
 )
-from moetor.kernels.formats import WeightFormat, find_format
+from moetor.kernels.formats import find_format
 
-_GROUPS = (128, 64, 32)
 _READ = "fp8, compressed-tensors, gptq, awq, mxfp4"
-Settings = Mapping[str, Any]
 
 
 class StoredTensors(Protocol):
@@ -82,62 +85,20 @@ class QuantizedCheckpoint(Checkpoint):
                 "that kind"
             )
         self.tensors = {name: t for name, t in plain.tensors.items() if name not in parts}
-        for name, matrix in self.packed.items():
-            first = plain.tensors[next(n for n in found_names(found, name))]
-            self.tensors[name] = replace(first, name=name, dtype="BF16", shape=matrix.shape)
+        for matrix, names in found:
+            first = plain.tensors[names[0]]
+            self.tensors[matrix.name] = replace(
+                first, name=matrix.name, dtype="BF16", shape=matrix.shape
+            )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors as they are stored."""
+        return self._plain.nbytes
 
     def open(self) -> StoredTensors:
         """Reads the tensors as they are stored."""
         return CheckpointReader(self._plain)
-
-
-Found = list[tuple[PackedTensor, list[str]]]
-"""Each matrix and the tensors that make it up."""
-
-
-def found_names(found: Found, name: str) -> list[str]:
-    """Tensors that make up the matrix `name`."""
-    return next(names for matrix, names in found if matrix.name == name)
-
-
-def _shape_error(tensor: StoredTensor, wanted: object) -> CheckpointError:
-    return CheckpointError(
-        f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, it must be {wanted}"
-    )
-
-
-def _eight_bits(
-    tensors: Mapping[str, StoredTensor],
-    weight: str,
-    scale: str,
-    *,
-    block: tuple[int, int] | None,
-    input_scale: str | None,
-) -> tuple[PackedTensor, list[str]]:
-    """int8 or fp8 values with one scale, one a row or one a block."""
-    if scale not in tensors:
-        raise CheckpointError(f"{tensors[weight].file}: {weight} lacks the tensor {scale}")
-    values, scales = tensors[weight], tensors[scale]
-    *lead, rows, depth = values.shape
-    kind = find_format("fp8" if values.dtype == "F8_E4M3" else "int8")
-    shape = tuple(size for size in scales.shape[len(lead) :] if size != 1)
-    blocks = None if block is None else (-(-rows // block[0]), -(-depth // block[1]))
-    if block is not None and tuple(scales.shape[len(lead) :]) == blocks:
-        kind = WeightFormat(element="e4m3", group=block)
-    elif block is not None or shape not in ((), (rows,)):
-        raise _shape_error(scales, blocks or f"[], [1], [{rows}] or [{rows}, 1]")
-    names = [weight, scale, *([input_scale] if input_scale else [])]
-    matrix = Plain8Bit(
-        name=weight,
-        rows=rows,
-        depth=depth,
-        kind=kind,
-        experts=lead[0] if lead else None,
-        weight=weight,
-        scale=scale,
-        input_scale=input_scale,
-    )
-    return matrix, names
 
 
 def _fp8(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found, str]:
@@ -163,27 +124,10 @@ def _fp8(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found
                 f"{tensor.file}: {name} lacks the tensor {stem}input_scale, and the configuration "
                 "says activation_scheme=static"
             )
-        found.append(_eight_bits(tensors, name, scale, block=block, input_scale=inputs))
+        found.append(eight_bits(tensors, name, scale, block=block, input_scale=inputs))
     if static:
         return found, "fp8_static"
     return found, "fp8_token" if block is None else "fp8_group128"
-
-
-def _group_kind(
-    bits: int, group: int, depth: int, zero_points: bool, name: str
-) -> tuple[WeightFormat, int]:
-    """Our format for groups of this size, and how many of our groups one of theirs makes."""
-    size = depth if group in (-1, 0) else group
-    ours = next((one for one in _GROUPS if size % one == 0), None)
-    if ours is None or depth % size or bits not in (4, 8) or (bits == 8 and zero_points):
-        raise UnsupportedError(
-            f"{name} has {bits}-bit values in groups of {size} along a depth of {depth}"
-            f"{' with zero points' if zero_points else ''}; read are 4 bits, or 8 bits without "
-            "zero points, in groups that are multiples of 32 and divide the depth"
-        )
-    element = "int4" if bits == 4 else "int8"
-    suffix = "_zp" if zero_points else ""
-    return find_format(f"{element}_g{ours}{suffix}"), size // ours
 
 
 def _gptq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found, str]:
@@ -197,10 +141,10 @@ def _gptq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Foun
         prefix = name.removesuffix(".qweight")
         names = [f"{prefix}.{part}" for part in ("qweight", "qzeros", "scales")]
         depth, rows = tensor.shape[-2] * (32 // bits), tensor.shape[-1]
-        kind, repeat = _group_kind(bits, group, depth, not symmetric, name)
+        kind, repeat = group_kind(bits, group, depth, not symmetric, name)
         grouped = f"{prefix}.g_idx" in tensors
         size = depth if group in (-1, 0) else group
-        _check_shape(tensors, f"{prefix}.scales", (depth // size, rows))
+        check_shape(tensors, f"{prefix}.scales", (depth // size, rows))
         matrix = Gptq(
             name=f"{prefix}.weight",
             rows=rows,
@@ -218,11 +162,6 @@ def _gptq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Foun
     return found, "unquantized"
 
 
-def _check_shape(tensors: Mapping[str, StoredTensor], name: str, wanted: tuple[int, ...]) -> None:
-    if name in tensors and tensors[name].shape != wanted:
-        raise _shape_error(tensors[name], list(wanted))
-
-
 def _awq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found, str]:
     bits = int(settings.get("bits", settings.get("w_bit", 4)))
     group = int(settings.get("group_size", settings.get("q_group_size", 128)))
@@ -238,9 +177,9 @@ def _awq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found
             continue
         prefix = name.removesuffix(".qweight")
         depth, rows = tensor.shape[-2], tensor.shape[-1] * 8
-        kind, repeat = _group_kind(bits, group, depth, True, name)
+        kind, repeat = group_kind(bits, group, depth, True, name)
         size = depth if group in (-1, 0) else group
-        _check_shape(tensors, f"{prefix}.scales", (depth // size, rows))
+        check_shape(tensors, f"{prefix}.scales", (depth // size, rows))
         matrix = Awq(
             name=f"{prefix}.weight",
             rows=rows,
@@ -264,7 +203,7 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Fou
             continue
         stem = name.removesuffix("_blocks")
         experts, rows, groups, _ = tensor.shape
-        _check_shape(tensors, f"{stem}_scales", (experts, rows, groups))
+        check_shape(tensors, f"{stem}_scales", (experts, rows, groups))
         matrix = MicroFloats(
             name=stem,
             rows=rows,
@@ -279,165 +218,12 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Fou
     return found, "unquantized"
 
 
-def _compressed(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found, str]:
-    """compressed-tensors: one scheme for each group of modules."""
-    groups: dict[str, Any] = dict(settings.get("config_groups") or {})
-    if not groups:
-        raise CheckpointError("its compressed-tensors configuration has no config_groups")
-    found: Found = []
-    activations: set[str] = set()
-    stems = dict.fromkeys(
-        name.rpartition(".")[0]
-        for name in tensors
-        if name.rpartition(".")[2] in ("weight_packed", "weight_scale")
-    )
-    for stem in stems:
-        if _matches(stem, settings.get("ignore") or ()):
-            raise CheckpointError(
-                f"{stem} is quantised, and the configuration lists it under ignore"
-            )
-        scheme = _scheme_of(stem, groups)
-        matrix, names, rounding = _compressed_matrix(
-            tensors, stem, scheme, str(scheme.get("format") or settings.get("format"))
-        )
-        found.append((matrix, names))
-        activations.add(rounding)
-    if len(activations) > 1:
-        raise UnsupportedError(
-            f"a checkpoint with several kinds of activations ({', '.join(sorted(activations))}) is "
-            "not read"
-        )
-    return found, next(iter(activations), "unquantized")
-
-
-def _matches(module: str, patterns: Iterable[str]) -> bool:
-    """Whether a module is named by one of compressed-tensors' patterns: `re:` and a regular
-    expression, or a name, or a class (`Linear`, which all quantised modules are)."""
-    return any(
-        re.match(one[3:], module) is not None
-        if one.startswith("re:")
-        else one == module or module.endswith(f".{one}")
-        for one in patterns
-    )
-
-
-def _scheme_of(stem: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
-    for scheme in groups.values():
-        targets = scheme.get("targets") or ()
-        if _matches(stem, targets):
-            return scheme  # type: ignore[no-any-return]
-    for scheme in groups.values():
-        if "Linear" in (scheme.get("targets") or ()):
-            return scheme  # type: ignore[no-any-return]
-    raise CheckpointError(f"{stem} is quantised, and no config group of the checkpoint targets it")
-
-
-def _compressed_matrix(
-    tensors: Mapping[str, StoredTensor], stem: str, scheme: Mapping[str, Any], form: str
-) -> tuple[PackedTensor, list[str], str]:
-    weights = scheme.get("weights") or {}
-    rounding = _compressed_activations(scheme, form)
-    packed, scale = f"{stem}.weight_packed", f"{stem}.weight_scale"
-    if form in ("float-quantized", "int-quantized", "naive-quantized"):
-        size = weights.get("block_structure")
-        inputs = f"{stem}.input_scale" if rounding == "fp8_static" else None
-        matrix, names = _eight_bits(
-            tensors,
-            f"{stem}.weight",
-            scale,
-            block=None if size is None else (int(size[0]), int(size[1])),
-            input_scale=inputs,
-        )
-        return matrix, names, rounding
-    if packed not in tensors:
-        raise CheckpointError(f"{tensors[scale].file}: {stem} lacks the tensor {packed}")
-    rows, width = tensors[packed].shape[-2:]
-    if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
-        nvfp4 = form.startswith("nvfp4")
-        depth, group = width * 2, 16 if nvfp4 else 32
-        _check_shape(tensors, scale, (rows, depth // group))
-        second = f"{stem}.weight_global_scale"
-        floats = MicroFloats(
-            name=f"{stem}.weight",
-            rows=rows,
-            depth=depth,
-            kind=find_format("nvfp4" if nvfp4 else "mxfp4"),
-            blocks=packed,
-            scale=scale,
-            global_scale=second if nvfp4 else None,
-        )
-        spare = [n for n in (f"{stem}.input_global_scale",) if n in tensors]
-        return floats, [packed, scale, *([second] if nvfp4 else []), *spare], rounding
-    if form != "pack-quantized":
-        raise UnsupportedError(
-            f"compressed-tensors format {form!r} of {stem} is not read; read are pack-quantized, "
-            "int-quantized, float-quantized, nvfp4-pack-quantized and mxfp4-pack-quantized"
-        )
-    return (*_packed_integers(tensors, stem, weights), rounding)
-
-
-def _packed_integers(
-    tensors: Mapping[str, StoredTensor], stem: str, weights: Mapping[str, Any]
-) -> tuple[PackedTensor, list[str]]:
-    packed, scale = f"{stem}.weight_packed", f"{stem}.weight_scale"
-    if f"{stem}.weight_g_idx" in tensors:
-        raise UnsupportedError(
-            f"{stem}.weight_g_idx orders the depth by activations (actorder), which is not read"
-        )
-    bits, symmetric = int(weights.get("num_bits", 4)), bool(weights.get("symmetric", True))
-    rows, width = tensors[packed].shape[-2:]
-    groups = tensors[scale].shape[-1]
-    depth = width * (32 // bits)
-    group = weights.get("group_size")
-    size = depth if group in (None, -1) else int(group)
-    kind, repeat = _group_kind(bits, size, depth, not symmetric, stem)
-    _check_shape(tensors, scale, (rows, depth // size))
-    assert groups * size == depth, "checked with the scales' shape"
-    zero = None if symmetric else f"{stem}.weight_zero_point"
-    matrix = CompressedIntegers(
-        name=f"{stem}.weight",
-        rows=rows,
-        depth=depth,
-        kind=kind,
-        bits=bits,
-        repeat=repeat,
-        scale=scale,
-        packed=packed,
-        zero_point=zero,
-    )
-    spare = [n for n in (f"{stem}.weight_shape",) if n in tensors]
-    return matrix, [packed, scale, *([zero] if zero else []), *spare]
-
-
-def _compressed_activations(scheme: Mapping[str, Any], form: str) -> str:
-    """Our activation format for a scheme's; 4-bit activations are left unquantised, which is
-    finer."""
-    inputs = scheme.get("input_activations")
-    if inputs is None or "fp4" in form:
-        return "unquantized"
-    bits, kind = int(inputs.get("num_bits", 8)), str(inputs.get("type", "int"))
-    strategy, dynamic = str(inputs.get("strategy", "token")), bool(inputs.get("dynamic", True))
-    known: dict[tuple[str, str, bool], str] = {
-        ("float", "token", True): "fp8_token",
-        ("float", "group", True): "fp8_group128",
-        ("float", "tensor", False): "fp8_static",
-        ("int", "token", True): "int8_token",
-    }
-    found = known.get((kind, strategy, dynamic))
-    if bits != 8 or found is None:
-        raise UnsupportedError(
-            f"compressed-tensors activations of {bits} bits, {kind}, by {strategy}, "
-            f"{'dynamic' if dynamic else 'static'} are not read"
-        )
-    return found
-
-
 _FINDERS: dict[str, Callable[[Mapping[str, StoredTensor], Settings], tuple[Found, str]]] = {
     "fp8": _fp8,
     "gptq": _gptq,
     "awq": _awq,
     "mxfp4": _mxfp4,
-    "compressed-tensors": _compressed,
+    "compressed-tensors": compressed,
 }
 _INSTEAD = {
     "bitsandbytes": "take the unquantised checkpoint with quantization='int8' or 'int4'",

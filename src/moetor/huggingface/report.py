@@ -152,7 +152,8 @@ class FusionReport:
     Attributes:
         blocks: one by one.
         parallel: how the model was spread over ranks, where it was.
-        weight_bytes: of all the model's weights, as `explain` predicts them; None after `fuse`.
+        weight_bytes: of all the model's weights, as `explain` predicts them (of a quantised
+            checkpoint: of its files); None after `fuse`.
         dense: what was fused around the experts, where it was asked for.
     """
 
@@ -179,15 +180,13 @@ class FusionReport:
         if not done:
             return None
         total = sum(block.num_experts for block in self.blocks)
-        before, after = (
-            sum(block.expert_bytes[place] for block in done if block.expert_bytes) / 2**30
-            for place in (0, 1)
-        )
         names = ", ".join(dict.fromkeys(str(block.quantization) for block in done))
-        return (
-            f"experts: {sum(block.num_experts for block in done)} of {total} quantised ({names}), "
-            f"{before:.3g} -> {after:.3g} GiB"
-        )
+        line = f"experts: {sum(block.num_experts for block in done)} of {total} quantised ({names})"
+        sizes = [block.expert_bytes for block in done if block.expert_bytes is not None]
+        if not sizes:
+            return line
+        before, after = (sum(pair[place] for pair in sizes) / 2**30 for place in (0, 1))
+        return f"{line}, {before:.3g} -> {after:.3g} GiB"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
