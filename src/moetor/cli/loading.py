@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import note, progress
-from moetor.cli.flags import UsageError
 from moetor.cli.options import ParallelModelOptions
 
 if TYPE_CHECKING:
@@ -17,12 +16,13 @@ if TYPE_CHECKING:
 def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     """The model, and what was fused; None with level `none`. Of several ranks, this one's part."""
     from moetor.huggingface import fuse, loading
+    from moetor.parallel.groups import join_ranks
 
     name = options.model
     parallel = options.parallel() if isinstance(options, ParallelModelOptions) else None
     device = options.device
     if parallel is not None:
-        device = _join_ranks(device)
+        device = join_ranks(device)
     # Of several ranks each knows its share of the experts, and reads it, once the model is spread.
     sharded = parallel is not None and options.quantization is None and options.level != "none"
     report: FusionReport | None = None
@@ -59,32 +59,3 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     if report.quantized is not None:
         note(report.quantized)
     return model, report
-
-
-def _join_ranks(device: str) -> str:
-    """Joins the other ranks; the device of this one.
-
-    Raises:
-        UsageError: fewer GPUs than ranks, or a device that all of them would use.
-    """
-    import torch
-
-    from moetor.parallel.groups import start_process_group
-    from moetor.parallel.launch import local_rank
-
-    if device.startswith("cuda:"):
-        raise UsageError(f"--device {device} is one GPU; several ranks take cuda, one GPU each")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        if torch.cuda.device_count() <= local_rank():
-            raise UsageError(
-                f"rank {local_rank()} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()}. Take -tp {torch.cuda.device_count() or 1} at most, "
-                "or --device cpu"
-            )
-        torch.cuda.set_device(local_rank())
-        start_process_group("cuda")
-        return f"cuda:{local_rank()}"
-    start_process_group(device)
-    return device

@@ -26,6 +26,10 @@ from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
+from moetor.huggingface.parallelism import spread_over
+from moetor.parallel.collectives import host_agree
+from moetor.parallel.config import ParallelConfig
+from moetor.parallel.groups import join_ranks
 from moetor.quant_config import QuantConfig
 
 _UNCOUNTED = 2**62
@@ -65,6 +69,7 @@ class ModelSource:
     level: FuseLevel | Literal["none"] = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
+    parallel: ParallelConfig | None = None
 
 
 def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
@@ -80,7 +85,7 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
     strategy = choose_strategy(served)
     context = loading.context_length(model.config)
     if strategy.paged or config.kv_cache_blocks is not None:
-        free = free_memory(served, strategy, config, context)
+        free = _agreed(free_memory(served, strategy, config, context), model, served.device)
     else:
         free = _UNCOUNTED  # the model's own caches take what they take
     plan = plan_cache(config, strategy, free, context)
@@ -126,6 +131,14 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
     )
 
 
+def _agreed(free: int, model: Any, device: torch.device) -> int:
+    """The least of the ranks' memory: they must plan, and so schedule, alike."""
+    groups = spread_over(model)
+    if groups is None:
+        return free
+    return host_agree(free, torch.distributed.ReduceOp.MIN, groups.tensor, device)
+
+
 def _capture(runner: Runner, config: EngineConfig) -> str:
     """Captures the decoding step; why it is not replayed, or nothing."""
     if runner.device.type != "cuda":
@@ -149,6 +162,19 @@ def _capture(runner: Runner, config: EngineConfig) -> str:
 
 def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionReport | None]:
     """The model, its tokenizer and what was fused."""
+    if source.parallel is not None and source.parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={source.parallel.data_parallel_size}: the engine does not keep "
+            "data-parallel ranks in step yet; possible: tensor_parallel_size alone, with or "
+            "without enable_expert_parallel"
+        )
+    if source.parallel is not None and (
+        not isinstance(source.model, str) or config.load_format != "auto" or source.level == "none"
+    ):
+        raise ConfigError(
+            "parallel is for a path, loaded as it is and fused; spread a live model yourself: "
+            "moetor.fuse(model, parallel=...)"
+        )
     if not isinstance(source.model, str):
         asked = [n for n in ("dtype", "device") if getattr(source, n) != "auto"]
         if config.load_format != "auto":
@@ -169,10 +195,11 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
         model = loading.load_model(
             source.model,
             dtype=source.dtype,
-            device=source.device,
+            device=source.device if source.parallel is None else join_ranks(source.device),
             quantization=source.quantization,
             kernel=source.kernel,
             for_fusing=source.level != "none",
+            sharded=source.parallel is not None and source.quantization is None,
             **options,
         )
     tokenizer = source.tokenizer
@@ -209,7 +236,9 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             level=source.level,
             kernel=source.kernel,
             quantization=source.quantization,
-            dense=config.fuse_dense,
+            # Dense parts are split by Transformers' plan, or joined, not both.
+            dense=config.fuse_dense and source.parallel is None,
+            parallel=source.parallel,
         )
     if source.quantization is not None or source.kernel != "auto":
         raise ConfigError(
@@ -217,7 +246,7 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             + ("not fused with level 'none'" if source.level == "none" else "fused already")
             + "; leave them out"
         )
-    if config.fuse_dense and not is_dense_fused(model):
+    if config.fuse_dense and not is_dense_fused(model) and spread_over(model) is None:
         return FusionReport([], dense=fuse_dense(model))
     return None
 

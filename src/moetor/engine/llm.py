@@ -15,6 +15,7 @@ from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics,
 from moetor.engine.params import SamplingParams
 from moetor.engine.progress import bar
 from moetor.errors import ConfigError, InputError
+from moetor.parallel.config import ParallelConfig
 from moetor.quant_config import QuantConfig
 
 Message = Mapping[str, Any]
@@ -31,6 +32,8 @@ class LLM:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quantization, kernel, level: as `moetor.fuse` takes them; level `none` does not fuse.
         revision, trust_remote_code: of a checkpoint on the hub.
+        parallel: spreads the model over the ranks that a launcher has started, of which each makes
+            the same `LLM` and the same calls, and gets all the results. One tensor-parallel group.
         settings: the fields of `EngineConfig`: `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `kv_cache_blocks`, `gpu_memory_utilization`,
             `enable_prefix_caching`, `enforce_eager`, `fuse_dense`, `seed`, `load_format`.
@@ -53,6 +56,7 @@ class LLM:
         level: Literal["auto", "block", "experts", "none"] = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        parallel: ParallelConfig | None = None,
         **settings: Any,
     ) -> None:
         source = ModelSource(
@@ -65,6 +69,7 @@ class LLM:
             level=level,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            parallel=parallel,
         )
         self.engine: Engine = build_engine(source, engine_config(settings))
         self._numbers = itertools.count()

@@ -36,6 +36,13 @@ from moetor.parallel.layout import LayerLayout
 
 # Of every tensor so many elements are compared between the ranks.
 FINGERPRINT = 16
+_GROUPS = "_moetor_parallel_groups"
+
+
+def spread_over(model: Any) -> ParallelGroups | None:
+    """The ranks that a model has been spread over; None for a whole one."""
+    groups: ParallelGroups | None = model.__dict__.get(_GROUPS)
+    return groups
 
 
 def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
@@ -79,6 +86,7 @@ def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
     ]
     styles = apply_plan(model, plan.entries, groups.mesh["tp"])
     model._device_mesh = groups.mesh  # Transformers asks for it when it batches
+    model.__dict__[_GROUPS] = groups
     whole = _whole(model, left_out) if config.tensor_parallel_size > 1 else ()
     return ParallelReport(
         groups=groups,

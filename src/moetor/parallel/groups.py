@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moetor.errors import ConfigError, ParallelError, UnsupportedError
 from moetor.parallel.config import ParallelConfig, possible_grids
+from moetor.parallel.launch import local_rank
 
 # Loading and compiling may differ by minutes between ranks; only steps are watched closely.
 START_TIMEOUT = timedelta(minutes=30)
@@ -79,6 +80,33 @@ def start_process_group(device: torch.device | str) -> None:
             "of torch, or run on the CPU"
         )
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=START_TIMEOUT)
+
+
+def join_ranks(device: str = "auto") -> str:
+    """Joins the ranks that a launcher started, each with a device of its own; this one's device.
+
+    Args:
+        device: cpu, cuda, or `auto` for cuda where there are GPUs.
+
+    Raises:
+        ConfigError: a device that all ranks would share, or fewer GPUs than ranks.
+    """
+    if device.startswith("cuda:"):
+        raise ConfigError(f"{device} is one GPU; several ranks take cuda, one GPU each")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        number, gpus = local_rank(), torch.cuda.device_count()
+        if gpus <= number:
+            raise ConfigError(
+                f"rank {number} of this machine has no GPU: there are {gpus}. Take at most "
+                f"{gpus or 1} ranks here, or device cpu"
+            )
+        torch.cuda.set_device(number)
+        start_process_group("cuda")
+        return f"cuda:{number}"
+    start_process_group(device)
+    return device
 
 
 def _named_by_environment() -> bool:
