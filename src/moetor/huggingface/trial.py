@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moetor.errors import FusionMismatchError
+from moetor.huggingface.any_size import call_original
 from moetor.huggingface.block_plan import BlockPlan, Layout
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, gate_forward
@@ -112,7 +113,7 @@ def _try_plan(
     """The fused block of one plan, and its error on `hidden` [B, S, H]."""
     extra = _extra_inputs(plan, hidden)
     with torch.no_grad():
-        answer = plan.block(hidden.clone(), **extra)
+        answer = call_original(plan.block, lambda: plan.block(hidden.clone(), **extra))
     shaped = _returns(answer, hidden, plan)
     if isinstance(shaped, Unrecognised):
         return shaped
@@ -188,7 +189,7 @@ def try_experts(
     weights_TK = weights_TK.to(device=like.device, dtype=like.dtype)
     ids_TK = ids_TK.to(like.device)
     with torch.no_grad():
-        expected = original(hidden_TH.clone(), ids_TK, weights_TK)
+        expected = call_original(original, lambda: original(hidden_TH.clone(), ids_TK, weights_TK))
         ours = fused(hidden_TH, ids_TK, weights_TK)
     error, limit = relative_error(ours, expected), tolerance(like.dtype)
     if not compare and error < float("inf"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moetor.demo import heldout_text
 from moetor.errors import FusionMismatchError
+from moetor.huggingface.any_size import call_original
 from moetor.huggingface.fuse_options import FuseLevel, Progress, check_request
 from moetor.huggingface.fusing import fuse, unfuse
 from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
@@ -181,9 +182,11 @@ class _Measured:
 
     def __init__(self, model: nn.Module, text_ids_T: Tensor | None) -> None:
         self.ids_BT = _random_ids(model)
-        self.logits = _logits(model, self.ids_BT)
+        self.logits = call_original(model, lambda: _logits(model, self.ids_BT))
         self.text_ids_T = text_ids_T
-        self.perplexity = None if text_ids_T is None else perplexity(model, text_ids_T)
+        self.perplexity: float | None = None
+        if text_ids_T is not None:
+            self.perplexity = call_original(model, lambda: perplexity(model, text_ids_T))
 
     def compare(self, model: nn.Module) -> tuple[float, tuple[float, float] | None]:
         """The error of the model's logits, and both perplexities where there is a text."""
