@@ -32,11 +32,12 @@ COLUMNS = (
     "bfloat16",
     "compiled",
     "greedy",
+    "images",
     "note",
 )
 # Columns that the check compares word by word; of the errors only the order of magnitude.
 _EXACT = ("blocks", "routing", "compiled", "greedy")
-_ERRORS = ("float32", "bfloat16")
+_ERRORS = ("float32", "bfloat16", "images")
 
 INTRODUCTION = """\
 # Compatibility
@@ -56,6 +57,8 @@ COMPATIBILITY.md`; a check in the tests fails when it is out of date.
   float32; in brackets the error of the model that is not fused.
 - **compiled**: whether `torch.compile(fullgraph=True)` captures the fused blocks.
 - **greedy**: whether greedy generation gives the same tokens; -: the family does not generate.
+- **images**: as float32, with a picture in each sequence (pixel tensors, no processor); -: not
+  tried.
 """
 
 
@@ -123,6 +126,7 @@ def cells(row: FamilyRow) -> dict[str, str]:
         "bfloat16": bfloat16,
         "compiled": _yes(row.compiled),
         "greedy": _yes(row.greedy),
+        "images": _error(row.images_error),
         "note": row.note,
     }
     return {column: text.replace("|", "\\|") for column, text in texts.items()}

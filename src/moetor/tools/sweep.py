@@ -19,6 +19,7 @@ from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
 from moetor.huggingface.report import FusionReport
 from moetor.huggingface.trial import relative_error
 from moetor.tools.tiny import generate_of, logits_of, tiny_inputs, tiny_model
+from moetor.tools.tiny.images import IMAGES, tiny_image_inputs
 
 NO_BLOCK = "no MoE block is found"
 
@@ -38,6 +39,7 @@ class FamilyRow:
             by rounding shows: fused, original.
         compiled: whether a fused block of every kind compiles as one graph.
         greedy: whether `generate` gives the same tokens.
+        images_error: as `float32_error`, with a picture in each sequence.
         seconds: that the family took.
         note: why blocks are not at level block, and what failed.
     """
@@ -51,6 +53,7 @@ class FamilyRow:
     bfloat16_largest: tuple[float, float] | None = None
     compiled: bool | None = None
     greedy: bool | None = None
+    images_error: float | None = None
     seconds: float = 0.0
     note: str = ""
 
@@ -78,6 +81,8 @@ def check_family(name: str) -> FamilyRow:
     inputs = tiny_inputs(name, model)
     before = logits_of(name, model, inputs)
     tokens = generate_of(name, model, inputs)
+    pictured = tiny_image_inputs(name, model) if name in IMAGES else None
+    seen = None if pictured is None else logits_of(name, model, pictured)
     row, notes = FamilyRow(family=name), []
     try:
         report = moetor.fuse(model)
@@ -90,6 +95,9 @@ def check_family(name: str) -> FamilyRow:
     if not any(row.levels[:2]):
         return replace(row, note="; ".join(notes))
     row = replace(row, float32_error=relative_error(logits_of(name, model, inputs), before))
+    if pictured is not None and seen is not None:
+        ours_seen = logits_of(name, model, pictured)
+        row = replace(row, images_error=relative_error(ours_seen, seen))
     if tokens is not None:
         ours = generate_of(name, model, inputs)
         row = replace(row, greedy=ours is not None and torch.equal(ours, tokens))

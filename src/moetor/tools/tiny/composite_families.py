@@ -172,6 +172,7 @@ COMPOSITE_FAMILIES: dict[str, Family] = {
         settings={
             "text_config": {"model_type": "deepseek_v3", **LATENT},
             "vision_config": {},
+            "projection_hidden_size": 32,
             "image_token_id": IMAGE,
             "video_token_id": VIDEO,
         },
@@ -179,7 +180,13 @@ COMPOSITE_FAMILIES: dict[str, Family] = {
     "llama4": _with_towers(
         "Llama4",
         {"moe_layers": [1, 2], "intermediate_size": 40, "intermediate_size_mlp": 96},
-        vision={"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+        # as wide as four patches, which its pixel shuffle joins
+        vision={
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
     ),
     "minimax_m3_vl": Family(
         config="MiniMaxM3VLConfig",
