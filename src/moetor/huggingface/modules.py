@@ -20,6 +20,7 @@ from moetor.huggingface.router_form import KeptRouter, RecognisedRouter
 from moetor.huggingface.router_trial import Places, lookup
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.gate import gate_product
+from moetor.kernels.routing import adjust_logits
 from moetor.layer import ops
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
@@ -33,7 +34,7 @@ from moetor.quantization.method import make_method
 
 
 class GateForward:
-    """The forward of a Transformers router inside a fused block: the gate product alone.
+    """The forward of a Transformers router inside a fused block: its logits alone.
 
     The router stays the module that it was, so that its parameters keep their names and the hooks
     by which Transformers records `router_logits` still see them.
@@ -45,13 +46,17 @@ class GateForward:
         self.bias = recognised.names.bias
         self.precision: Precision = recognised.config.gate_precision
         self.logits_precision: Precision = recognised.logits_precision
+        self.multiplier = recognised.logit_multiplier
+        self.softcap = recognised.logit_softcap
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Router logits [T, E] for hidden states [..., H]."""
         bias = None if self.bias is None else lookup(self.router, self.bias)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TE = gate_product(hidden_TH, lookup(self.router, self.weight), bias, self.precision)
-        return logits_TE.float() if self.logits_precision == "float32" else logits_TE
+        if self.logits_precision == "float32":
+            logits_TE = logits_TE.float()
+        return adjust_logits(logits_TE, self.multiplier, self.softcap)
 
 
 @contextmanager
@@ -167,6 +172,14 @@ class FusedMoEBlock(MoELayer):
         # In __dict__, not as a submodule: its parameters are this module's own.
         self.__dict__["_original"] = block
         self.train(block.training)
+
+    @property
+    def logits_precision(self) -> Precision:
+        """As the family's router gives them."""
+        router = self.plan_router
+        if isinstance(router, RecognisedRouter) and router.logits_precision == "float32":
+            return "float32"
+        return super().logits_precision
 
     @property
     def input_transform(self) -> Chain | None:

@@ -33,6 +33,8 @@ from moetor.huggingface.router_trial import (
     reproduces,
     try_router,
 )
+from moetor.kernels.gate import gate_product
+from moetor.kernels.routing import adjust_logits
 
 AskBlock = Callable[[nn.Module, Tensor | None], Answer | Unrecognised]
 """`(random router, random selection bias of the block) -> what the block's routing is`."""
@@ -139,11 +141,15 @@ class RecognisedRouter:
         config: the formula.
         names: of its tensors.
         logits_precision: of the logits that the module returns (Granite casts them to float32).
+        logit_multiplier, logit_softcap: what has been done to the logits that it returns (Muse
+            Spark, Laguna); the formula then has neither.
     """
 
     config: RouterConfig
     names: RouterNames
     logits_precision: Precision
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
 
 
 def recognise_router(
@@ -198,12 +204,33 @@ def recognise_router(
     # To the bit first: in half precision that tells in which dtype a router computes its scores.
     for exact, config in product((True, False), tried):
         if all(reproduces(config, trial, exact=exact) for trial in trials):
-            in_float32 = trials[0].answer.logits_dtype == torch.float32
+            in_float32 = answer.logits_dtype == torch.float32
+            told = in_float32 and _tells_adjusted_logits(config, trials[0])
             return RecognisedRouter(
-                config=config, names=names, logits_precision="float32" if in_float32 else "model"
+                config=replace(config, logit_multiplier=1.0, logit_softcap=None)
+                if told
+                else config,
+                names=names,
+                logits_precision="float32" if in_float32 else "model",
+                logit_multiplier=config.logit_multiplier if told else 1.0,
+                logit_softcap=config.logit_softcap if told else None,
             )
     why = f"no description reproduces its router {type(router).__name__}"
     return kept_router(router, hidden_size, dtype, why)
+
+
+def _tells_adjusted_logits(config: RouterConfig, trial: Trial) -> bool:
+    """Whether the logits that a router returns have its multiplier and its soft cap in them."""
+    answer = trial.answer
+    if (config.logit_multiplier, config.logit_softcap) == (1.0, None) or answer.logits_TE is None:
+        return False
+    logits_TE = gate_product(
+        answer.hidden_TH, trial.weight_EH, trial.bias_E, config.gate_precision
+    ).float()
+    adjusted_TE = adjust_logits(logits_TE, config.logit_multiplier, config.logit_softcap)
+    return answer.logits_TE.shape == adjusted_TE.shape and torch.allclose(
+        answer.logits_TE, adjusted_TE, rtol=1e-3, atol=1e-4
+    )
 
 
 def _trials(

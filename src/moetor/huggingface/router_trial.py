@@ -85,6 +85,7 @@ class Answer:
     """What a router answered to random tokens, and how it had to be asked.
 
     Attributes:
+        logits_TE: as it gives them, None where it gives none.
         places: where weights and ids are among the values that it answers with; None where they
             were read off what its block does with them.
         answers: how many values these are.
@@ -94,6 +95,7 @@ class Answer:
     weights_TK: Tensor
     ids_TK: Tensor
     logits_dtype: torch.dtype
+    logits_TE: Tensor | None = None
     batched: bool = False
     inputs: tuple[tuple[str, str], ...] = ()
     answers: int = 3
@@ -169,11 +171,13 @@ def try_router(
         if read is None:
             return Unrecognised(f"{me} does not answer with (logits, weights, ids)")
         weights, ids, places = read
+        logits = _logits(answer, weights, places)
         return Answer(
             hidden_TH=hidden_TH,
             weights_TK=weights,
             ids_TK=ids,
-            logits_dtype=_logits(answer, weights, places).dtype,
+            logits_dtype=logits.dtype,
+            logits_TE=logits.reshape(PROBE_TOKENS, -1),
             # a mask counts what each sequence has sent to an expert
             batched=batched or (places is not None and places.mask),
             inputs=inputs,

@@ -56,6 +56,15 @@ def _score(logits: Tensor, config: RouterConfig) -> Tensor:
             return _elementwise(lambda x: torch.sqrt(F.softplus(x)), logits)
 
 
+def adjust_logits(logits: Tensor, multiplier: float, softcap: float | None) -> Tensor:
+    """The first steps of the formula: a factor, and c * tanh(logits / c)."""
+    if multiplier != 1.0:
+        logits = logits * multiplier
+    if softcap is not None:
+        logits = _elementwise(lambda x: softcap * torch.tanh(x / softcap), logits)
+    return logits
+
+
 def _limit_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     """Masks the experts outside the best `top_k_groups` groups (arXiv:2405.04434, section 2.2)."""
     choice_TGX: Tensor = choice_TE.unflatten(-1, (config.num_groups, -1))
@@ -101,11 +110,7 @@ def route(
     logits = logits_TE
     if config.score_precision == "float32" and logits.dtype != torch.float64:
         logits = logits.to(torch.float32)
-    if config.logit_multiplier != 1.0:
-        logits = logits * config.logit_multiplier
-    if config.logit_softcap is not None:
-        cap = config.logit_softcap
-        logits = _elementwise(lambda x: cap * torch.tanh(x / cap), logits)
+    logits = adjust_logits(logits, config.logit_multiplier, config.logit_softcap)
     scores = logits if config.score_order == "after_topk" else _score(logits, config)
     if forced_ids is not None:
         ids = forced_ids.to(device=scores.device, dtype=torch.int64)

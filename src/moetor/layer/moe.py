@@ -8,19 +8,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetor.config import MoEConfig, RouterConfig, SharedExpertsOrder
+from moetor.config import MoEConfig, Precision, RouterConfig, SharedExpertsOrder
 from moetor.errors import ConfigError, InputError, UnsupportedError
 from moetor.kernels.base import ExpertWeights, Weights, unquantized
 from moetor.kernels.gate import gate_product
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.routing import Routing
+from moetor.layer import ops
 from moetor.layer.context import get_forward_context, register_layer
 from moetor.layer.experts import Experts
 from moetor.layer.quantized_experts import make_experts
@@ -36,6 +37,10 @@ _ORDERS_OF_THE_OP = (
     SharedExpertsOrder.INTERNAL_OVERLAPPED,
     SharedExpertsOrder.MULTI_STREAM_OVERLAPPED,
 )
+
+
+RowPart = Literal["gate", "input_transform", "output_transform"]
+"""A part of a layer that acts on each row by itself."""
 
 
 class Gate(nn.Module):
@@ -196,7 +201,7 @@ class MoELayer(nn.Module):
                 f"layer {self.name!r} has a gate of its own; router_logits would be ignored. Build "
                 "it with internal_gate=False to pass them"
             )
-        return self.by_rows(self.gate_module, hidden_TH, self.config.router.num_logits)
+        return self.by_rows("gate", hidden_TH, self.config.router.num_logits)
 
     def _given_logits(self, hidden_TH: Tensor, router_logits: Tensor) -> Tensor:
         logits_TE = router_logits.reshape(-1, router_logits.shape[-1])
@@ -209,15 +214,40 @@ class MoELayer(nn.Module):
             )
         return logits_TE
 
-    def by_rows(self, function: Callable[[Tensor], Tensor], rows_TX: Tensor, width: int) -> Tensor:
-        """`function(rows_TX)`; under batch_invariant in blocks of fixed size.
+    def by_rows(self, part: RowPart, rows_TX: Tensor, width: int) -> Tensor:
+        """What a part makes of rows [T, X]; under batch_invariant in blocks of fixed size.
 
         Args:
-            width: the widest row that the function makes.
+            width: of the rows that it makes.
         """
         if not self.config.runner.batch_invariant:
-            return function(rows_TX)
-        return in_fixed_blocks(function, rows_TX, max(width, rows_TX.shape[1]))
+            return self._row_part(part)(rows_TX)
+        if torch.compiler.is_compiling():
+            # The number of blocks is the token count, for which a graph must not be made anew.
+            in_float32 = part == "gate" and self.logits_precision == "float32"
+            dtype = torch.float32 if in_float32 else rows_TX.dtype
+            made: Tensor = ops.rows_forward(rows_TX, part, width, dtype, self.name)
+            return made
+        return self.in_blocks(part, rows_TX, width)
+
+    def in_blocks(self, part: RowPart, rows_TX: Tensor, width: int) -> Tensor:
+        """The same in blocks of fixed size. Body of `moetor::rows_forward`."""
+        return in_fixed_blocks(self._row_part(part), rows_TX, max(width, rows_TX.shape[1]))
+
+    def _row_part(self, part: RowPart) -> Callable[[Tensor], Tensor]:
+        parts = {
+            "gate": self.gate_module,
+            "input_transform": self.input_transform,
+            "output_transform": self.output_transform,
+        }
+        found = parts[part]
+        assert found is not None, f"a layer without {part} does not ask for it"
+        return found
+
+    @property
+    def logits_precision(self) -> Precision:
+        """Whether the gate's logits are float32 or in the hidden states' dtype."""
+        return self.config.router.gate_precision
 
     @property
     def gate_module(self) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""The three custom ops: what `torch.compile` and CUDA graphs see of a MoE layer.
+"""The custom ops: what `torch.compile` and CUDA graphs see of a MoE layer.
 
 Each is one opaque node in a graph, with a fake implementation, and mutates nothing. Weights are not
 arguments: the layer is found by its name. Shape letters: T tokens, K top_k, E router logits, H
@@ -17,7 +17,7 @@ from moetor.layer.context import find_layer, get_forward_context
 from moetor.layer.recording import replay_choice
 
 if TYPE_CHECKING:
-    from moetor.layer.moe import MoELayer
+    from moetor.layer.moe import MoELayer, RowPart
 
 
 @torch.library.custom_op("moetor::moe_forward", mutates_args=())
@@ -68,3 +68,17 @@ def transformers_moe_forward(
 @transformers_moe_forward.register_fake
 def _(hidden_TH: Tensor, topk_weights_TK: Tensor, topk_ids_TK: Tensor, layer_name: str) -> Tensor:
     return torch.empty_like(hidden_TH)
+
+
+@torch.library.custom_op("moetor::rows_forward", mutates_args=())
+def rows_forward(
+    rows_TX: Tensor, part: str, width: int, dtype: torch.dtype, layer_name: str
+) -> Tensor:
+    """A part of a batch-invariant layer on rows [T, X], in blocks of fixed size: [T, width]."""
+    layer = cast("MoELayer", find_layer(layer_name))
+    return layer.in_blocks(cast("RowPart", part), rows_TX, width)
+
+
+@rows_forward.register_fake
+def _(rows_TX: Tensor, part: str, width: int, dtype: torch.dtype, layer_name: str) -> Tensor:
+    return rows_TX.new_empty((rows_TX.shape[0], width), dtype=dtype)

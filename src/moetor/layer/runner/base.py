@@ -175,7 +175,7 @@ class MoERunner(ABC):
         transform = layer.input_transform
         hidden_TX = hidden_TH
         if transform is not None:
-            hidden_TX = layer.by_rows(transform, hidden_TH, layer.inner_size)
+            hidden_TX = layer.by_rows("input_transform", hidden_TH, layer.inner_size)
         missing = layer.routed_experts.config.hidden_size - hidden_TX.shape[-1]
         return F.pad(hidden_TX, (0, missing)) if missing else hidden_TX.contiguous()
 
@@ -200,7 +200,7 @@ class MoERunner(ABC):
                 routed_TX = all_reduce(routed_TX, group)
             group = None
         if latent is not None:
-            routed_TX = layer.by_rows(latent, routed_TX, layer.config.hidden_size)
+            routed_TX = layer.by_rows("output_transform", routed_TX, layer.config.hidden_size)
         if shared_TH is not None:
             assert layer.shared is not None, "there is a shared result"
             routed_TX = layer.shared.combine(routed_TX, shared_TH)
