@@ -121,7 +121,7 @@ def test_memory_of_a_quantised_model_is_said_before_it_is_loaded(
         ("qwen3_moe", "cache paged;"),
         ("qwen3_next", "cache paged and states (its cache has layers of class LinearAttention"),
         ("deepseek_v32", "cache own cache, prompts in one piece (its cache has layers of class"),
-        ("nllb_moe", "not served, an encoder-decoder"),
+        ("nllb_moe", "cache own cache, prompts in one piece (it is an encoder-decoder)"),
     ],
 )
 def test_how_the_engine_caches(family: str, said: str) -> None:

@@ -49,7 +49,9 @@ def own_tokens(name: str, model: Any, prompt: list[int], new: int = NEW) -> list
             min_new_tokens=new,
             pad_token_id=0,
         )
-    return out[0, len(prompt) :].tolist()
+    # an encoder-decoder's text begins with its start token instead of the prompt
+    first = 1 if speaker.config.is_encoder_decoder else len(prompt)
+    return out[0, first:].tolist()
 
 
 def greedy(new: int = NEW, **more: Any) -> SamplingParams:

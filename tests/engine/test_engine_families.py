@@ -14,14 +14,9 @@ from engine.engine_cases import (
     random_prompts,
     run_staggered,
 )
-from moetor.errors import UnsupportedError
-from moetor.tools.tiny import FAMILIES, family_of
+from moetor.tools.tiny import FAMILIES
 
-SERVED = [
-    name
-    for name, family in FAMILIES.items()
-    if family.generates and family.call != "encoder_decoder"
-]
+SERVED = [name for name, family in FAMILIES.items() if family.generates]
 # Small enough that prompts come in many chunks and sequences are preempted.
 TIGHT = {
     "max_num_seqs": 4,
@@ -49,11 +44,3 @@ def test_greedy_tokens_are_those_of_generate(name: str) -> None:
             assert engine.core.stats().preemptions > 0
         assert_empty(engine)
     assert len(wanted["0"]) == NEW
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if family_of(name).call == "encoder_decoder"]
-)
-def test_encoder_decoders_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedError, match="encoder-decoder"):
-        make_engine(make_model(name, 0))

@@ -76,11 +76,11 @@ def run(options: ExplainOptions) -> int:
 
 def engine_line(config: Any) -> str:
     """How the engine would cache the model, as far as its configuration tells."""
-    from moetor.engine.strategy import expected_strategy
+    from moetor.engine.strategy import ENCODER_DECODER, expected_strategy
 
-    if config.is_encoder_decoder:
-        return "engine: not served, an encoder-decoder"
-    strategy = expected_strategy(config.get_text_config(decoder=True))
+    strategy = ENCODER_DECODER
+    if not config.is_encoder_decoder:
+        strategy = expected_strategy(config.get_text_config(decoder=True))
     return f"engine: cache {strategy}; tried against the model's own when it starts"
 
 

@@ -117,6 +117,8 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         ends=end_tokens(model, tokenizer),
         max_model_len=plan.max_model_len,
         seed=config.seed,
+        text_only=served.is_encoder_decoder,
+        separate_prompt=served.is_encoder_decoder,
     )
     return Engine(
         core=core,

@@ -174,7 +174,8 @@ class EngineCore:
                 sequence.pending -= 1
             if sequence.finished:
                 continue
-            if sequence.row is not None and self.runner.strategy.prefix_caching:
+            in_blocks = self.runner.strategy.prefix_caching and not sequence.request.extra
+            if in_blocks and sequence.row is not None:
                 self.scheduler.blocks.file(
                     sequence.blocks,
                     sequence.hashes,

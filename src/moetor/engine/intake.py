@@ -28,6 +28,8 @@ class Intake:
         ends: its end tokens.
         max_model_len: of a prompt and its continuation.
         seed: of the requests without one.
+        text_only: whether the model takes nothing but text.
+        separate_prompt: whether the prompt goes into an encoder.
     """
 
     def __init__(
@@ -38,9 +40,12 @@ class Intake:
         ends: frozenset[int],
         max_model_len: int,
         seed: int,
+        text_only: bool = False,
+        separate_prompt: bool = False,
     ) -> None:
         self.tokenizer, self.vocab_size, self.ends = tokenizer, vocab_size, ends
         self.max_model_len = max_model_len
+        self.text_only, self.separate_prompt = text_only, separate_prompt
         self._seed, self._numbers = seed, itertools.count()
 
     def request(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Request:
@@ -52,6 +57,12 @@ class Intake:
         arrival = time.monotonic()
         text, ids, extra = self._read(prompt)
         self._check(ids, params)
+        if extra is not None and self.text_only:
+            raise InputError(
+                f"the prompt brings {', '.join(extra)}, and this model takes text alone"
+            )
+        if params.prompt_logprobs is not None and self.separate_prompt:
+            raise InputError("prompt_logprobs: the prompt of an encoder-decoder is not predicted")
         request = Request(request_id, text, ids, params, RequestMetrics(arrival), extra=extra)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]

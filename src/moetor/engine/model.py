@@ -26,6 +26,8 @@ class ServedModel:
         composite: what takes pictures and the like; often the same.
         config: of the language model.
         vocab_size: of its logits.
+        cache_name: what its forward calls the cache.
+        decoder_start: token with which an encoder-decoder's decoder begins.
 
     Raises:
         UnsupportedError: the model does not generate text token by token.
@@ -45,14 +47,21 @@ class ServedModel:
                 f"{type(model).__name__} does not generate text token by token; the engine serves "
                 "models with generate() only"
             )
-        if self.model.config.is_encoder_decoder:
-            raise UnsupportedError(
-                f"{type(model).__name__} is an encoder-decoder, which the engine does not serve; "
-                "call its own generate()"
-            )
-        self._cache_name = found[0]
+        self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
+        self.decoder_start = self._decoder_start() if self.is_encoder_decoder else None
+        self.cache_name = found[0]
         self._takes_rows = "logits_to_keep" in names
         self.vocab_size = int(self.config.vocab_size)
+
+    def _decoder_start(self) -> int:
+        for settings in (getattr(self.model, "generation_config", None), self.model.config):
+            for name in ("decoder_start_token_id", "bos_token_id"):
+                token = getattr(settings, name, None)
+                if isinstance(token, int):
+                    return token
+        raise UnsupportedError(
+            f"{type(self.model).__name__} is an encoder-decoder without a decoder_start_token_id"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +84,6 @@ class ServedModel:
         position_ids: Tensor,
         cache: Any,
         rows: Tensor | None,
-        extra: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Any]:
         """Logits of some tokens, and the cache.
 
@@ -84,7 +92,6 @@ class ServedModel:
             position_ids: [S, T].
             cache: with which the model is called; None lets it make its own.
             rows: int64, of the S * T tokens; None for all of them.
-            extra: further inputs by name.
 
         Returns:
             [rows, V], and the cache with these tokens.
@@ -92,18 +99,17 @@ class ServedModel:
         inputs: dict[str, Any] = {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            self._cache_name: cache,
+            self.cache_name: cache,
             "use_cache": True,
-            **(extra or {}),
         }
         one_row = input_ids.shape[0] == 1
         if rows is not None and self._takes_rows and one_row:
             inputs["logits_to_keep"] = rows
-        output = (self.composite if extra else self.model)(**inputs)
+        output = self.model(**inputs)
         logits: Tensor = output.logits.flatten(0, 1)
         if rows is not None and not (self._takes_rows and one_row):
             logits = logits.index_select(0, rows)
-        return logits, getattr(output, self._cache_name)
+        return logits, getattr(output, self.cache_name)
 
     @contextmanager
     def paged_attention(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetor.engine.alone import AloneCaller
 from moetor.engine.batch import BlockTable, DeviceInputs, device_inputs, host_inputs, kept_rows
 from moetor.engine.cache import Batch, EngineCache
 from moetor.engine.graphs import DecodeGraphs, graph_sizes
@@ -153,6 +154,7 @@ class Runner:
         self.sampler = Sampler(rows, device)
         # One row more than there are sequences: padded rows of a graph write there.
         self.last_token_P = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.alone = AloneCaller(served)
         self.graphs: DecodeGraphs | None = None
         self.graph_steps = 0
         self._max_blocks = max_blocks
@@ -246,7 +248,10 @@ class Runner:
     def _replay(self, step: Step) -> Launched | None:
         """The step by a graph; None where it is none that was captured."""
         parts = step.parts
-        plain = all(part.count == 1 and part.samples and part.start for part in parts)
+        plain = all(
+            part.count == 1 and part.samples and part.start and not self._goes_alone(part)
+            for part in parts
+        )
         if self.graphs is None or not plain:
             return None
         begin = time.perf_counter()
@@ -289,18 +294,24 @@ class Runner:
         self, parts: Items[Scheduled]
     ) -> list[tuple[list[Scheduled], Callable[[list[Scheduled]], Tensor]]]:
         """Which parts go through the model together, and how."""
-        if not self.strategy.paged:
-            return [([part], self._call_own) for part in parts]
+        own = [part for part in parts if self._goes_alone(part)]
+        rest = [part for part in parts if not self._goes_alone(part)]
+        groups: list[tuple[list[Scheduled], Callable[[list[Scheduled]], Tensor]]] = [
+            ([part], self._call_own) for part in own
+        ]
+        if not rest:
+            return groups
         if self.states is None:
-            plain = [part for part in parts if not part.sequence.request.extra or part.start]
-            special = [part for part in parts if part.sequence.request.extra and not part.start]
-            packed = [plain] if plain else []
-            return [(group, self._call_packed) for group in (*packed, *([p] for p in special))]
+            return [(rest, self._call_packed), *groups]
         # A sequence without a past has no state to take out of its slot.
-        together = [part for part in parts if part.count == 1 and part.start]
-        alone = [part for part in parts if part.count > 1 or not part.start]
-        groups = [together] if together else []
-        return [(group, self._call_states) for group in (*groups, *([p] for p in alone))]
+        together = [part for part in rest if part.count == 1 and part.start]
+        if together:
+            groups.append((together, self._call_states))
+        single = [part for part in rest if part.count > 1 or not part.start]
+        return [*groups, *(([part], self._call_states) for part in single)]
+
+    def _goes_alone(self, part: Scheduled) -> bool:
+        return not self.strategy.paged or part.sequence.request.extra is not None
 
     def _inputs(self, parts: list[Scheduled]) -> DeviceInputs:
         pending = any(part.pending for part in parts)
@@ -318,7 +329,6 @@ class Runner:
                 inputs.positions_T[None],
                 self.cache,
                 inputs.keep,
-                _extra(parts),
             )
         return logits
 
@@ -338,24 +348,14 @@ class Runner:
                 inputs.positions_T.view(rows, -1),
                 self.cache,
                 inputs.keep,
-                _extra(parts),
             )
         self.states.store(inputs.rows_S)
         return logits
 
     def _call_own(self, parts: list[Scheduled]) -> Tensor:
         """One sequence with the model's own cache."""
-        (part,) = parts
-        sequence = part.sequence
         inputs = self._inputs(parts)
-        logits, sequence.cache = self.served(
-            inputs.ids_T[None],
-            inputs.positions_T[None],
-            sequence.cache if part.start else None,
-            inputs.keep,
-            _extra(parts),
-        )
-        return logits
+        return self.alone(parts[0], inputs.ids_T, inputs.positions_T, inputs.keep)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept of a sequence that has ended."""
@@ -380,14 +380,6 @@ class Runner:
         launched.host_tokens = host.copy_(tokens, non_blocking=True)
         launched.event = torch.cuda.Event()
         launched.event.record()
-
-
-def _extra(parts: list[Scheduled]) -> dict[str, Any] | None:
-    """Pictures and the like go with the first tokens of their prompt."""
-    (first, *others) = parts
-    if others or first.start:
-        return None
-    return first.sequence.request.extra
 
 
 def _prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:

@@ -128,7 +128,7 @@ class Scheduler:
         left = self._left(sequence)
         if left <= budget:
             return left
-        if self.chunked_prefill:
+        if self.chunked_prefill and sequence.request.extra is None:
             return budget
         return left if alone else 0
 

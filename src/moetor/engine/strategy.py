@@ -63,6 +63,11 @@ class Strategy:
         return f"{text} ({self.reason})" if self.reason else text
 
 
+ENCODER_DECODER = Strategy(
+    name="own cache", reason="it is an encoder-decoder", chunked_prefill=False
+)
+
+
 def expected_strategy(config: Any) -> Strategy:
     """The best strategy that a configuration allows, before any trial.
 

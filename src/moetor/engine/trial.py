@@ -14,7 +14,12 @@ from moetor.engine.outputs import RequestMetrics
 from moetor.engine.params import SamplingParams
 from moetor.engine.runner import Runner
 from moetor.engine.sequence import Request, Scheduled, Sequence
-from moetor.engine.strategy import Strategy, expected_strategy, layer_shapes
+from moetor.engine.strategy import (
+    ENCODER_DECODER,
+    Strategy,
+    expected_strategy,
+    layer_shapes,
+)
 from moetor.errors import UnsupportedError
 
 _LENGTHS = (21, 9, 38)
@@ -35,6 +40,8 @@ def choose_strategy(served: ServedModel) -> Strategy:
         UnsupportedError: there is none.
         Exception: what the model raises with its own cache.
     """
+    if served.is_encoder_decoder:
+        return ENCODER_DECODER
     expected = expected_strategy(served.config)
     tokens = _tokens(served)
     wanted, example = _own_logits(served, tokens)
