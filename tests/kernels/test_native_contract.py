@@ -219,7 +219,7 @@ QUERY = KernelQuery(device="cpu", dtype=BF16, experts=CONFIG, top_k=2)
 REFUSED = (
     (replace(QUERY, device="cuda"), "not on cuda"),
     (replace(QUERY, dtype=torch.float64), "float64"),
-    (replace(QUERY, weight_format="int8"), "int8"),
+    (replace(QUERY, weight_format="fp8"), "fp8"),
     (replace(QUERY, experts=replace(CONFIG, post_norm_eps=1e-5)), "norm"),
     (
         replace(QUERY, experts=replace(CONFIG, activation=Activation(function=torch.sin))),

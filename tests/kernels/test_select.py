@@ -144,7 +144,6 @@ def test_an_unknown_format_is_refused_by_every_kernel_with_a_reason() -> None:
         why = {
             "triton": "runs on NVIDIA GPUs",
             "grouped_mm": "runs on NVIDIA GPUs",
-            "native": "reads unquantised weights, not runes",
         }.get(name, "knows no weight format runes")
         assert f"{name} {why}" in str(caught.value)
 

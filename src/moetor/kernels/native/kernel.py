@@ -7,15 +7,18 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
 from moetor.errors import InputError, KernelRefusedError
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights, unquantized
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights
+from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.native import library
 from moetor.kernels.native.build import BuildError
+from moetor.kernels.native.codes import code_fields, codes_refusal
 
 # Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than
 # small products.
@@ -54,7 +57,7 @@ def _check_inputs(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
     topk_ids_TK: Tensor,
-    weights: ExpertWeights,
+    weights: Weights,
     config: ExpertsConfig,
 ) -> None:
     if hidden_TH.dtype not in library.DTYPE_CODES:
@@ -70,8 +73,9 @@ def _check_inputs(
         raise InputError("hidden states must be contiguous")
     _check(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32)
     _check(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32)
-    _check(weights.gate_up, "gate_up", config.gate_up_shape, dtype)
-    _check(weights.down, "down", config.down_shape, dtype)
+    if isinstance(weights, ExpertWeights):
+        _check(weights.gate_up, "gate_up", config.gate_up_shape, dtype)
+        _check(weights.down, "down", config.down_shape, dtype)
     for bias, name, size in (
         (weights.gate_up_bias, "gate_up_bias", config.up_size),
         (weights.down_bias, "down_bias", config.hidden_size),
@@ -98,11 +102,33 @@ def _matrix(weight_EXY: Tensor, *, transposed: bool) -> tuple[Tensor, int, bool]
     return copy, copy.stride(1), transposed
 
 
+def _plain_fields(
+    weights: ExpertWeights, config: ExpertsConfig
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """The fields of `library.Arguments` that describe weights in the dtype of the inputs, and the
+    tensors they point into, which may be copies."""
+    gate_up, gate_up_stride, gate_up_columns = _matrix(
+        weights.gate_up, transposed=config.transposed
+    )
+    down, down_stride, down_columns = _matrix(weights.down, transposed=config.transposed)
+    fields = {
+        "gate_up": gate_up.data_ptr(),
+        "down": down.data_ptr(),
+        "gate_up_expert_stride": gate_up.stride(0),
+        "gate_up_stride": gate_up_stride,
+        "down_expert_stride": down.stride(0),
+        "down_stride": down_stride,
+        "gate_up_columns": gate_up_columns,
+        "down_columns": down_columns,
+    }
+    return fields, (gate_up, down)
+
+
 def native_experts(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
     topk_ids_TK: Tensor,
-    weights: ExpertWeights,
+    weights: Weights,
     config: ExpertsConfig,
     *,
     isa: str | None = None,
@@ -114,7 +140,7 @@ def native_experts(
         hidden_TH: float32, bfloat16 or float16, contiguous.
         topk_weights_TK: float32.
         topk_ids_TK: int32 in [0, E].
-        weights: in the dtype of `hidden_TH`.
+        weights: in the dtype of `hidden_TH`, or quantised; biases in the dtype of `hidden_TH`.
         isa: `avx2` or `avx512`; None for the best that this processor has. The result's last bits
             depend on it.
         threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on
@@ -137,10 +163,11 @@ def native_experts(
     out_TH = torch.empty_like(hidden_TH)
     # These names keep every tensor alive until the call is over.
     topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
-    gate_up, gate_up_stride, gate_up_columns = _matrix(
-        weights.gate_up, transposed=config.transposed
-    )
-    down, down_stride, down_columns = _matrix(weights.down, transposed=config.transposed)
+    held: tuple[Tensor, ...] = ()
+    if isinstance(weights, QuantizedExpertWeights):
+        fields = code_fields(weights, config)
+    else:
+        fields, held = _plain_fields(weights, config)
     up_bias = None if weights.gate_up_bias is None else weights.gate_up_bias.contiguous()
     down_bias = None if weights.down_bias is None else weights.down_bias.contiguous()
     activation = config.activation
@@ -148,8 +175,6 @@ def native_experts(
         hidden=hidden_TH.data_ptr(),
         topk_weights=topk_weights_TK.data_ptr(),
         topk_ids=topk_ids_TK.data_ptr(),
-        gate_up=gate_up.data_ptr(),
-        down=down.data_ptr(),
         gate_up_bias=None if up_bias is None else up_bias.data_ptr(),
         down_bias=None if down_bias is None else down_bias.data_ptr(),
         out=out_TH.data_ptr(),
@@ -158,10 +183,6 @@ def native_experts(
         num_experts=config.num_experts,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        gate_up_expert_stride=gate_up.stride(0),
-        gate_up_stride=gate_up_stride,
-        down_expert_stride=down.stride(0),
-        down_stride=down_stride,
         gate_up_bias_stride=config.up_size,
         down_bias_stride=config.hidden_size,
         dtype=library.DTYPE_CODES[hidden_TH.dtype],
@@ -169,8 +190,6 @@ def native_experts(
         threads=torch.get_num_threads() if threads is None else threads,
         gated=config.gated,
         interleaved=config.interleaved,
-        gate_up_columns=gate_up_columns,
-        down_columns=down_columns,
         weight_on_input=config.weight_on_input,
         activation=library.ACTIVATION_CODES[activation.name],
         limit_place=0 if activation.limit is None else library.LIMIT_CODES[activation.limit_place],
@@ -179,10 +198,12 @@ def native_experts(
         up_shift=activation.up_shift,
         softcap=activation.softcap or 0.0,
         up_softcap=activation.up_softcap or activation.softcap or 0.0,
+        **fields,
     )
     workspace = _workspace(native.workspace_bytes(arguments))
     arguments.workspace, arguments.workspace_bytes = workspace.data_ptr(), workspace.numel()
     status = native.run(arguments)
+    del held
     if status == library.BAD_EXPERT_ID:
         raise InputError(f"topk_ids hold an id outside [0, {config.num_experts}]")
     if status != 0:
@@ -204,7 +225,9 @@ class NativeKernel(ExpertsKernel):
         if query.device != "cpu":
             return f"runs on the CPU, not on {query.device}"
         if query.weight_format != "unquantized":
-            return f"reads unquantised weights, not {query.weight_format}"
+            refused = codes_refusal(query)
+            if refused is not None:
+                return refused
         if query.dtype not in library.DTYPE_CODES:
             return f"computes float32, bfloat16 and float16, not {query.dtype}"
         form = _unsupported_form(query.experts)
@@ -228,8 +251,7 @@ class NativeKernel(ExpertsKernel):
     ) -> Tensor:
         """See `ExpertsKernel` and `native_experts`. It is batch invariant with or without
         `batch_invariant`."""
-        plain = unquantized(weights)
-        return native_experts(hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
+        return native_experts(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype

@@ -31,7 +31,8 @@ class Arguments(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("hidden", "topk_weights", "topk_ids", "gate_up", "down"),
-                *("gate_up_bias", "down_bias", "out", "workspace"),
+                *("gate_up_bias", "down_bias", "gate_up_scales", "down_scales"),
+                *("gate_up_zeros", "down_zeros", "out", "workspace"),
             )
         ),
         *(
@@ -47,6 +48,7 @@ class Arguments(ctypes.Structure):
             for name in (
                 *("dtype", "isa", "threads", "gated", "interleaved", "gate_up_columns"),
                 *("down_columns", "weight_on_input", "activation", "limit_place"),
+                *("weights", "gate_up_scale_type", "down_scale_type", "group", "round_inputs"),
             )
         ),
         *(

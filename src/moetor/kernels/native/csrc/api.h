@@ -12,10 +12,14 @@ extern "C" {
 enum Isa { kIsaNone = 0, kIsaAvx2 = 1, kIsaAvx512 = 2 };
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum ActivationName { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
+// How the weights are stored: in the inputs' dtype, or as codes with scales (the formats of formats.py; packed codes are
+// two a byte, 32 values in 16 bytes).
+enum Weights { kPlain = 0, kInt8 = 1, kInt4 = 2, kInt4Zero = 3, kE2m1 = 4, kInt8Row = 5 };
+enum ScaleType { kScaleFloat32 = 0, kScaleBfloat16 = 1, kScaleFloat16 = 2, kScaleE8m0 = 3 };
 enum LimitPlace { kNoLimit = 0, kLimitBefore = 1, kLimitAfter = 2 };
 enum Status { kOk = 0, kBadExpertId = 1, kSmallWorkspace = 2, kBadIsa = 3, kBadDtype = 4 };
 
-// Field order and types are mirrored by `library.py`. Strides count elements. A matrix in "columns" form has its
+// Field order and types are mirrored by `library.py`. Strides count elements, or bytes of codes. A matrix in "columns" form has its
 // output axis contiguous ([E, H, J] and [E, I, H]); otherwise its reduction axis is ([E, J, H] and [E, H, I]).
 struct MoetorExperts {
   const void* hidden;         // [T, H], contiguous
@@ -25,6 +29,10 @@ struct MoetorExperts {
   const void* down;
   const void* gate_up_bias;  // [E, J] or null
   const void* down_bias;     // [E, H] or null
+  const void* gate_up_scales;  // of codes, [E, J, groups]; null for plain weights
+  const void* down_scales;     // [E, H, groups]
+  const void* gate_up_zeros;   // like the scales, kInt4Zero alone
+  const void* down_zeros;
   void* out;                 // [T, H], contiguous
   void* workspace;           // 64-byte aligned
   int64_t workspace_bytes;
@@ -34,6 +42,8 @@ struct MoetorExperts {
   int32_t dtype, isa, threads;
   int32_t gated, interleaved, gate_up_columns, down_columns, weight_on_input;
   int32_t activation, limit_place;
+  int32_t weights, gate_up_scale_type, down_scale_type, group;  // group: values of a row that share a scale; 0: all of them
+  int32_t round_inputs;                // both products' inputs become int8 with one scale a token
   float alpha, limit, up_shift, softcap, up_softcap;  // softcap 0: none of the two
 };
 

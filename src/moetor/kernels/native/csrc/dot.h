@@ -23,6 +23,24 @@ struct Ahead {
   int64_t period, phase;
 };
 
+// tile[n][r] = the sum over the lanes of sum[r][n].
+template <class V, int R, int N>
+inline void store_sums(typename V::Reg (&sum)[R][N], float* tile) {
+  constexpr int kTokensAtOnce = 4 / R;  // sum4 adds up four: one token's rows, or two rows of two tokens
+#pragma GCC unroll 16
+  for (int n = 0; n < N; n += kTokensAtOnce) {
+    const int m = n + 1 < N ? n + 1 : n;
+    const __m128 four = R == 4 ? V::sum4(sum[0][n], sum[1][n], sum[R - 2][n], sum[R - 1][n])
+                               : V::sum4(sum[0][n], sum[1][n], sum[0][m], sum[1][m]);
+    if (R == 4) {
+      _mm_storeu_ps(tile + n * kTile, four);
+    } else {
+      _mm_storel_pi(reinterpret_cast<__m64*>(tile + n * kTile), four);
+      _mm_storeh_pi(reinterpret_cast<__m64*>(tile + m * kTile), four);
+    }
+  }
+}
+
 template <class V, class D, int R, int N>
 inline void dot_block(const D* w, int64_t stride, const float* x, int64_t steps, float* sums, bool first, float* tile,
                       const D* ahead, int64_t ahead_stride) {
@@ -63,19 +81,7 @@ inline void dot_block(const D* w, int64_t stride, const float* x, int64_t steps,
       for (int n = 0; n < N; ++n) V::store(sums + (r * N + n) * W, sum[r][n]);
     return;
   }
-  constexpr int kTokensAtOnce = 4 / R;  // sum4 adds up four: one token's rows, or two rows of two tokens
-#pragma GCC unroll 16
-  for (int n = 0; n < N; n += kTokensAtOnce) {
-    const int m = n + 1 < N ? n + 1 : n;
-    const __m128 four = R == 4 ? V::sum4(sum[0][n], sum[1][n], sum[R - 2][n], sum[R - 1][n])
-                               : V::sum4(sum[0][n], sum[1][n], sum[0][m], sum[1][m]);
-    if (R == 4) {
-      _mm_storeu_ps(tile + n * kTile, four);
-    } else {
-      _mm_storel_pi(reinterpret_cast<__m64*>(tile + n * kTile), four);
-      _mm_storeh_pi(reinterpret_cast<__m64*>(tile + m * kTile), four);
-    }
-  }
+  store_sums<V, R, N>(sum, tile);
 }
 
 // R rows over [begin, end) of the reduction axis: one piece of it, cut so that the inputs stay in the first-level

@@ -62,11 +62,15 @@ class Experts {
       const int64_t now = task - up_tasks_;
       task = take();
       seek(at, task);
-      down(now, at);
+      down(now, [&](int64_t n, int64_t begin, int64_t end) {
+        const Weights after = n + 1 < p.num_active ? down_weights(p.active[n + 1], begin) : at.next;
+        a.down_columns ? down_columns(p.active[n], begin, end, after.at, at.thread)
+                       : down_rows(p.active[n], begin, end, after);
+      });
     }
   }
 
- private:
+ protected:
   struct Weights {  // where a panel or a strip starts, and the stride between its rows
     const D* at;
     int64_t stride;
@@ -97,7 +101,8 @@ class Experts {
     return a.gate_up_columns ? ceil_div(slots, up_together_)
                              : ceil_div(Blocks(slots).count, up_together_ / V::kMaxTokens);
   }
-  static constexpr bool split_for(bool columns) { return kSplit<D> && !columns; }
+  // Quantised weights are widened in their own order, whatever the dtype of the inputs.
+  bool split_for(bool columns) const { return kSplit<D> && !columns && a.weights == kPlain; }
 
   Weights up_weights(int64_t expert, int64_t i) const {  // gate row (or column) i
     const D* base = static_cast<const D*>(a.gate_up) + expert * a.gate_up_expert_stride;
@@ -140,6 +145,7 @@ class Experts {
     const D* from = static_cast<const D*>(a.hidden) + p.token[position] * a.hidden_size;
     const float factor = a.weight_on_input ? a.topk_weights[p.order[position]] : 1.0f;
     pack_row<V>(block, tokens, token, 0, from, a.hidden_size, factor, split_for(a.gate_up_columns));
+    if (a.round_inputs) round_row<V>(block, tokens, token, a.hidden_size);
   }
 
   // Widens the inputs of a task into the thread's own memory, unless its last task had the same ones.
@@ -253,15 +259,12 @@ class Experts {
   }
 
   // A slice of the output's columns for all tokens: experts in ascending order, then one rounding.
-  void down(int64_t task, const Cursor& at) const {
+  template <class Add>
+  void down(int64_t task, const Add& add) const {
     const int64_t begin = task * down_width_, end = min64(begin + down_width_, a.hidden_size);
     for (int64_t t = 0; t < a.tokens; ++t)
       memset(p.out + t * p.ldo + begin, 0, sizeof(float) * round_up(end - begin, kPanel));
-    for (int64_t n = 0; n < p.num_active; ++n) {
-      const Weights after = n + 1 < p.num_active ? down_weights(p.active[n + 1], begin) : at.next;
-      a.down_columns ? down_columns(p.active[n], begin, end, after.at, at.thread)
-                     : down_rows(p.active[n], begin, end, after);
-    }
+    for (int64_t n = 0; n < p.num_active; ++n) add(n, begin, end);
     auto* out = static_cast<D*>(a.out);
     for (int64_t t = 0; t < a.tokens; ++t)
       narrow_row<V>(out + t * a.hidden_size + begin, p.out + t * p.ldo + begin, end - begin);
@@ -323,22 +326,5 @@ class Experts {
   int64_t down_width_, down_tasks_;
   int64_t next_task_ = 0;
 };
-
-template <class V, class D>
-void run_experts(const MoetorExperts& args, const Plan& plan, void (*start)(void (*)(void*), void*, int)) {
-  Experts<V, D> experts(args, plan);
-  start([](void* self) { static_cast<Experts<V, D>*>(self)->run(); }, &experts, args.threads);
-}
-
-// The entry of one instruction set.
-template <class V>
-int run_dtype(const MoetorExperts& args, const Plan& plan, void (*start)(void (*)(void*), void*, int)) {
-  switch (args.dtype) {
-    case kFloat32: run_experts<V, float>(args, plan, start); return kOk;
-    case kBfloat16: run_experts<V, Bf16>(args, plan, start); return kOk;
-    case kFloat16: run_experts<V, Fp16>(args, plan, start); return kOk;
-    default: return kBadDtype;
-  }
-}
 
 }  // namespace

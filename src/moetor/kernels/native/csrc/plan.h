@@ -34,7 +34,7 @@ struct Plan {
   float* h;          // [R, ldh] the activations, in expert order and in blocks (see pack_row)
   float* out;        // [T, ldo] the weighted sum
   float* packed;     // [threads, packed_floats] a thread's packed inputs
-  float* strips;     // [threads, strip_floats] a thread's column sums (columns form alone)
+  float* strips;     // [threads, strip_floats] a thread's column sums (columns form), or a panel's scales (codes)
   int64_t ldx, ldh, ldo, packed_floats, strip_floats;
   int64_t bytes;
 };
@@ -62,6 +62,10 @@ inline Plan make_plan(const MoetorExperts& a) {
   p.packed = reinterpret_cast<float*>(take(4 * a.threads * p.packed_floats));
   if (a.gate_up_columns || a.down_columns) {
     p.strip_floats = together * kStripStride;
+    p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
+  } else if (a.weights != kPlain) {  // scales and zero points of both parts
+    const int64_t depth = max64(a.hidden_size, a.intermediate_size);
+    p.strip_floats = 4 * kGroup * round_up(a.group == 0 ? 1 : ceil_div(depth, a.group) + 1, 16);
     p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   }
   p.bytes = at;

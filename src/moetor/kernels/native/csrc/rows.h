@@ -45,6 +45,36 @@ inline void pack_row(float* block, int tokens, int token, int64_t begin, const D
   }
 }
 
+// to[0..count) = from[0..count) * factor; both may be written past their end, up to a multiple of 32.
+template <class V, class D>
+inline void widen_row(float* to, const D* from, int64_t count, float factor) {
+  pack_row<V>(to, 1, 0, 0, from, count, factor, false);
+}
+
+// Rounds a packed row to s * q, s = max |x| / 127 and q a whole number within +-127: inputs as int8, one scale a token.
+template <class V>
+inline void round_row(float* block, int tokens, int token, int64_t count) {
+  constexpr int W = V::kWidth, kStep = 2 * W;
+  float* const row = block + token * kStep;
+  const int64_t steps = round_up(count, kGroup) / kStep, stride = static_cast<int64_t>(tokens) * kStep;
+  auto most = V::zero();
+  for (int64_t s = 0; s < steps; ++s)
+    for (int half = 0; half < kStep; half += W) most = V::max(most, V::abs(V::load(row + s * stride + half)));
+  float lanes[W];
+  V::store(lanes, most);
+  float largest = 0.0f;
+  for (const float lane : lanes) largest = lane > largest || lane != lane ? lane : largest;
+  const float scale = largest > 0.0f || largest != largest ? largest / 127.0f : 1.0f;
+  const auto by = V::set(scale);
+  for (int64_t s = 0; s < steps; ++s)
+    for (int half = 0; half < kStep; half += W) {
+      float* at = row + s * stride + half;
+      auto q = V::round(V::div(V::load(at), by));
+      q = V::min(V::set(127.0f), V::max(V::set(-127.0f), q));
+      V::store(at, V::mul(q, by));
+    }
+}
+
 // to[0..count) = from[0..count), rounded to nearest even.
 template <class V, class D>
 inline void narrow_row(D* to, const float* from, int64_t count) {

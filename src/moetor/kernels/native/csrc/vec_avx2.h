@@ -39,6 +39,22 @@ struct Avx2 {
     return v;
   }
 
+  // 32 whole numbers of a byte each.
+  static void widen_bytes(const uint8_t* from, Reg* to) {
+    for (int i = 0; i < 4; ++i)
+      to[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8 * i))));
+  }
+  // The numbers of a table of sixteen that 16 bytes name: their low halves first, then their high halves. A lookup sees
+  // three bits; the fourth, moved to the sign, chooses between the halves of the table.
+  static void widen_nibbles(const uint8_t* from, const Reg* table, Reg* to) {
+    for (int i = 0; i < 4; ++i) {
+      const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(from + 8 * (i % 2))));
+      const __m256i codes = i < 2 ? bytes : _mm256_srli_epi32(bytes, 4);
+      const Reg low = _mm256_permutevar8x32_ps(table[0], codes), high = _mm256_permutevar8x32_ps(table[1], codes);
+      to[i] = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+    }
+  }
+
   static void store(float* p, Reg v) { _mm256_storeu_ps(p, v); }
   static void store(Fp16* p, Reg v) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -35,6 +35,19 @@ struct Avx512 {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0xffff0000)));
   }
 
+  // 32 whole numbers of a byte each.
+  static void widen_bytes(const uint8_t* from, Reg* to) {
+    for (int i = 0; i < 2; ++i)
+      to[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + 16 * i))));
+  }
+  // The numbers of a table of sixteen that 16 bytes name: their low halves first, then their high halves. The lookup
+  // takes no notice of the bits above the fourth.
+  static void widen_nibbles(const uint8_t* from, const Reg* table, Reg* to) {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+    to[0] = _mm512_permutexvar_ps(codes, table[0]);
+    to[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table[0]);
+  }
+
   // Keeps a value that is used several times in a register; GCC would load it again from memory at each use.
   static Reg keep(Reg v) {
     __asm__("" : "+v"(v));

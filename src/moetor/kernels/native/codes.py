@@ -1,0 +1,126 @@
+"""Quantised weights as the native kernel reads them.
+
+Shape letters: E experts, H hidden, I intermediate, J rows of the first product (2 I when gated).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetor.config import ExpertsConfig
+from moetor.errors import InputError
+from moetor.kernels.base import KernelQuery
+from moetor.kernels.formats import (
+    QuantizedExpertWeights,
+    QuantizedMatrix,
+    WeightFormat,
+    find_format,
+    format_refusal,
+)
+
+# `Weights` and `ScaleType` of csrc/api.h.
+_KINDS = {
+    ("int8", True, False): 1,
+    ("int4", True, False): 2,
+    ("int4", True, True): 3,
+    ("e2m1", True, False): 4,
+    ("int8", False, False): 5,
+}
+"""By element, whether scales are by group, and zero points."""
+_SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+_STEP = 32  # codes that are widened together; a group is a multiple of it
+_ACTIVATIONS = ("unquantized", "int8_token")
+
+
+def _format_refusal(kind: WeightFormat) -> str | None:
+    if kind.element not in ("int8", "int4", "e2m1") or kind.name == "nvfp4":
+        return f"reads int8, int4 and mxfp4 weights, not {kind.name}"
+    if kind.group[1] % _STEP:
+        return f"reads groups of a multiple of {_STEP} values, not {kind.name}"
+    return None
+
+
+def codes_refusal(query: KernelQuery) -> str | None:
+    """Why the native kernel does not read the query's quantised format, as half a sentence."""
+    if query.activation_format not in _ACTIVATIONS:
+        return f"rounds no activations to {query.activation_format}"
+    unknown = format_refusal(query.weight_format)
+    if unknown is not None:
+        return unknown
+    if "+" in query.weight_format:
+        return f"reads one format in both products, not {query.weight_format}"
+    return _format_refusal(find_format(query.weight_format))
+
+
+def _check(
+    tensor: Tensor, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if tensor.device.type != "cpu":
+        raise InputError(f"{name} is on {tensor.device}; the native kernel reads CPU tensors")
+    if tensor.dtype not in dtypes:
+        raise InputError(f"{name} is {tensor.dtype}, it must be {' or '.join(map(str, dtypes))}")
+    if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        raise InputError(
+            f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}, it must "
+            f"be {list(shape)} and contiguous"
+        )
+
+
+def _check_matrix(matrix: QuantizedMatrix, name: str, experts: int, rows: int, depth: int) -> None:
+    kind = matrix.format
+    values = (experts, *kind.value_shape(rows, depth))
+    scales = (experts, *kind.scale_shape(rows, depth))
+    if matrix.depth != depth:
+        raise InputError(f"{name} has a depth of {matrix.depth}, it must be {depth}")
+    _check(matrix.values, f"{name}.values", values, (kind.value_dtype,))
+    _check(matrix.scales, f"{name}.scales", scales, kind.scale_dtypes)
+    if kind.zero_points:
+        if matrix.zero_points is None:
+            raise InputError(f"{name} is {kind.name} and has no zero points")
+        _check(matrix.zero_points, f"{name}.zero_points", scales, (matrix.scales.dtype,))
+
+
+def code_fields(weights: QuantizedExpertWeights, config: ExpertsConfig) -> dict[str, Any]:
+    """The fields of `library.Arguments` that describe quantised weights; they point into
+    `weights`, which must outlive the call.
+
+    Raises:
+        InputError: tensors that are not as the format says, or two formats.
+    """
+    up, down = weights.gate_up, weights.down
+    kind = up.format
+    experts, hidden, size = config.num_experts, config.hidden_size, config.intermediate_size
+    _check_matrix(up, "gate_up", experts, config.up_size, hidden)
+    _check_matrix(down, "down", experts, hidden, size)
+    if down.format != kind:
+        raise InputError(
+            f"the native kernel reads one format: gate_up is {kind.name}, down {down.format.name}"
+        )
+    reason = _format_refusal(kind)
+    if weights.activation_format not in _ACTIVATIONS:
+        reason = f"rounds no activations to {weights.activation_format}"
+    if reason is not None:
+        raise InputError(f"the native kernel {reason}; use kernel 'torch'")
+    zeros = (up.zero_points, down.zero_points)
+    return {
+        "gate_up": up.values.data_ptr(),
+        "down": down.values.data_ptr(),
+        "gate_up_scales": up.scales.data_ptr(),
+        "down_scales": down.scales.data_ptr(),
+        "gate_up_zeros": None if zeros[0] is None else zeros[0].data_ptr(),
+        "down_zeros": None if zeros[1] is None else zeros[1].data_ptr(),
+        "gate_up_expert_stride": up.values.stride(0),
+        "gate_up_stride": up.values.stride(1),
+        "down_expert_stride": down.values.stride(0),
+        "down_stride": down.values.stride(1),
+        "gate_up_columns": False,
+        "down_columns": False,
+        "weights": _KINDS[kind.element, kind.by_group, kind.zero_points],
+        "gate_up_scale_type": _SCALE_TYPES[up.scales.dtype],
+        "down_scale_type": _SCALE_TYPES[down.scales.dtype],
+        "group": kind.group[1],
+        "round_inputs": weights.activation_format == "int8_token",
+    }
