@@ -131,7 +131,8 @@ class GroupedKernel(ExpertsKernel):
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
         """Outputs and places of all slots; one expert's rows, at worst every token, in both
-        precisions, with the activation's temporaries.
+        precisions, with the activation's temporaries. Of quantised weights one matrix at a time is
+        dequantised as well, which no number of tokens divides.
         """
         size, wide = dtype.itemsize, max(4, dtype.itemsize)
         slots = top_k * (config.hidden_size * size + 32)
