@@ -17,7 +17,7 @@ from engine.engine_cases import (
     run_staggered,
 )
 from moetor import LLM, SamplingParams
-from moetor.engine import EngineConfig
+from moetor.engine import EngineConfig, memory
 from moetor.errors import ConfigError, InputError, UnsupportedError
 
 BAD_TOKEN = 120
@@ -160,6 +160,22 @@ def test_settings_that_do_not_fit_the_model_are_refused(model: Any) -> None:
     with pytest.raises(ConfigError, match="level 'none'"):
         LLM(model, level="none", kernel="native")
     assert LLM(model, level="none", kv_cache_blocks=6).max_model_len == 96
+
+
+def test_states_of_all_sequences_are_taken_off_what_the_cache_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(make_model("qwen3_next", 3))
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 2**15)
+    free = [
+        memory.free_memory(engine.served, engine.strategy, EngineConfig(max_num_seqs=count), None)
+        for count in (1, 101)
+    ]
+    states = engine.core.runner.states
+    assert states is not None
+    each = sum(pool[0].nbytes for pool in states.pools.values())
+    assert each > 0
+    assert free[0] - free[1] == 100 * each
 
 
 def test_a_model_without_generate_is_refused() -> None:

@@ -39,7 +39,6 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self.request_id = request_id
         self._abort = abort
         self._merge = merge
-        self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[RequestOutput] = asyncio.Queue()
         self._done = False
 

@@ -114,13 +114,6 @@ class BlockManager:
                 self._block_of[own] = block
                 self._hash_of[block] = own
 
-    def forget(self) -> None:
-        """Forgets what every block holds, as after the weights have changed."""
-        for block in list(self._hash_of):
-            self._block_of.pop(self._hash_of.pop(block))
-        self._free.extend(self._unused)
-        self._unused.clear()
-
     def _take(self) -> int:
         if self._free:
             block = self._free.popleft()

@@ -14,6 +14,7 @@ from moetor.engine.outputs import RequestMetrics
 from moetor.engine.params import SamplingParams
 from moetor.engine.runner import Runner
 from moetor.engine.sequence import Request, Scheduled, Sequence
+from moetor.engine.state import state_bytes
 from moetor.engine.strategy import Strategy
 from moetor.errors import ConfigError
 
@@ -63,7 +64,7 @@ def plan_cache(
     blocks = config.kv_cache_blocks
     if blocks is None:
         wanted = config.max_num_seqs * -(-length // size)
-        blocks = min(wanted, free_bytes // max(1, block_bytes))
+        blocks = max(0, min(wanted, free_bytes // max(1, block_bytes)))
     if blocks * size < min(length, size + 1) or (
         config.max_model_len is not None and blocks * size < length
     ):
@@ -71,8 +72,8 @@ def plan_cache(
         raise ConfigError(
             f"one sequence of max_model_len {length} needs {-(-length // size)} blocks "
             f"({-(-length // size) * block_bytes / 2**20:.0f} MiB) and the cache has {room} with "
-            f"{free_bytes / 2**20:.0f} MiB free for it; lower max_model_len, or raise "
-            "kv_cache_blocks or gpu_memory_utilization"
+            f"{free_bytes / 2**20:.0f} MiB free for it; lower max_model_len or "
+            "max_num_seqs, or raise kv_cache_blocks or gpu_memory_utilization"
         )
     return CachePlan(num_blocks=blocks + 1, max_model_len=min(length, blocks * size))
 
@@ -89,14 +90,14 @@ def free_memory(
     Raises:
         ConfigError: the full step does not fit.
     """
-    device = served.device
-    if device.type == "cuda":
-        return _free_on_gpu(served, strategy, config, context)
+    states = (config.max_num_seqs + 1) * state_bytes(strategy.example_layers)
+    if served.device.type == "cuda":
+        return _free_on_gpu(served, strategy, config, context) - states
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         free = _CPU_LIMIT
-    return min(_CPU_LIMIT, int(free * _CPU_SHARE))
+    return min(_CPU_LIMIT, int(free * _CPU_SHARE)) - states
 
 
 def _free_on_gpu(

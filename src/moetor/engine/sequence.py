@@ -128,13 +128,3 @@ class Step:
     """What is computed together: single tokens first, then parts of prompts."""
 
     parts: list[Scheduled]
-
-    @property
-    def tokens(self) -> int:
-        """Of all parts together."""
-        return sum(part.count for part in self.parts)
-
-    @property
-    def decode_only(self) -> bool:
-        """Whether every part is one token."""
-        return all(part.count == 1 for part in self.parts)

@@ -41,6 +41,11 @@ def state_tensors(layers: list[Any]) -> Iterator[tuple[StatePlace, Tensor]]:
                         yield StatePlace(number, attribute, index), tensor
 
 
+def state_bytes(layers: list[Any]) -> int:
+    """Of one sequence's states, from cache layers that hold those of one or more."""
+    return sum(held[0].numel() * held.element_size() for _, held in state_tensors(layers))
+
+
 class StateSlots:
     """Pools of states, and how they come into a cache's layers and out of them.
 
@@ -62,11 +67,6 @@ class StateSlots:
         # What else a layer notes about its states (flags, kernel sizes), before and after a call.
         self._fresh = {n: _notes(fresh[n]) for n in stateful}
         self._filled = {n: _notes(filled[n]) for n in stateful}
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of one sequence's states."""
-        return sum(pool[0].numel() * pool.element_size() for pool in self.pools.values())
 
     def clear(self) -> None:
         """Makes the layers those of a sequence without a past."""
