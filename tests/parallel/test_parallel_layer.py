@@ -218,3 +218,21 @@ def test_quantised_experts_are_split_by_expert(
 def test_quantised_experts_are_not_cut(two: Pool, seed: int) -> None:
     with pytest.raises(RankError, match="possible: enable_expert_parallel=True, which splits"):
         check("quantised int8_w8a16", TWO["tp"], two, seed)
+
+
+def compiled(rank: int, name: str, parallel: ParallelConfig) -> tuple[Tensor, Tensor]:
+    """In a worker: the spread layer as one graph, and as it is."""
+    config = make_config(**LAYERS[name])
+    tensors = draw_layer(config, torch.float32, torch.Generator().manual_seed(11))
+    layer = build(config, tensors)
+    shard_layer(layer, make_groups(parallel))
+    hidden = torch.randn(7, config.hidden_size, generator=torch.Generator().manual_seed(rank // 9))
+    torch.compiler.reset()
+    graph = torch.compile(layer, fullgraph=True, backend="eager")
+    return graph(hidden), layer(hidden)
+
+
+@pytest.mark.parametrize("parallel", ["tp", "tp_ep", "sp_ep", "dp_ep"])
+def test_a_spread_layer_is_one_graph(parallel: str, two: Pool) -> None:
+    for ours, eager in two.run(compiled, "latent", TWO[parallel]):
+        torch.testing.assert_close(ours, eager, rtol=0, atol=0)
