@@ -12,6 +12,7 @@ constexpr int kGroup = 32;        // rows are padded to this many floats; output
 constexpr int kTogether = 96;     // tokens that pass over a task's weights together, at most
 constexpr int kStripColumns = 4096;  // the wider, the longer the runs of memory that are read at a time
 constexpr int kStripStride = kStripColumns + 16;
+constexpr int64_t kWidenedFloats = 96 * 1024;   // a panel of codes, widened: two fit into a second-level cache
 constexpr int64_t kInputsTogether = 1 << 20;  // bytes of their inputs: half of a second-level cache
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -34,8 +35,9 @@ struct Plan {
   float* h;          // [R, ldh] the activations, in expert order and in blocks (see pack_row)
   float* out;        // [T, ldo] the weighted sum
   float* packed;     // [threads, packed_floats] a thread's packed inputs
-  float* strips;     // [threads, strip_floats] a thread's column sums (columns form), or a panel's scales (codes)
-  int64_t ldx, ldh, ldo, packed_floats, strip_floats;
+  float* strips;     // [threads, strip_floats] a thread's column sums (columns form); of codes, the scales and zero
+                     // points of two panels, then the two panels widened to floats
+  int64_t ldx, ldh, ldo, packed_floats, strip_floats, scale_floats, widened_floats;
   int64_t bytes;
 };
 
@@ -63,9 +65,12 @@ inline Plan make_plan(const MoetorExperts& a) {
   if (a.gate_up_columns || a.down_columns) {
     p.strip_floats = together * kStripStride;
     p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
-  } else if (a.weights != kPlain) {  // scales and zero points of both parts
-    const int64_t depth = max64(a.hidden_size, a.intermediate_size);
-    p.strip_floats = 4 * kGroup * round_up(a.group == 0 ? 1 : ceil_div(depth, a.group) + 1, 16);
+  } else if (a.weights != kPlain) {
+    const int64_t depth = round_up(max64(a.hidden_size, a.intermediate_size), kGroup);
+    p.scale_floats = kGroup * round_up(a.group == 0 ? 1 : ceil_div(depth, a.group) + 1, 16);
+    const bool widen = slots > a.num_experts && kGroup * depth <= kWidenedFloats;
+    p.widened_floats = widen ? kGroup * depth : 0;
+    p.strip_floats = 4 * p.scale_floats + 2 * p.widened_floats;
     p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   }
   p.bytes = at;

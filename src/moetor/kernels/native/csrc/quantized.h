@@ -100,11 +100,6 @@ inline void code_block(const CodeRows& w, int64_t size, const float* x, float* t
     for (int r = 0; r < R; ++r) memcpy(rest + r * kCodes, w.at + r * w.stride + steps * kCodes, size - steps * kCodes);
     code_step<V, kind, R, N>(rest, kCodes, w, group, x + steps * N * kCodes, sum);
   }
-  if (kind == kInt8Row)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) sum[r][n] = V::mul(sum[r][n], V::set(w.scale[r]));
   store_sums<V, R, N>(sum, tile);
 }
 
@@ -132,6 +127,24 @@ inline void code_panel_of(int tokens, const CodeRows& w, int rows, int64_t size,
                           const uint8_t* next) {
   if (tokens == N) return code_panel<V, kind, N>(w, rows, size, x, tile, next);
   if constexpr (N < V::kMaxTokens) code_panel_of<V, kind, N + 1>(tokens, w, rows, size, x, tile, next);
+}
+
+// Widens up to 32 rows into floats, `stride` from row to row: the weights that `code_step` has in its registers.
+template <class V, int kind>
+void widen_panel(const CodeRows& w, int rows, int64_t size, float* to, int64_t stride) {
+  constexpr int kBytes = kStepBytes<kind>, kRegs = kCodes / V::kWidth;
+  for (int r = 0; r < rows; ++r)
+    for (int64_t s = 0; s * kCodes < size; ++s) {
+      const uint8_t* from = w.at + r * w.stride + s * kBytes;
+      uint8_t rest[kCodes] = {};
+      if (kBytes == kCodes && (s + 1) * kCodes > size) {  // a row of bytes may end within a step
+        memcpy(rest, from, size - s * kCodes);
+        from = rest;
+      }
+      typename V::Reg weight[kRegs];
+      widen_codes<V, kind>(from, w, s / w.per_group, r, weight);
+      for (int i = 0; i < kRegs; ++i) V::store(to + r * stride + s * kCodes + i * V::kWidth, weight[i]);
+    }
 }
 
 template <class V, class D, int kind>
@@ -209,13 +222,34 @@ class QuantizedExperts : public Experts<V, D> {
     const int64_t multiple = max64(a.group, kStepBytes<kind> == 16 ? kCodes : 1);
     const int64_t groups = a.group == 0 ? 1 : round_up(m.depth, multiple) / a.group;
     const int64_t from = (expert * m.rows + row) * groups, count = rows * groups;
-    float* scale = p.strips + thread * p.strip_floats + part * (p.strip_floats / 2);
-    float* zero = scale + p.strip_floats / 4;
+    float* scale = p.strips + thread * p.strip_floats + 2 * part * p.scale_floats;
+    float* zero = scale + p.scale_floats;
     const float factor = kind == kE2m1 ? 0.5f : 1.0f;  // its table holds twice the numbers
     widen_scales(m.scales, m.scale_type, from, count, factor, scale);
     if (kind == kInt4Zero) widen_scales(m.zeros, m.scale_type, from, count, 1.0f, zero);
     const auto* at = static_cast<const uint8_t*>(m.values) + expert * m.expert_stride + row * m.stride;
     return {at, m.stride, scale, zero, groups, a.group == 0 ? INT64_MAX : a.group / kCodes};
+  }
+
+  // tile[n][r] = x[n] . w[r]; from `widened` where that holds the rows as floats. Both ways make the same bits.
+  void dot(const CodeRows& w, const float* widened, int tokens, int rows, int64_t size, const float* x, float* tile,
+           const uint8_t* next) const {
+    if (widened == nullptr)
+      code_panel_of<V, kind>(tokens, w, rows, size, x, tile, next);
+    else
+      dot_panel_of<V, float>(tokens, widened, round_up(size, kCodes), rows, size, x, tile, {widened, 0, 1, 0});
+    if (kind != kInt8Row) return;
+    for (int n = 0; n < tokens; ++n)
+      for (int r = 0; r < rows; ++r) tile[n * kTile + r] *= w.scale[r];
+  }
+
+  // Where rows that several blocks of tokens pass over are widened once, or null where they are widened in passing.
+  float* widened(const CodeRows& w, int64_t passes, int rows, int64_t size, int thread, int part) const {
+    const int64_t stride = round_up(size, kCodes);
+    if (passes < 2 || p.widened_floats < kPanel * stride) return nullptr;
+    float* to = p.strips + thread * p.strip_floats + p.strip_floats - (2 - part) * p.widened_floats;
+    widen_panel<V, kind>(w, rows, size, to, stride);
+    return to;
   }
 
   void up(const UpTask& task, Cursor& at) const {
@@ -226,15 +260,18 @@ class QuantizedExperts : public Experts<V, D> {
     for (int64_t i = task.begin; i < task.end; i += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, task.end - i));
       CodeRows parts[2]{};
-      for (int part = 0; part < this->parts_; ++part)
+      const float* wide[2]{};
+      for (int part = 0; part < this->parts_; ++part) {
         parts[part] = code_rows(m, task.expert, i + part * a.intermediate_size, rows, at.thread, part);
+        wide[part] = widened(parts[part], task.bottom - task.top, rows, a.hidden_size, at.thread, part);
+      }
       for (int64_t block = task.top; block < task.bottom; ++block) {
         const int64_t first = blocks.first(block);
         const int tokens = blocks.size(block);
         const float* x = packed + (first - task.first) * p.ldx;
         for (int part = 0; part < this->parts_; ++part) {
           const uint8_t* next = part + 1 < this->parts_ ? parts[1].at : parts[0].at + rows * m.stride;
-          code_panel_of<V, kind>(tokens, parts[part], rows, a.hidden_size, x, tile[part], next);
+          dot(parts[part], wide[part], tokens, rows, a.hidden_size, x, tile[part], next);
         }
         float* h = p.h + (p.offsets[task.expert] + first) * p.ldh;
         for (int n = 0; n < tokens; ++n)
@@ -259,11 +296,12 @@ class QuantizedExperts : public Experts<V, D> {
     for (int64_t row = begin; row < end; row += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, end - row));
       const CodeRows w = code_rows(m, expert, row, rows, thread, 0);
+      const float* wide = widened(w, blocks.count, rows, a.intermediate_size, thread, 0);
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t first = blocks.first(block);
         const int tokens = blocks.size(block);
         const float* x = p.h + (p.offsets[expert] + first) * p.ldh;
-        code_panel_of<V, kind>(tokens, w, rows, a.intermediate_size, x, tile, w.at + rows * m.stride);
+        dot(w, wide, tokens, rows, a.intermediate_size, x, tile, w.at + rows * m.stride);
         for (int n = 0; n < tokens; ++n) this->finish_down(tile + n * kTile, expert, first + n, row, rows, true);
       }
     }
