@@ -18,6 +18,7 @@ from moetor.server.protocol import ChatBody
 from moetor.server.sampling import sampling_params
 from moetor.server.service import Job, Service, request_name
 from moetor.server.streams import event, while_connected
+from moetor.server.tools import ToolParser, offered_tools
 
 MAX_TOP_LOGPROBS = 20
 router = APIRouter()
@@ -35,9 +36,11 @@ async def chat(body: ChatBody, request: Request) -> Response:
     params = sampling_params(
         body, max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None
     )
+    tools = offered_tools(body, getattr(service.engine.tokenizer, "chat_template", None))
     ids = await conversation_tokens(
         service,
         body.messages,
+        tools=tools,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         extra=body.chat_template_kwargs,
@@ -45,7 +48,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     service.check_length(ids, limit, "messages")
     name = request_name("chatcmpl")
     job = await service.submit([ids], params, name)
-    answer = _Answer(service, body, name)
+    answer = _Answer(service, body, name, tools=tools is not None)
     headers = {"X-Request-Id": request.headers.get("x-request-id", name)}
     if body.stream:
         return service.stream(answer.events(job), job, headers)
@@ -72,9 +75,6 @@ def _check(body: ChatBody) -> None:
             )
     if body.stream_options is not None and not body.stream:
         raise refusal("stream_options needs stream to be true", "stream_options")
-    for name in ("tools", "tool_choice", "parallel_tool_calls"):
-        if getattr(body, name) not in (None, [], "none"):
-            raise refusal(f"{name} is not supported here; leave it out", name)
     if body.response_format is not None and body.response_format.type != "text":
         raise refusal(
             f"response_format {body.response_format.type!r} is not supported; leave it out or take "
@@ -89,24 +89,37 @@ def _check(body: ChatBody) -> None:
 
 
 class _Answer:
-    """Makes the answer's parts."""
+    """Makes the answer's parts.
 
-    def __init__(self, service: Service, body: ChatBody, name: str) -> None:
-        self._service, self._body = service, body
+    Args:
+        tools: whether calls of tools are looked for.
+    """
+
+    def __init__(self, service: Service, body: ChatBody, name: str, *, tools: bool) -> None:
+        self._service, self._body, self._tools = service, body, tools
+        self._parsers: dict[int, ToolParser] = {}
         self._frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
 
     async def whole(self, job: Job) -> dict[str, Any]:
         outputs = await collect(self._service, job)
-        choices = [
-            {
-                "index": one.index,
-                "message": {"role": "assistant", "content": one.text, "refusal": None},
-                "logprobs": self._logprobs(one, one.token_ids),
-                "finish_reason": one.finish_reason,
-                "stop_reason": one.stop_reason,
-            }
-            for one in outputs[0].outputs
-        ]
+        choices = []
+        for one in outputs[0].outputs:
+            said, calls = self._parse(one, one.text)
+            message: dict[str, Any] = {"role": "assistant", "content": said, "refusal": None}
+            if calls:
+                message["content"] = said or None
+                message["tool_calls"] = [
+                    {name: call[name] for name in call if name != "index"} for call in calls
+                ]
+            choices.append(
+                {
+                    "index": one.index,
+                    "message": message,
+                    "logprobs": self._logprobs(one, one.token_ids),
+                    "finish_reason": self._reason(one),
+                    "stop_reason": one.stop_reason,
+                }
+            )
         kind = {"object": "chat.completion"}
         return {**self._frame, **kind, "choices": choices, "usage": usage(outputs)}
 
@@ -118,22 +131,37 @@ class _Answer:
         choices = Choices(self._service, job)
         async for _, _, one, first in choices.news():
             logprobs = self._logprobs(one, one.new_token_ids)
-            if not first and not one.new_text and logprobs is None and not one.finished:
+            said, calls = self._parse(one, one.new_text)
+            if not (first or said or calls or logprobs or one.finished):
                 continue
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            if first or one.new_text:
-                delta["content"] = one.new_text
+            if first or said:
+                delta["content"] = said
+            if calls:
+                delta["tool_calls"] = calls
             choice = {
                 "index": one.index,
                 "delta": delta,
                 "logprobs": logprobs,
-                "finish_reason": one.finish_reason,
+                "finish_reason": self._reason(one),
             }
             if one.finished:
                 choice["stop_reason"] = one.stop_reason
             yield event({**plain, "choices": [choice]})
         if counted:
             yield event({**frame, "choices": [], "usage": usage(choices.last)})
+
+    def _parse(self, one: CompletionOutput, text: str) -> tuple[str, list[dict[str, Any]]]:
+        if not self._tools:
+            return text, []
+        single = self._body.parallel_tool_calls is False
+        parser = self._parsers.setdefault(one.index, ToolParser(single=single))
+        return parser.feed(text, final=one.finished)
+
+    def _reason(self, one: CompletionOutput) -> str | None:
+        parser = self._parsers.get(one.index)
+        called = parser is not None and parser.count > 0
+        return "tool_calls" if called and one.finish_reason == "stop" else one.finish_reason
 
     def _logprobs(self, one: CompletionOutput, tokens: Sequence[int]) -> dict[str, Any] | None:
         if one.logprobs is None or not tokens:

@@ -10,6 +10,7 @@ from moetor.errors import ConfigError, InputError
 from moetor.server.errors import refusal
 from moetor.server.protocol import Message
 from moetor.server.service import Service
+from moetor.server.tools import with_parsed_arguments
 
 # What the template is called with besides; a request must not change it.
 _OWN = frozenset(
@@ -74,6 +75,8 @@ async def conversation_tokens(
 def _plain(message: Message, index: int) -> dict[str, Any]:
     made = message.model_dump(exclude_none=True)
     made["content"] = _text(message.content, index)
+    if message.tool_calls is not None:
+        made["tool_calls"] = with_parsed_arguments(message.tool_calls)
     return made
 
 
