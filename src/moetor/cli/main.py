@@ -148,6 +148,16 @@ COMMANDS = (
         examples=("moetor bench shared", "moetor bench shared --layer qwen2-57b-a14b --tokens 1"),
     ),
     Command(
+        words=("bench", "serve"),
+        module="moetor.cli.bench_serve",
+        options="ServeBenchOptions",
+        summary="put load on a running server and time what its clients see",
+        examples=(
+            "moetor bench serve --num-prompts 200 --max-concurrency 32",
+            "moetor bench serve --url http://host:8000 --request-rate 4",
+        ),
+    ),
+    Command(
         words=("bench", "latency"),
         module="moetor.cli.bench_text",
         options="LatencyOptions",
