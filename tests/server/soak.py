@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120)
     asked = parser.parse_args()
     texts = expected_texts()
-    server = ServerProcess("--dtype", "float32", "--log-level", "warning", "--max-num-seqs", "64")
+    server = ServerProcess("--dtype", "float32", "--max-num-seqs", "64")
     found = asyncio.run(soak(server, texts, connections=asked.connections, seconds=asked.seconds))
     warm = found.memory_mib[len(found.memory_mib) // 4]
     print(f"{asked.connections} connections, {asked.seconds:g} s: {dict(found.counts)}")
