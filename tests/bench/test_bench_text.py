@@ -174,6 +174,13 @@ def test_latency_with_a_peer(folder: str, capsys: pytest.CaptureFixture[str]) ->
     assert any(line.startswith("kernels: ") for line in lines)
 
 
+def test_latency_beside_transformers_continuous_batching(folder: str) -> None:
+    record = record_of(folder, "latency", "--batch-size", "1,2", "--peer", "continuous")
+    rows = [row for row in record["rows"] if row["backend"] == "transformers continuous"]
+    assert [row["workload"]["batch_size"] for row in rows] == [1, 2]
+    assert all(row["first"] > 0 and row["per_token"] > 0 for row in rows)
+
+
 def test_throughput(folder: str) -> None:
     record = record_of(folder, "throughput", "--num-prompts", "3", "--batch-size", "2")
     (row,) = record["rows"]

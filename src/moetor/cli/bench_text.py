@@ -47,11 +47,12 @@ class TextBenchOptions(ModelSource, EngineConfig):
             "help": "what generates: our engine, or Transformers' own generate on the fused model",
         },
     )
-    peer: Literal["none", "transformers"] = field(
+    peer: Literal["none", "transformers", "continuous"] = field(
         default="none",
         metadata={
             "group": WHAT,
-            "help": "also measure, in turns, the same model as Transformers runs it, unfused",
+            "help": "also measure, in turns, the same model as Transformers runs it, unfused: by "
+            "its generate, or by its continuous batching",
         },
     )
     input_len: int = field(
@@ -93,7 +94,7 @@ class TextBenchOptions(ModelSource, EngineConfig):
                 raise InputError(f"{flag} {getattr(self, name)} must be at least 1")
         if self.quantization is not None and self.peer != "none":
             raise InputError(
-                "--peer transformers runs the same weights unfused, which quantised experts have "
+                f"--peer {self.peer} runs the same weights unfused, which quantised experts have "
                 "not; leave out --peer or --quantization"
             )
         if self.json is not None and not self.json.absolute().parent.is_dir():
@@ -223,15 +224,18 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
     """Ours, on `model` fused in place, and the peer, on a copy that shares its weights."""
     import copy
 
-    from moetor.bench.generation import GenerateBackend
+    from moetor.bench.generation import ContinuousBackend, GenerateBackend
     from moetor.huggingface import fuse
 
     settings: dict[str, Any] = {"cache": options.cache, "compiled": options.compile}
     peers: list[TextBackend] = []
-    if options.peer == "transformers":
+    if options.peer != "none":
         shared = [*model.parameters(), *model.buffers()]
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-        peers.append(GenerateBackend("transformers", twin, **settings))
+        if options.peer == "transformers":
+            peers.append(GenerateBackend("transformers", twin, **settings))
+        else:
+            peers.append(ContinuousBackend("transformers continuous", twin))
     with progress(f"fusing {options.model}", "blocks") as fused:
         report = fuse(
             model,
