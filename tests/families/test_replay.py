@@ -38,7 +38,9 @@ def test_a_router_without_a_formula_replays_its_own_choice_alone(name: str) -> N
     except UnsupportedError as missing:
         pytest.skip(str(missing))
     inputs = tiny_inputs(name, model)
-    moetor.fuse(model)
+    report = moetor.fuse(model)
+    if not any(block.router.startswith("callable") for block in report.blocks):
+        pytest.skip("its router is a formula in this release of Transformers")
     with moetor.record_routing(model) as record:
         fused = logits_of(name, model, inputs)
     turned = {path: ids.flip(-1) for path, ids in record.by_layer.items()}
