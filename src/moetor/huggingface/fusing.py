@@ -5,7 +5,7 @@ originals; and `unfuse`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
 
@@ -53,11 +53,16 @@ from moetor.huggingface.quantized_loading import (
     share_parameters,
 )
 from moetor.huggingface.quantizing import (
-    QuantizedBlock,
     RefuseToSave,
     attach_quantized,
     check_quantizable,
-    quantize_module,
+)
+from moetor.huggingface.replacements import (
+    Replacement,
+    quantize_all,
+    quantized_report,
+    take_back,
+    unquantized,
 )
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.report_lines import block_report, left_alone_report, top_k_of
@@ -70,14 +75,6 @@ from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import quant_config
-
-
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """A built and proved module that waits for its place."""
-
-    path: str
-    module: FusedMoEBlock | FusedExperts
 
 
 def fuse(
@@ -171,10 +168,10 @@ def _fuse_found(
                 if replacement is not None:
                     replacements.append(replacement)
         if quant is not None:
-            for one in _unquantized(replacements):
+            for one in unquantized(replacements):
                 check_quantizable(one.module, one.path, quant)
     except BaseException:
-        _take_back(replacements)
+        take_back(replacements)
         raise
     for replacement in replacements:
         adopt_hooks(replacement.module, model.get_submodule(replacement.path))
@@ -186,7 +183,7 @@ def _fuse_found(
     spread = None if parallel is None else parallelize(model, parallel)
     read_withheld(model)
     if quant is not None:
-        _quantize(replacements, reports, quant)
+        quantize_all(replacements, reports, quant)
     if any(report.quantization is not None for report in reports):
         model.save_pretrained = RefuseToSave()  # type: ignore[assignment]  # its own would be wrong
     forget_held(model)
@@ -223,19 +220,6 @@ def _prepare_all(
         yield None, left_alone_report(path, block, reason)
 
 
-def _take_back(replacements: list[Replacement]) -> None:
-    """Gives the originals of packed experts their tensors again."""
-    for replacement in replacements:
-        if isinstance(replacement.module, FusedMoEBlock) and replacement.module.split is not None:
-            replacement.module.restore()
-
-
-def _unquantized(replacements: list[Replacement]) -> list[Replacement]:
-    return [
-        one for one in replacements if not isinstance(one.module.routed_experts, QuantizedExperts)
-    ]
-
-
 def _prepare_held(
     path: str,
     block: nn.Module,
@@ -259,34 +243,9 @@ def _prepare_held(
             )
         if held is not None:
             done = attach_quantized(replacement.module, held)
-            return replacement, _quantized_report(report, replacement, done)
+            return replacement, quantized_report(report, replacement, done)
     share_parameters(replacement.module, original)
     return replacement, report
-
-
-def _quantized_report(
-    report: BlockReport, replacement: Replacement, done: QuantizedBlock
-) -> BlockReport:
-    return replace(
-        report,
-        kernel=done.kernel,
-        refusals=replacement.module.routed_experts.kernel_choice.refusals,
-        quantization=done.name,
-        quantization_error=done.error,
-        expert_bytes=(done.bytes_before, done.bytes_after),
-    )
-
-
-def _quantize(
-    replacements: list[Replacement], reports: list[BlockReport], quant: QuantConfig
-) -> None:
-    """Quantises the experts of every replacement, and writes it into the reports."""
-    lines = [number for number, report in enumerate(reports) if report.level != "none"]
-    places = dict(zip((one.path for one in replacements), lines, strict=True))
-    for one in _unquantized(replacements):
-        done = quantize_module(one.module, one.path, quant)
-        place = places[one.path]
-        reports[place] = _quantized_report(reports[place], one, done)
 
 
 def unfuse(model: nn.Module) -> int:
