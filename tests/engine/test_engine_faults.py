@@ -162,6 +162,19 @@ def test_settings_that_do_not_fit_the_model_are_refused(model: Any) -> None:
     assert LLM(model, level="none", kv_cache_blocks=6).max_model_len == 96
 
 
+def test_a_cache_larger_than_the_machine_is_refused_with_advice(model: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"a cache of 10000000001 blocks .* lower kv_cache_blocks"
+    ):
+        LLM(model, level="none", kv_cache_blocks=10**10)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    lack = memory.memory_errors(torch.device("cpu"), "x", "y")
+    with pytest.raises(RuntimeError, match="something else"), lack:
+        raise RuntimeError("something else")
+
+
 def test_states_of_all_sequences_are_taken_off_what_the_cache_may_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

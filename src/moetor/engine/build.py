@@ -13,7 +13,7 @@ from moetor.engine.config import EngineConfig
 from moetor.engine.core import EngineCore
 from moetor.engine.intake import Intake
 from moetor.engine.load import ExpertLoad
-from moetor.engine.memory import free_memory, plan_cache
+from moetor.engine.memory import free_memory, memory_errors, plan_cache
 from moetor.engine.model import ServedModel
 from moetor.engine.progress import bar
 from moetor.engine.runner import Runner
@@ -80,7 +80,13 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         ConfigError: a setting does not fit the model or the memory.
         UnsupportedError: the model cannot be served.
     """
-    model, tokenizer, report = _load(source, config)
+    on = loading.find_device(source.device if isinstance(source.model, str) else "cpu")
+    with memory_errors(
+        on,
+        f"the model {source.model if isinstance(source.model, str) else type(source.model)!r}",
+        "take a smaller dtype or a quantization, or several devices",
+    ):
+        model, tokenizer, report = _load(source, config)
     served = ServedModel(model)
     strategy = choose_strategy(served)
     context = loading.context_length(model.config)
@@ -89,15 +95,20 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
     else:
         free = _UNCOUNTED  # the model's own caches take what they take
     plan = plan_cache(config, strategy, free, context)
-    runner = Runner(
-        served,
-        strategy,
-        num_blocks=plan.num_blocks,
-        block_size=config.block_size,
-        rows=config.max_num_seqs,
-        max_model_len=plan.max_model_len,
-        load=ExpertLoad(model, served.device) if config.record_expert_load else None,
-    )
+    with memory_errors(
+        served.device,
+        f"a cache of {plan.num_blocks} blocks and {config.max_num_seqs} slots for states",
+        "lower kv_cache_blocks, gpu_memory_utilization, max_model_len or max_num_seqs",
+    ):
+        runner = Runner(
+            served,
+            strategy,
+            num_blocks=plan.num_blocks,
+            block_size=config.block_size,
+            rows=config.max_num_seqs,
+            max_model_len=plan.max_model_len,
+            load=ExpertLoad(model, served.device) if config.record_expert_load else None,
+        )
     without_graphs = _capture(runner, config)
     blocks = BlockManager(
         plan.num_blocks,

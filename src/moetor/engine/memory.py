@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +78,27 @@ def plan_cache(
             "max_num_seqs, or raise kv_cache_blocks or gpu_memory_utilization"
         )
     return CachePlan(num_blocks=blocks + 1, max_model_len=min(length, blocks * size))
+
+
+@contextmanager
+def memory_errors(device: torch.device, asked: str, advice: str) -> Iterator[None]:
+    """Says what was asked, what is free and what to do, where memory does not suffice.
+
+    Raises:
+        ConfigError: instead of torch's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU has none of its own
+        known = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not known:
+            raise
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            left = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB of the GPU's memory are free"
+        else:
+            left = "the memory of this machine does not suffice"
+        raise ConfigError(f"{asked} cannot be made: {left}; {advice}") from error
 
 
 def free_memory(
