@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--profile", default="1,32")
+    parser.add_argument("--fuse-dense", action="store_true")
     parser.add_argument("--prefill", default="16x2048")
     given = parser.parse_args()
     sizes = [int(size) for size in given.sizes.split(",")]
@@ -126,6 +127,7 @@ def main() -> None:
                 gpu_memory_utilization=0.95,
                 enable_prefix_caching=False,
                 load_format="dummy",
+                fuse_dense=given.fuse_dense,
             ),
         )
     print(
