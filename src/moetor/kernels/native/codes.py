@@ -45,14 +45,15 @@ def _format_refusal(kind: WeightFormat) -> str | None:
 
 def codes_refusal(query: KernelQuery) -> str | None:
     """Why the native kernel does not read the query's quantised format, as half a sentence."""
-    if query.activation_format not in _ACTIVATIONS:
-        return f"rounds no activations to {query.activation_format}"
     unknown = format_refusal(query.weight_format)
     if unknown is not None:
         return unknown
     if "+" in query.weight_format:
         return f"reads one format in both products, not {query.weight_format}"
-    return _format_refusal(find_format(query.weight_format))
+    refused = _format_refusal(find_format(query.weight_format))
+    if refused is None and query.activation_format not in _ACTIVATIONS:
+        return f"rounds no activations to {query.activation_format}"
+    return refused
 
 
 def _check(
