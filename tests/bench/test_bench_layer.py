@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetor.bench import case, layer, peers, plot
+from moetor.bench import case, layer, peers, plot, quantized
 from moetor.bench.request import LayerBenchRequest
 from moetor.bench.rotation import Step
 from moetor.bench.shapes import parse_shapes
@@ -24,6 +24,7 @@ ROW = {
 IMPLEMENTATION = {
     *("name", "library", "median_us", "p10_us", "p90_us", "samples", "cuda_graph", "gb_per_s"),
     *("tflop_per_s", "share_of_floor", "times_ours", "rested_us", "rested_share_of_floor"),
+    *("read_bytes", "floor_us"),
 }
 
 
@@ -63,6 +64,34 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
             assert found["p10_us"] <= found["median_us"] <= found["p90_us"]
             assert found["share_of_floor"] == pytest.approx(row["floor_us"] / found["median_us"])
         assert row["implementations"][0]["times_ours"] == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_quantised_weights_beside_their_originals(tmp_path: Path) -> None:
+    flags = ("--tokens", "3", "--kernel", "torch", "--peers", "eager")
+    record = _record(tmp_path, *flags, "--quantization", "int8,int4")
+    (row,) = record["rows"]
+    found = {one["name"]: one for one in row["implementations"]}
+    assert list(found) == ["torch", "torch int8", "torch int4", "eager"]
+    # 32 rows of 32 weights and 32 of 16, which int4 pads to its group of 32; a scale a row.
+    bytes_of = {"torch int8": 1536 + 4 * 64, "torch int4": 64 * 16 + 2 * 64}
+    for name, size in bytes_of.items():
+        assert found[name]["read_bytes"] == pytest.approx(row["active_experts"] * size)
+        expected = max(found[name]["read_bytes"] / 1e9, row["flops"] / 2e9) * 1e6
+        assert found[name]["floor_us"] == pytest.approx(expected)
+    assert record["settings"]["quantizations"] == ["int8", "int4"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_wrong_quantised_results_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = quantized.QuantizedSets.run
+    monkeypatch.setattr(quantized.QuantizedSets, "run", lambda *args: 1.1 * run(*args))
+    record = _record(tmp_path, "--tokens", "1", "--kernel", "torch", "--quantization", "int8")
+    assert "torch int8" not in [one["name"] for one in record["rows"][0]["implementations"]]
+    (reason,) = [one["reason"] for one in record["skipped"] if one["name"] == "torch int8"]
+    assert reason.startswith("computes something else")
 
 
 @pytest.mark.usefixtures("quick")
@@ -228,6 +257,7 @@ def _refused(capsys: pytest.CaptureFixture[str], status: int, *flags: str) -> st
         (["--kernel", "fastest"], "auto, native"),
         (["--peers", "sglang"], "eager, grouped_mm, batched_mm, vllm, dense"),
         (["--variants", "plans"], "device cuda"),
+        (["--quantization", "runes"], "mxfp4"),
         (["--variants", "all"], "small, large, plans, routing"),
         (["--seconds", "0"], "--seconds 0"),
         (["--peers", "none,eager"], "none"),

@@ -165,6 +165,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--kernel": "auto",
         "--peers": ("eager", "grouped_mm", "batched_mm"),
         "--variants": (),
+        "--quantization": (),
         "--device": "cpu",
         "--threads": None,
         "--routing": "uniform",

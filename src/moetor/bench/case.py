@@ -6,7 +6,8 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from moetor.bench.floor import Work, layer_work
 from moetor.bench.hardware import OtherUse, available_memory
 from moetor.bench.peers import make_peer, refusal
 from moetor.bench.plan_variants import VariantCall, plan_variants
+from moetor.bench.quantized import QuantizedSets
 from moetor.bench.request import LayerBenchRequest
 from moetor.bench.rotation import Rotation, Step
 from moetor.bench.shapes import LayerShape
@@ -49,6 +51,7 @@ class LayerTimes:
         max_error: its relative error against float32 arithmetic.
         work: what a call must do, a mean over the rotation.
         timings: by implementation: the kernel's name, then other plans of it, then the peers.
+        works: the same of quantised variants, which read fewer bytes.
         skipped: plans and peers that were left out, each with its reason.
         other_use: fraction of all cores' time that everything else on the machine took meanwhile;
             None where the system does not say, and on a GPU.
@@ -63,6 +66,11 @@ class LayerTimes:
     timings: dict[str, Timing]
     skipped: dict[str, str]
     other_use: float | None
+    works: dict[str, Work] = field(default_factory=dict)
+
+    def work_of(self, name: str) -> Work:
+        """What a call of an implementation must do."""
+        return self.works.get(name, self.work)
 
 
 def first_line(failure: Exception) -> str:
@@ -86,12 +94,17 @@ class Case:
         weights: Sequence[ExpertWeights],
         tokens: int,
         rotation: Rotation,
+        quantized: QuantizedSets,
     ) -> None:
+        self.quantized = quantized
         self.request, self.shape, self.kernel, self.weights = request, shape, kernel, weights
         self.tokens, self.rotation = tokens, rotation
         self.steps = [step.to(request.device) for step in rotation.steps]
         self.hidden = self._hidden_states()
         self.expected = self._reference(self.steps[0])
+        self._expected_of = {
+            label: self._quantized_reference(label, self.steps[0]) for label in quantized.labels
+        }
 
     def times(self) -> LayerTimes:
         """Checks, warms up and measures every implementation.
@@ -99,7 +112,7 @@ class Case:
         Raises:
             MoetorError: our kernel's output is wrong.
         """
-        error = self._error(self._ours)
+        error = self._error(self._ours, self.expected)
         tolerance = TOLERANCES[self.request.dtype]
         if not error <= tolerance:
             raise MoetorError(
@@ -117,19 +130,23 @@ class Case:
             else:
                 samplers[name], estimates[name] = answer
         timings, other_use = self._measure(samplers, estimates)
-        itemsize = self.request.dtype.itemsize
+        work = layer_work(
+            self.shape,
+            self.rotation.active_experts,
+            self.rotation.slots,
+            self.request.dtype.itemsize,
+        )
         return LayerTimes(
             shape=self.shape,
             tokens=self.tokens,
             kernel=self.kernel.name,
             max_error=error,
             rotation=self.rotation,
-            work=layer_work(
-                self.shape, self.rotation.active_experts, self.rotation.slots, itemsize
-            ),
+            work=work,
             timings=timings,
             skipped=skipped,
             other_use=other_use,
+            works={label: self.quantized.work(label, work) for label in self.quantized.labels},
         )
 
     def _measure(
@@ -179,11 +196,18 @@ class Case:
             kinds = self.request.variants
             for name, variant in plan_variants(self.shape, self.tokens, itemsize, kinds):
                 yield name, self._variant(variant)
+        for label in self.quantized.labels:
+            yield label, partial(self._run_quantized, label)
         device = self.request.device
         for name in self.request.peers:
             free = available_memory(device) // 2
             reason = refusal(name, self.shape, self.tokens, itemsize, device, free)
             yield name, self._peer(name) if reason is None else reason
+
+    def _run_quantized(self, label: str, step: Step) -> Tensor:
+        return self.quantized.run(
+            label, self._hidden(step), step.topk_weights, step.topk_ids, step.weight_set
+        )
 
     def _variant(self, variant: VariantCall) -> StepCall:
         def call(step: Step) -> Tensor:
@@ -215,7 +239,8 @@ class Case:
             limit *= _PEER_TOLERANCE
         sampler = self._sampler(name, call, shared)
         try:
-            error = 0.0 if name == "dense" else self._error(call)
+            expected = self._expected_of.get(name, self.expected)
+            error = 0.0 if name == "dense" else self._error(call, expected)
             if not error <= limit:
                 return f"computes something else: relative error {error:.1e}, expected {limit:.1e}"
             seconds = sampler.warm_up()
@@ -240,8 +265,18 @@ class Case:
             self.shape.experts,
         )
 
-    def _error(self, call: StepCall) -> float:
+    def _quantized_reference(self, label: str, step: Step) -> Tensor:
+        rows = self._checked_rows()
+        return self.quantized.reference(
+            label,
+            self._hidden(step)[rows],
+            step.topk_weights[rows],
+            step.topk_ids[rows],
+            step.weight_set,
+        )
+
+    def _error(self, call: StepCall, expected: Tensor) -> float:
         # What a kernel does not write shall not be the right answer of the one before it.
         torch.full_like(self._hidden(self.steps[0]), float("nan"))
         out = call(self.steps[0])[self._checked_rows()].float()
-        return float((out - self.expected).norm() / self.expected.norm())
+        return float((out - expected).norm() / expected.norm())

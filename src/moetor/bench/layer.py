@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch
 from moetor.bench.case import Case, LayerTimes, first_line
 from moetor.bench.ceilings import Ceilings, measure_ceilings
 from moetor.bench.hardware import available_memory, last_level_cache
+from moetor.bench.quantized import QuantizedSets, quantized_kernel, share_of_bytes
 from moetor.bench.request import LayerBenchRequest
 from moetor.bench.rotation import RotationRequest, plan_rotation
 from moetor.bench.shapes import LayerShape
@@ -77,6 +79,10 @@ def bench_layers(
     _check_device(request.device)
     with _threads(request.threads), torch.inference_mode():
         kernels = {shape.name: _kernel(request, shape) for shape in request.shapes}
+        for shape, name in product(request.shapes, request.quantizations):
+            quantized_kernel(
+                shape, name, device=request.device, dtype=request.dtype, kernel=request.kernel
+            )
         _check_memory(request)
         total = len(request.shapes) * len(request.tokens) + 2
         progress(0, total)
@@ -147,7 +153,7 @@ def _kernel(request: LayerBenchRequest, shape: LayerShape) -> ExpertsKernel:
 def _check_memory(request: LayerBenchRequest) -> None:
     free = available_memory(request.device)
     for shape in request.shapes:
-        needed = shape.parameters * request.dtype.itemsize
+        needed = int(shape.parameters * request.dtype.itemsize * _copies(request, shape))
         if needed > _WEIGHTS_SHARE * free:
             raise UnsupportedError(
                 f"shape {shape.name} takes {needed / 1e9:.2f} GB of weights in "
@@ -155,6 +161,12 @@ def _check_memory(request: LayerBenchRequest) -> None:
                 f"{request.device} memory {_WEIGHTS_SHARE:.0%} may be used; choose a smaller shape "
                 f"or dtype"
             )
+
+
+def _copies(request: LayerBenchRequest, shape: LayerShape) -> float:
+    """Bytes of a weight set with its quantised copies, over its own."""
+    itemsize = request.dtype.itemsize
+    return 1 + sum(share_of_bytes(shape, name, itemsize) for name in request.quantizations)
 
 
 def _shape_rows(
@@ -175,7 +187,8 @@ def _shape_rows(
         return
     itemsize = request.dtype.itemsize
     cache = last_level_cache(request.device) or _UNKNOWN_CACHE
-    room = int(_WEIGHTS_SHARE * available_memory(request.device))
+    room = int(_WEIGHTS_SHARE * available_memory(request.device) / _copies(request, shape))
+    shares = [share_of_bytes(shape, name, itemsize) for name in request.quantizations]
     rotations = [
         plan_rotation(
             RotationRequest(
@@ -184,7 +197,8 @@ def _shape_rows(
                 tokens=tokens,
                 pattern=request.routing,
                 seed=request.seed,
-                expert_bytes=shape.parameters_per_expert * itemsize,
+                # Sets are counted by the smallest of them, so that it, too, comes from memory.
+                expert_bytes=int(shape.parameters_per_expert * itemsize * min([1.0, *shares])),
                 target_bytes=_COLD_CACHES[request.device] * cache,
                 max_sets=max(1, room // (shape.parameters * itemsize)),
             )
@@ -193,6 +207,9 @@ def _shape_rows(
     ]
     num_sets = max(rotation.num_sets for rotation in rotations)
     weights = make_weights(shape, num_sets, request.dtype, request.device, request.seed)
+    quantized = QuantizedSets(
+        shape, weights, request.quantizations, device=request.device, kernel=request.kernel
+    )
     if request.device == "cuda":
         _compile_all(request, shape, kernel, weights[0])
     for tokens, rotation in zip(request.tokens, rotations, strict=True):
@@ -200,7 +217,7 @@ def _shape_rows(
             yield shape.name, tokens
             continue
         try:
-            yield Case(request, shape, kernel, weights, tokens, rotation).times()
+            yield Case(request, shape, kernel, weights, tokens, rotation, quantized).times()
         except Exception as failure:  # Triton's compiler has errors of its own
             yield f"{shape.name}, T={tokens}: {first_line(failure)}"
         _release(request.device)

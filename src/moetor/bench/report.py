@@ -15,9 +15,10 @@ from moetor.bench.timing import Timing
 FORMAT = "moetor-bench-layer/2"
 
 
-def row_floor(times: LayerTimes, ceilings: Ceilings) -> Floor:
-    """The least time of a row's call."""
-    return layer_floor(times.work, ceilings.read_bytes_per_s, ceilings.flops_per_s)
+def row_floor(times: LayerTimes, ceilings: Ceilings, name: str | None = None) -> Floor:
+    """The least time of a row's call, for quantised weights of those that it reads."""
+    work = times.work if name is None else times.work_of(name)
+    return layer_floor(work, ceilings.read_bytes_per_s, ceilings.flops_per_s)
 
 
 def share_of_floor(floor: Floor, timing: Timing) -> float:
@@ -43,11 +44,12 @@ def table(report: LayerReport) -> tuple[list[str], list[list[str]]]:
 
 
 def _table_row(report: LayerReport, times: LayerTimes, name: str) -> list[str]:
-    timing, floor = times.timings[name], row_floor(times, report.ceilings)
+    timing, floor = times.timings[name], row_floor(times, report.ceilings, name)
+    work = times.work_of(name)
     if floor.bound == "bytes":
-        rate = f"{times.work.read_bytes / timing.median / 1e9:.3g} GB/s"
+        rate = f"{work.read_bytes / timing.median / 1e9:.3g} GB/s"
     else:
-        rate = f"{times.work.flops / timing.median / 1e12:.3g} TFLOP/s"
+        rate = f"{work.flops / timing.median / 1e12:.3g} TFLOP/s"
     row = [
         times.shape.name,
         str(times.tokens),
@@ -114,6 +116,7 @@ def to_dict(report: LayerReport) -> dict[str, Any]:
             "kernel": request.kernel,
             "peers": list(request.peers),
             "variants": list(request.variants),
+            "quantizations": list(request.quantizations),
             "seconds": request.seconds,
             "routing": request.routing,
             "seed": request.seed,
@@ -159,7 +162,8 @@ def _row(times: LayerTimes, ceilings: Ceilings) -> dict[str, Any]:
         },
         "other_use": times.other_use,
         "implementations": [
-            _implementation(name, timing, times, floor) for name, timing in times.timings.items()
+            _implementation(name, timing, times, row_floor(times, ceilings, name))
+            for name, timing in times.timings.items()
         ],
     }
 
@@ -173,7 +177,9 @@ def _implementation(name: str, timing: Timing, times: LayerTimes, floor: Floor) 
         "p90_us": timing.p90 * 1e6,
         "samples": timing.samples,
         "cuda_graph": timing.cuda_graph,
-        "gb_per_s": times.work.read_bytes / timing.median / 1e9,
+        "read_bytes": times.work_of(name).read_bytes,
+        "floor_us": floor.seconds * 1e6,
+        "gb_per_s": times.work_of(name).read_bytes / timing.median / 1e9,
         "tflop_per_s": times.work.flops / timing.median / 1e12,
         "share_of_floor": share_of_floor(floor, timing),
         "rested_us": None if timing.rested is None else timing.rested * 1e6,

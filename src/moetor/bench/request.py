@@ -21,6 +21,8 @@ class LayerBenchRequest:
         kernel: a kernel's name, or `auto`.
         peers: other implementations to compare with, by `moetor.bench.peers.PeerName`.
         variants: other plans of the Triton kernels, by `moetor.bench.plan_variants.VariantName`.
+        quantizations: formats in which the same weights are measured too, as `--quantization` of
+            other commands takes them.
         seconds: no row is begun after so many; None: no limit.
     """
 
@@ -34,6 +36,7 @@ class LayerBenchRequest:
     routing: Pattern
     seed: int
     variants: tuple[str, ...] = ()
+    quantizations: tuple[str, ...] = ()
     seconds: float | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moetor.bench.shapes import check_tokens, parse_shapes
 from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
+from moetor.cli.options import QuantizationName
 from moetor.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,6 +80,15 @@ class LayerBenchOptions:
             "metavar": "KIND,...",
             "help": "with --device cuda, also time the Triton kernels' small path, their large "
             "path, other plans of both, and routing with experts, from router logits on",
+        },
+    )
+    quantization: tuple[QuantizationName, ...] = field(
+        default=(),
+        metadata={
+            "group": WHAT,
+            "metavar": "NAME,...",
+            "help": "also time the same weights quantised, such as int8, int8_w8a16, int4, mxfp4; "
+            "each is compared with float32 arithmetic on its codes, and its floor counts its bytes",
         },
     )
     device: Literal["cpu", "cuda"] = field(
@@ -197,6 +207,7 @@ def _request(options: LayerBenchOptions) -> LayerBenchRequest:
         routing=options.routing,
         seed=options.seed,
         variants=tuple(dict.fromkeys(options.variants)),
+        quantizations=tuple(dict.fromkeys(options.quantization)),
         seconds=options.seconds,
     )
 
