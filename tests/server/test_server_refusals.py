@@ -17,6 +17,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+PADDED = {"padding": "max_length", "max_length": 10**6}
 
 # path, fields, the one that is named, a word of the message
 WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
@@ -47,6 +48,8 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": HELLO, "stream_options": {}}, "stream_options", "stream"),
     (CHAT, {"messages": HELLO, "add_special_tokens": True}, "add_special_tokens", "template"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": 0}}, None, "tokenize"),
+    (CHAT, {"messages": HELLO, "chat_template_kwargs": PADDED}, None, "max_length, padding"),
+    (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, None, "messages"),
     (CHAT, {"messages": HELLO, "continue_final_message": True}, None, "add_generation_prompt"),
     (TEXT, {}, "prompt", "missing"),
     (TEXT, {"prompt": ""}, "prompt", "no tokens"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from moetor.engine.llm import chat_tokens
@@ -11,11 +12,6 @@ from moetor.server.errors import refusal
 from moetor.server.protocol import Message
 from moetor.server.service import Service
 from moetor.server.tools import with_parsed_arguments
-
-# What the template is called with besides; a request must not change it.
-_OWN = frozenset(
-    ("tokenize", "return_dict", "return_tensors", "chat_template", "conversation", "messages")
-)
 
 
 async def conversation_tokens(
@@ -36,7 +32,10 @@ async def conversation_tokens(
     Raises:
         ApiError: status 400: no template, or it refuses the messages; the text has its own words.
     """
-    own = _OWN.intersection(extra or ())
+    tokenizer = service.tokenizer()
+    # Its other arguments are the tokenizer's (padding, lengths, tensors), not the template's.
+    own = set(signature(tokenizer.apply_chat_template).parameters) | {"messages"}
+    own.intersection_update(extra or ())
     if own:
         raise refusal(
             f"chat_template_kwargs: {', '.join(sorted(own))} cannot be chosen by a request",
@@ -48,7 +47,6 @@ async def conversation_tokens(
             "continue_final_message",
         )
     plain = [_plain(message, index) for index, message in enumerate(messages)]
-    tokenizer = service.tokenizer()
     given: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
