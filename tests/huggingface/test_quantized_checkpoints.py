@@ -48,7 +48,9 @@ def check_weights(quantized: nn.Module, dense: nn.Module) -> None:
                 gate_up = torch.cat((gate_up[0::2], gate_up[1::2]))
             for matrix, expected in ((weights.gate_up, gate_up), (weights.down, down)):
                 found = dequantize_expert(matrix, expert)
-                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+                # Scale times code less an offset: what cancels leaves the rounding of either.
+                rounding = float(torch.finfo(found.dtype).eps * expected.abs().max())
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=rounding)
 
 
 @pytest.mark.parametrize("case", FORMATS, ids=lambda case: case.id)
@@ -64,7 +66,8 @@ def test_a_checkpoint_is_read_as_its_format_is_defined(
     assert all(block.quantization for block in model.fusion_report.blocks)
     if case.activations == "unquantized":
         torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(logits(model), logits(dense))
+    else:
+        assert not torch.equal(logits(model), logits(dense))
     assert getattr(model.config, "quantization_config", None) is None
 
 
