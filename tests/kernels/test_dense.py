@@ -8,7 +8,10 @@ SEED`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +133,31 @@ def main(seed: int) -> None:
         for rows in (1, 3, 4):
             check_few_rows(launches.few_rows, rows, dtype, rng)
         check_activation(launches.gated_activation, dtype, rng)
+
+
+class Launches:
+    """A kernel that notes the options of its launches."""
+
+    def __init__(self) -> None:
+        self.options: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **options: self.options.append(options)
+
+
+def test_a_copy_of_a_weight_is_not_read_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read while the launch before is running, and that may be the one that copies."""
+    import moetor.kernels.triton as room
+    from moetor.kernels.triton import dense as launches
+
+    noted = Launches()
+    monkeypatch.setattr(room, "dense_kernels", SimpleNamespace(few_rows=noted), raising=False)
+    monkeypatch.setattr(launches, "overlap", lambda tensor: True)
+    x, weight = torch.randn(2, 8), torch.randn(6, 8)
+    launches.few_rows(x, weight, None, None)
+    launches.few_rows(x, weight.T.contiguous().T, None, None)
+    assert [options["PDL"] for options in noted.options] == [True, False]
+    assert ["launch_pdl" in options for options in noted.options] == [True, False]
 
 
 if __name__ == "__main__":

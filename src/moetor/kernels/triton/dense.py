@@ -229,12 +229,14 @@ def few_rows(
     from moetor.kernels.triton import dense_kernels
 
     rows = _rows(x)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    # The launch reads weights before the one ahead of it has ended; that one may be the copy's.
+    ahead = weight.stride(1) == 1
+    weight = weight if ahead else weight.contiguous()
     gated = activation is not None
     outputs, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
     out = x.new_empty((*x.shape[:-1], outputs), dtype=dtype or x.dtype)
     plan = plan or rows_plan(outputs, depth, rows.shape[0], x.element_size(), gated=gated)
-    pdl = overlap(x)
+    pdl = overlap(x) and ahead
     with support.on_device_of(x):
         dense_kernels.few_rows[(-(-outputs // plan.outputs),)](
             rows,
