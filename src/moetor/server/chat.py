@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moetor.engine import CompletionOutput
 from moetor.server.answers import Choices, collect, usage
@@ -17,7 +17,7 @@ from moetor.server.logprobs import chat_logprobs
 from moetor.server.protocol import ChatBody
 from moetor.server.sampling import sampling_params
 from moetor.server.service import Job, Service, request_name
-from moetor.server.streams import event, while_connected
+from moetor.server.streams import event
 from moetor.server.tools import ToolParser, offered_tools
 
 MAX_TOP_LOGPROBS = 20
@@ -49,14 +49,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     name = request_name("chatcmpl")
     job = await service.submit([ids], params, name)
     answer = _Answer(service, body, name, tools=tools is not None)
-    headers = {"X-Request-Id": request.headers.get("x-request-id", name)}
-    if body.stream:
-        return service.stream(answer.events(job), job, headers)
-    try:
-        content = await while_connected(request, answer.whole(job))
-    finally:
-        await job.aclose()
-    return JSONResponse(content, headers=headers)
+    return await service.respond(request, answer, job, name, stream=bool(body.stream))
 
 
 def _check(body: ChatBody) -> None:

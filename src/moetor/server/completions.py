@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moetor.engine import CompletionOutput, RequestOutput
 from moetor.server.answers import Choices, collect, usage
@@ -16,7 +16,7 @@ from moetor.server.logprobs import TextLogprobs
 from moetor.server.protocol import CompletionBody
 from moetor.server.sampling import sampling_params
 from moetor.server.service import Job, Service, request_name
-from moetor.server.streams import event, while_connected
+from moetor.server.streams import event
 
 DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
@@ -45,14 +45,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     name = request_name("cmpl")
     job = await service.submit([ids for ids, _ in prompts], params, name)
     answer = _Answer(service, body, name, [text for _, text in prompts], alone)
-    headers = {"X-Request-Id": request.headers.get("x-request-id", name)}
-    if body.stream:
-        return service.stream(answer.events(job), job, headers)
-    try:
-        content = await while_connected(request, answer.whole(job))
-    finally:
-        await job.aclose()
-    return JSONResponse(content, headers=headers)
+    return await service.respond(request, answer, job, name, stream=bool(body.stream))
 
 
 def _check(body: CompletionBody) -> None:

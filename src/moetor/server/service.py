@@ -9,9 +9,10 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from starlette.responses import Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from moetor.engine import AsyncEngine, EngineStoppedError, RequestOutput, SamplingParams
 from moetor.engine.aio import OutputStream
@@ -20,7 +21,7 @@ from moetor.errors import InputError
 from moetor.server.config import ServerConfig
 from moetor.server.errors import ApiError, refusal
 from moetor.server.metrics import Metrics
-from moetor.server.streams import EventStream
+from moetor.server.streams import EventStream, while_connected
 
 _log = logging.getLogger("moetor.server")
 Result = TypeVar("Result")
@@ -90,6 +91,16 @@ class Job:
             left,
             time.monotonic() - self._begin,
         )
+
+
+class Answer(Protocol):
+    """What an endpoint makes of a job's outputs."""
+
+    async def whole(self, job: Job) -> dict[str, Any]:
+        """The body, once all is generated."""
+
+    def events(self, job: Job) -> AsyncGenerator[bytes]:
+        """The same piece by piece."""
 
 
 class Service:
@@ -246,11 +257,23 @@ class Service:
             raise
         return job
 
-    def stream(self, events: AsyncGenerator[bytes], job: Job, headers: dict[str, str]) -> Response:
-        """A streamed answer, at whose end `job` ends."""
-        return EventStream(
-            events, close=job.aclose, write_timeout=self.config.write_timeout, headers=headers
-        )
+    async def respond(
+        self, request: Request, answer: Answer, job: Job, name: str, *, stream: bool
+    ) -> Response:
+        """The answer to a completion, streamed or whole, at whose end `job` ends."""
+        headers = {"X-Request-Id": request.headers.get("x-request-id", name)}
+        if stream:
+            return EventStream(
+                answer.events(job),
+                close=job.aclose,
+                write_timeout=self.config.write_timeout,
+                headers=headers,
+            )
+        try:
+            content = await while_connected(request, answer.whole(job))
+        finally:
+            await job.aclose()
+        return JSONResponse(content, headers=headers)
 
     def _release(self, sequences: int) -> None:
         self.sequences -= sequences
