@@ -56,18 +56,24 @@ def codes_refusal(query: KernelQuery) -> str | None:
     return refused
 
 
-def _check(
-    tensor: Tensor, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
-) -> None:
+def check_tensor(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Refuses a tensor on another device, of another dtype or of another shape.
+
+    Raises:
+        InputError: with its name, what it is and what it must be.
+    """
     if tensor.device.type != "cpu":
         raise InputError(f"{name} is on {tensor.device}; the native kernel reads CPU tensors")
     if tensor.dtype not in dtypes:
         raise InputError(f"{name} is {tensor.dtype}, it must be {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise InputError(
-            f"{name} has shape {list(tensor.shape)} and strides {list(tensor.stride())}, it must "
-            f"be {list(shape)} and contiguous"
-        )
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name} has shape {list(tensor.shape)}, it must be {list(shape)}")
+
+
+def _check_codes(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    check_tensor(tensor, name, shape, *dtypes)
+    if not tensor.is_contiguous():
+        raise InputError(f"{name} has strides {list(tensor.stride())}, it must be contiguous")
 
 
 def _check_matrix(matrix: QuantizedMatrix, name: str, experts: int, rows: int, depth: int) -> None:
@@ -76,12 +82,12 @@ def _check_matrix(matrix: QuantizedMatrix, name: str, experts: int, rows: int, d
     scales = (experts, *kind.scale_shape(rows, depth))
     if matrix.depth != depth:
         raise InputError(f"{name} has a depth of {matrix.depth}, it must be {depth}")
-    _check(matrix.values, f"{name}.values", values, (kind.value_dtype,))
-    _check(matrix.scales, f"{name}.scales", scales, kind.scale_dtypes)
+    _check_codes(matrix.values, f"{name}.values", values, kind.value_dtype)
+    _check_codes(matrix.scales, f"{name}.scales", scales, *kind.scale_dtypes)
     if kind.zero_points:
         if matrix.zero_points is None:
             raise InputError(f"{name} is {kind.name} and has no zero points")
-        _check(matrix.zero_points, f"{name}.zero_points", scales, (matrix.scales.dtype,))
+        _check_codes(matrix.zero_points, f"{name}.zero_points", scales, matrix.scales.dtype)
 
 
 def code_fields(weights: QuantizedExpertWeights, config: ExpertsConfig) -> dict[str, Any]:

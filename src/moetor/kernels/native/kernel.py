@@ -18,7 +18,7 @@ from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weigh
 from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.native import library
 from moetor.kernels.native.build import BuildError
-from moetor.kernels.native.codes import code_fields, codes_refusal
+from moetor.kernels.native.codes import check_tensor, code_fields, codes_refusal
 
 # Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than
 # small products.
@@ -44,15 +44,6 @@ def _workspace(size: int) -> Tensor:
     return buffer
 
 
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.device.type != "cpu":
-        raise InputError(f"{name} is on {tensor.device}; the native kernel reads CPU tensors")
-    if tensor.dtype != dtype:
-        raise InputError(f"{name} is {tensor.dtype}, it must be {dtype}")
-    if tuple(tensor.shape) != shape:
-        raise InputError(f"{name} has shape {list(tensor.shape)}, it must be {list(shape)}")
-
-
 def _check_inputs(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
@@ -68,20 +59,20 @@ def _check_inputs(
             "must be [T, H] and [T, K]"
         )
     tokens, top_k, dtype = hidden_TH.shape[0], topk_ids_TK.shape[1], hidden_TH.dtype
-    _check(hidden_TH, "hidden states", (tokens, config.hidden_size), dtype)
+    check_tensor(hidden_TH, "hidden states", (tokens, config.hidden_size), dtype)
     if not hidden_TH.is_contiguous():
         raise InputError("hidden states must be contiguous")
-    _check(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32)
-    _check(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32)
+    check_tensor(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32)
+    check_tensor(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32)
     if isinstance(weights, ExpertWeights):
-        _check(weights.gate_up, "gate_up", config.gate_up_shape, dtype)
-        _check(weights.down, "down", config.down_shape, dtype)
+        check_tensor(weights.gate_up, "gate_up", config.gate_up_shape, dtype)
+        check_tensor(weights.down, "down", config.down_shape, dtype)
     for bias, name, size in (
         (weights.gate_up_bias, "gate_up_bias", config.up_size),
         (weights.down_bias, "down_bias", config.hidden_size),
     ):
         if bias is not None:
-            _check(bias, name, (config.num_experts, size), dtype)
+            check_tensor(bias, name, (config.num_experts, size), dtype)
         elif config.has_bias:
             raise InputError(f"has_bias=True, and {name} is missing")
 
