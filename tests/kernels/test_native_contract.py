@@ -106,7 +106,7 @@ def test_views_are_read_in_place(form: Mapping[str, object], isa: str) -> None:
         assert torch.equal(run(replace(call, weights=weights), isa), expected), view.__name__
     for up, down in ((flipped, flipped), (flipped, padded), (padded, flipped)):
         weights = ExpertWeights(up(call.weights.gate_up), down(call.weights.down))
-        assert_close(run(replace(call, weights=weights), isa), oracle(call))
+        assert_close(run(replace(call, weights=weights), isa), oracle(call), isa)
 
 
 @needs_library
@@ -290,6 +290,14 @@ def test_weights_beyond_31_bits_of_elements(form: Mapping[str, object], isa: str
 
     weights = ExpertWeights(far(call.weights.gate_up), far(call.weights.down))
     assert torch.equal(run(replace(call, weights=weights), isa), run(call, isa))
+
+
+@needs_library
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="needs AVX512_BF16")
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+def test_other_inputs_are_not_rounded_to_bfloat16(dtype: torch.dtype) -> None:
+    call = make_call(Case(name="not bf16", T=9, H=70, I=40, dtype=dtype))
+    assert torch.equal(run(call, "avx512_bf16"), run(call, "avx512"))
 
 
 def test_huge_pages_keep_the_values() -> None:

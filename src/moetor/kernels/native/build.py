@@ -30,10 +30,12 @@ _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fno-rtti", "-fno-math-errno")
 # One object per instruction set: only code that is entered after a look at the processor has its
 # instructions.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 _UNITS: dict[str, tuple[str, ...]] = {
     "api.cpp": (),
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
-    "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "isa_avx512.cpp": _AVX512,
+    "isa_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 _TIMEOUT_S = 600
 

@@ -132,8 +132,10 @@ def native_experts(
         topk_weights_TK: float32.
         topk_ids_TK: int32 in [0, E].
         weights: in the dtype of `hidden_TH`, or quantised; biases in the dtype of `hidden_TH`.
-        isa: `avx2` or `avx512`; None for the best that this processor has. The result's last bits
-            depend on it.
+        isa: `avx2`, `avx512` or `avx512_bf16`; None for the best that this processor has. The
+            result's last bits depend on it. `avx512_bf16` multiplies bfloat16 inputs as they are
+            and rounds the activation between the products to bfloat16; everything else it
+            computes as `avx512` does.
         threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on
             it.
 

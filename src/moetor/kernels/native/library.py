@@ -15,8 +15,8 @@ import torch
 
 from moetor.kernels.native.build import BuildError, build
 
-IsaName = Literal["avx2", "avx512"]
-_ISA_CODES: dict[str, int] = {"avx2": 1, "avx512": 2}
+IsaName = Literal["avx2", "avx512", "avx512_bf16"]
+_ISA_CODES: dict[str, int] = {"avx2": 1, "avx512": 2, "avx512_bf16": 3}
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 LIMIT_CODES = {"before": 1, "after": 2}

@@ -29,7 +29,9 @@ int detect() {
   constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
   constexpr uint32_t kAvx512 = kF | kDq | kBw | kVl;
   if ((ebx & kAvx512) != kAvx512 || (states & 0xe6) != 0xe6) return kIsaAvx2;  // opmask, upper ZMM, ZMM16-31
-  return kIsaAvx512;
+  if (!(ecx & (1u << 11)) || eax < 1) return kIsaAvx512;  // VNNI; EAX: the last subleaf
+  __cpuid_count(7, 1, eax, ebx, ecx, edx);
+  return eax & (1u << 5) ? kIsaAvx512Bf16 : kIsaAvx512;
 }
 
 void start_team(void (*work)(void*), void* data, int threads) {
@@ -52,5 +54,9 @@ int moetor_experts(const MoetorExperts* args) {
   if (plan.bytes > args->workspace_bytes) return kSmallWorkspace;
   if (!sort_slots(*args, plan)) return kBadExpertId;
   if (args->tokens == 0) return kOk;
-  return args->isa == kIsaAvx512 ? moetor_run_avx512(args, &plan, start_team) : moetor_run_avx2(args, &plan, start_team);
+  if (args->isa == kIsaAvx2) return moetor_run_avx2(args, &plan, start_team);
+  // Other inputs are not rounded to bfloat16: they keep the plain instructions.
+  if (args->isa == kIsaAvx512Bf16 && args->dtype == kBfloat16 && args->weights == kPlain)
+    return moetor_run_avx512_bf16(args, &plan, start_team);
+  return moetor_run_avx512(args, &plan, start_team);
 }

@@ -9,7 +9,7 @@
 extern "C" {
 
 // Instruction sets, in rising order of preference. The numbers are part of the interface.
-enum Isa { kIsaNone = 0, kIsaAvx2 = 1, kIsaAvx512 = 2 };
+enum Isa { kIsaNone = 0, kIsaAvx2 = 1, kIsaAvx512 = 2, kIsaAvx512Bf16 = 3 };
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum ActivationName { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kRelu2 = 4 };
 // How the weights are stored: in the inputs' dtype, or as codes with scales (the formats of formats.py; packed codes are

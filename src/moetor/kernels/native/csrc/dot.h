@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kPanel = 32;          // rows of one panel: the unit of output
 constexpr int kTile = kPanel + 4;   // a block may write past the panel
-constexpr int kInputBytes = 32768;  // inputs of a block that stay in the first-level cache
+constexpr int64_t kInputBytes = 32768;  // inputs of a block that stay in the first-level cache
 constexpr int kCacheLine = 64;
 
 // What to fetch while a panel is computed. Token block `phase` of `period` fetches its share of the panel at `next`;
@@ -41,8 +41,41 @@ inline void store_sums(typename V::Reg (&sum)[R][N], float* tile) {
   }
 }
 
+// One step of R rows and N inputs: each vector of inputs is loaded once, each weight is widened once.
 template <class V, class D, int R, int N>
-inline void dot_block(const D* w, int64_t stride, const float* x, int64_t steps, float* sums, bool first, float* tile,
+inline __attribute__((always_inline)) void dot_step(const D* w, int64_t stride, const float* x,
+                                                    typename V::Reg (&sum)[R][N]) {
+  constexpr int W = V::kWidth, kStep = 2 * W;
+  typename V::Reg weight[R];
+#pragma GCC unroll 16
+  for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) weight[r] = half == 0 ? V::first(w + r * stride) : V::second(w + r * stride);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const auto v = V::keep(V::load(x + n * kStep + half * W));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) sum[r][n] = V::fma(weight[r], v, sum[r][n]);
+    }
+  }
+}
+
+template <class V, class D, int R, int N>
+inline __attribute__((always_inline)) void dot_step(const D* w, int64_t stride, const Bf16* x,
+                                                    typename V::Reg (&sum)[R][N]) {
+  typename V::Pairs weight[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) weight[r] = V::load_pairs(w + r * stride);
+#pragma GCC unroll 16
+  for (int n = 0; n < N; ++n) {
+    const auto v = V::keep_pairs(V::load_pairs(x + n * 2 * V::kWidth));
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sum[r][n] = V::dot(sum[r][n], weight[r], v);
+  }
+}
+
+template <class V, class D, int R, int N, class X>
+inline void dot_block(const D* w, int64_t stride, const X* x, int64_t steps, float* sums, bool first, float* tile,
                       const D* ahead, int64_t ahead_stride) {
   constexpr int W = V::kWidth, kStep = 2 * W;
   typename V::Reg sum[R][N];
@@ -56,23 +89,7 @@ inline void dot_block(const D* w, int64_t stride, const float* x, int64_t steps,
 #pragma GCC unroll 16
       for (int byte = 0; byte < static_cast<int>(kStep * sizeof(D)); byte += kCacheLine)
         _mm_prefetch(reinterpret_cast<const char*>(ahead + r * ahead_stride) + byte, _MM_HINT_T2);
-    typename V::Reg weight[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) weight[r] = V::first(w + r * stride);
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const auto v = V::keep(V::load(x + n * kStep));
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[r][n] = V::fma(weight[r], v, sum[r][n]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) weight[r] = V::second(w + r * stride);
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const auto v = V::keep(V::load(x + n * kStep + W));
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[r][n] = V::fma(weight[r], v, sum[r][n]);
-    }
+    dot_step<V, D, R, N>(w, stride, x, sum);
   }
   if (tile == nullptr) {
 #pragma GCC unroll 16
@@ -86,8 +103,8 @@ inline void dot_block(const D* w, int64_t stride, const float* x, int64_t steps,
 
 // R rows over [begin, end) of the reduction axis: one piece of it, cut so that the inputs stay in the first-level
 // cache. The sums of the pieces before the last wait in `sums`.
-template <class V, class D, int R, int N>
-inline void dot_piece(const D* w, int64_t stride, int64_t size, const float* x, int64_t begin, int64_t end,
+template <class V, class D, int R, int N, class X>
+inline void dot_piece(const D* w, int64_t stride, int64_t size, const X* x, int64_t begin, int64_t end,
                       float* sums, float* tile, const D* ahead, int64_t ahead_stride) {
   constexpr int kStep = 2 * V::kWidth;
   const int64_t whole = size / kStep * kStep, stop = min64(end, whole);
@@ -102,8 +119,8 @@ inline void dot_piece(const D* w, int64_t stride, int64_t size, const float* x, 
 }
 
 // tile[n][r] = x[n] . w[r] for up to 32 rows.
-template <class V, class D, int N>
-void dot_panel(const D* w, int64_t stride, int rows, int64_t size, const float* x, float* tile,
+template <class V, class D, int N, class X>
+void dot_panel(const D* w, int64_t stride, int rows, int64_t size, const X* x, float* tile,
                const Ahead<D>& ahead) {
   constexpr int R = V::rows(N), W = V::kWidth, kRowsTogether = 16;
   static_assert(R == 2 || R == 4, "sum4 adds up four");
@@ -113,7 +130,8 @@ void dot_panel(const D* w, int64_t stride, int rows, int64_t size, const float* 
       dot_piece<V, D, R, N>(w + r * stride, 0, size, x, 0, size, sums, tile + r, w, 0);
     return;
   }
-  const int64_t pieces = ceil_div(4 * N * size, kInputBytes), piece = round_up(ceil_div(size, pieces), kGroup);
+  const int64_t pieces = ceil_div(static_cast<int64_t>(sizeof(X)) * N * size, kInputBytes);
+  const int64_t piece = round_up(ceil_div(size, pieces), kGroup);
   const D* idle = reinterpret_cast<const D*>(x);
   for (int top = 0; top < rows; top += kRowsTogether) {
     const int bottom = top + kRowsTogether < rows ? top + kRowsTogether : rows;
@@ -138,8 +156,8 @@ void dot_panel(const D* w, int64_t stride, int rows, int64_t size, const float* 
   }
 }
 
-template <class V, class D, int N = 1>
-inline void dot_panel_of(int tokens, const D* w, int64_t stride, int rows, int64_t size, const float* x, float* tile,
+template <class V, class D, int N = 1, class X>
+inline void dot_panel_of(int tokens, const D* w, int64_t stride, int rows, int64_t size, const X* x, float* tile,
                          const Ahead<D>& ahead) {
   if (tokens == N) return dot_panel<V, D, N>(w, stride, rows, size, x, tile, ahead);
   if constexpr (N < V::kMaxTokens) dot_panel_of<V, D, N + 1>(tokens, w, stride, rows, size, x, tile, ahead);

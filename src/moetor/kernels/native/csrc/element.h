@@ -18,4 +18,12 @@ constexpr bool kSplit = false;
 template <>
 constexpr bool kSplit<Bf16> = true;
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+// Whether the vectors V multiply pairs of bfloat16 as they are.
+template <class V>
+constexpr bool kPaired = kSame<typename V::Input, Bf16>;
+
 }  // namespace

@@ -23,13 +23,14 @@ constexpr int64_t kSpan = 4096;  // the second product sums its reduction axis i
 template <class V, class D>
 class Experts {
  public:
+  using Input = typename V::Input;  // what weights are multiplied with
   Experts(const MoetorExperts& args, const Plan& plan) : a(args), p(plan) {
     const int64_t I = a.intermediate_size, H = a.hidden_size, threads = max64(1, a.threads);
     const int64_t active = max64(1, p.num_active);
     const bool busy = p.num_slots >= 8 * active;  // enough tokens an expert to be bound by arithmetic
     parts_ = a.gated ? 2 : 1;
-    up_together_ = a.gate_up_columns ? kTogether : tokens_together(H, V::kMaxTokens);
-    down_together_ = a.down_columns ? kTogether : tokens_together(min64(I, kSpan), V::kMaxTokens);
+    up_together_ = a.gate_up_columns ? kTogether : tokens_together(H * kInputSize, V::kMaxTokens);
+    down_together_ = a.down_columns ? kTogether : tokens_together(min64(I, kSpan) * kInputSize, V::kMaxTokens);
     const int64_t panel_bytes = parts_ * kPanel * H * static_cast<int64_t>(sizeof(D));
     up_width_ = a.gate_up_columns ? kStripColumns / parts_
                                   : kPanel * max64(1, kTaskBytes / panel_bytes);
@@ -71,6 +72,7 @@ class Experts {
   }
 
  protected:
+  static constexpr int64_t kInputSize = sizeof(Input);
   struct Weights {  // where a panel or a strip starts, and the stride between its rows
     const D* at;
     int64_t stride;
@@ -102,7 +104,11 @@ class Experts {
                              : ceil_div(Blocks(slots).count, up_together_ / V::kMaxTokens);
   }
   // Quantised weights are widened in their own order, whatever the dtype of the inputs.
-  bool split_for(bool columns) const { return kSplit<D> && !columns && a.weights == kPlain; }
+  bool split_for(bool columns) const { return kSplit<D> && !kPaired<V> && !columns && a.weights == kPlain; }
+  // The activations of an expert's slots from `slot` on.
+  Input* activations(int64_t expert, int64_t slot) const {
+    return reinterpret_cast<Input*>(p.h) + (p.offsets[expert] + slot) * p.ldh;
+  }
 
   Weights up_weights(int64_t expert, int64_t i) const {  // gate row (or column) i
     const D* base = static_cast<const D*>(a.gate_up) + expert * a.gate_up_expert_stride;
@@ -139,18 +145,19 @@ class Experts {
     at.next = up_weights(expert, begin);
   }
 
-  // Widens the input of an expert's slot into a block of packed inputs.
-  void pack_input(const UpTask& task, int64_t slot, float* block, int tokens, int token) const {
+  // Copies the input of an expert's slot into a block of packed inputs.
+  void pack_input(const UpTask& task, int64_t slot, Input* block, int tokens, int token) const {
     const int64_t position = p.offsets[task.expert] + slot;
     const D* from = static_cast<const D*>(a.hidden) + p.token[position] * a.hidden_size;
     const float factor = a.weight_on_input ? a.topk_weights[p.order[position]] : 1.0f;
     pack_row<V>(block, tokens, token, 0, from, a.hidden_size, factor, split_for(a.gate_up_columns));
-    if (a.round_inputs) round_row<V>(block, tokens, token, a.hidden_size);
+    if constexpr (!kPaired<V>)
+      if (a.round_inputs) round_row<V>(block, tokens, token, a.hidden_size);
   }
 
-  // Widens the inputs of a task into the thread's own memory, unless its last task had the same ones.
-  float* pack(const UpTask& task, const Blocks& blocks, Cursor& at) const {
-    float* packed = p.packed + at.thread * p.packed_floats;
+  // Copies the inputs of a task into the thread's own memory, unless its last task had the same ones.
+  Input* pack(const UpTask& task, const Blocks& blocks, Cursor& at) const {
+    auto* packed = reinterpret_cast<Input*>(p.packed + at.thread * p.packed_floats);
     if (at.packed_expert == task.expert && at.packed_first == task.first) return packed;
     at.packed_expert = task.expert;
     at.packed_first = task.first;
@@ -167,7 +174,7 @@ class Experts {
 
   // Activations [i, i + count) from the two sums, which are destroyed, into place `token` of a block of `tokens`. i is a
   // multiple of 32.
-  void finish_up(float* gate, float* up, int64_t expert, int64_t i, int count, float* block, int tokens,
+  void finish_up(float* gate, float* up, int64_t expert, int64_t i, int count, Input* block, int tokens,
                  int token) const {
     if (a.gate_up_bias != nullptr) {
       const auto* bias = static_cast<const D*>(a.gate_up_bias) + expert * a.gate_up_bias_stride;
@@ -191,7 +198,7 @@ class Experts {
     const Blocks blocks(slots_of(task.expert));
     const int64_t to_up = (a.interleaved ? 1 : a.intermediate_size) * a.gate_up_stride;
     alignas(64) float tile[2][V::kMaxTokens * kTile] = {};
-    const float* packed = pack(task, blocks, at);
+    const Input* packed = pack(task, blocks, at);
     for (int64_t i = task.begin; i < task.end; i += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, task.end - i));
       const bool more = i + kPanel < task.end;
@@ -208,7 +215,7 @@ class Experts {
           dot_panel_of<V, D>(tokens, here.at + part * to_up, here.stride, rows, a.hidden_size,
                              packed + (first - task.first) * p.ldx, tile[part], ahead);
         }
-        float* h = p.h + (p.offsets[task.expert] + first) * p.ldh;
+        Input* h = activations(task.expert, first);
         const bool in_rows = a.down_columns;
         for (int n = 0; n < tokens; ++n)
           finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows, in_rows ? h + n * p.ldh : h,
@@ -222,7 +229,7 @@ class Experts {
     const bool two_strips = a.gated && !a.interleaved;
     const Blocks blocks(slots_of(task.expert));
     float* sums = p.strips + at.thread * p.strip_floats;
-    const float* packed = pack(task, blocks, at);
+    const Input* packed = pack(task, blocks, at);
     const Weights w = up_weights(task.expert, task.begin);
     const int tokens = static_cast<int>(task.tokens);
     column_strip<V, D>(w.at, w.stride, H, a.interleaved ? 2 * width : width, packed, p.ldx, tokens, sums,
@@ -235,7 +242,7 @@ class Experts {
       const int64_t slot = task.first + s;
       while (blocks.first(block + 1) <= slot) ++block;
       const int64_t first = a.down_columns ? slot : blocks.first(block);
-      float* h = p.h + (p.offsets[task.expert] + first) * p.ldh;
+      Input* h = activations(task.expert, first);
       for (int64_t c = 0; c < width; c += kPanel) {
         alignas(64) float gate[kPanel], up[kPanel];
         const float* row = sums + s * kStripStride;
@@ -294,7 +301,7 @@ class Experts {
           for (int64_t block = top; block < bottom; ++block) {
             const int64_t first = blocks.first(block);
             const int tokens = blocks.size(block);
-            const float* x = p.h + (p.offsets[expert] + first) * p.ldh + span * tokens;
+            const Input* x = activations(expert, first) + span * tokens;
             const Ahead<D> ahead{next.at, next.stride, bottom - top, block - top};
             dot_panel_of<V, D>(tokens, here.at + span, here.stride, rows, size, x, tile, ahead);
             for (int n = 0; n < tokens; ++n)
@@ -312,7 +319,7 @@ class Experts {
     for (int64_t first = 0; first < slots; first += down_together_) {
       const int tokens = static_cast<int>(min64(down_together_, slots - first));
       column_strip<V, D>(w.at, w.stride, a.intermediate_size, end - begin,
-                         p.h + (p.offsets[expert] + first) * p.ldh, p.ldh, tokens, sums,
+                         activations(expert, first), p.ldh, tokens, sums,
                          first + down_together_ < slots ? w.at : after);
       for (int s = 0; s < tokens; ++s)
         finish_down(sums + s * kStripStride, expert, first + s, begin, end - begin, true);

@@ -9,4 +9,5 @@ using StartTeam = void (*)(void (*work)(void*), void* data, int threads);
 extern "C" {
 int moetor_run_avx2(const MoetorExperts* args, const void* plan, StartTeam start);
 int moetor_run_avx512(const MoetorExperts* args, const void* plan, StartTeam start);
+int moetor_run_avx512_bf16(const MoetorExperts* args, const void* plan, StartTeam start);
 }

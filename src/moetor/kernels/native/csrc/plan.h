@@ -20,9 +20,9 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Tokens whose inputs of `size` floats a thread packs at a time, in blocks of `block`.
+// Tokens whose inputs of `size` bytes a thread packs at a time, in blocks of `block`.
 inline int64_t tokens_together(int64_t size, int64_t block) {
-  const int64_t fit = kInputsTogether / (4 * block * round_up(size, kGroup));
+  const int64_t fit = kInputsTogether / (block * round_up(size, 4 * kGroup));
   return block * max64(1, min64(kTogether / block, fit));
 }
 

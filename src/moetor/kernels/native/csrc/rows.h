@@ -26,13 +26,16 @@ inline void store_some(D* to, typename V::Reg v, int64_t count) {
 // A block of `tokens` inputs is stored step by step (two vectors of the reduction axis), each step token by token: the
 // dot product then walks it with one pointer. With tokens = 1 that is a plain row. This writes elements [begin, begin +
 // count) of token `token`, times `factor`, and zeros up to a multiple of 32; `begin` is a multiple of 32. `split`: each
-// step holds its even elements first, then its odd ones, as the bf16 dot product wants them.
-template <class V, class D>
-inline void pack_row(float* block, int tokens, int token, int64_t begin, const D* from, int64_t count, float factor,
+// step holds its even elements first, then its odd ones, as the dot product of widened bf16 wants them.
+template <class V, class X, class D>
+inline void pack_row(X* block, int tokens, int token, int64_t begin, const D* from, int64_t count, float factor,
                      bool split) {
   constexpr int W = V::kWidth, kStep = 2 * W;
-  float* to = block + begin * tokens + token * kStep;
-  for (int64_t i = 0; i < round_up(count, kGroup); i += kStep, to += tokens * kStep) {
+  X* to = block + begin * tokens + token * kStep;
+  int64_t i = 0;
+  if (kSame<X, D> && factor == 1.0f && !split)
+    for (; i + kStep <= count; i += kStep, to += tokens * kStep) memcpy(to, from + i, sizeof(X) * kStep);
+  for (; i < round_up(count, kGroup); i += kStep, to += tokens * kStep) {
     auto a = i < count ? load_some<V>(from + i, count - i) : V::zero();
     auto b = i + W < count ? load_some<V>(from + i + W, count - i - W) : V::zero();
     if (factor != 1.0f) {

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx2 {
   using Reg = __m256;
+  using Input = float;
   static constexpr int kWidth = 8;
   static constexpr int kMaxTokens = 6;
   static constexpr int rows(int tokens) { return tokens <= 2 ? 4 : 2; }  // 16 registers: at most 12 of sums
@@ -102,6 +103,8 @@ struct Avx2 {
     a = even;
     b = odd;
   }
+
+  static void order_columns(Reg& a, Reg& b) { interleave(a, b); }
 
   static __m128 sum4(Reg a, Reg b, Reg c, Reg d) {
     const Reg ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <string.h>
 
 #include "element.h"
 
@@ -9,6 +10,7 @@ namespace {
 
 struct Avx512 {
   using Reg = __m512;
+  using Input = float;  // what weights are multiplied with
   static constexpr int kWidth = 16;
   // Sums of 4 rows x 6 tokens or 2 rows x 12 tokens (the more tokens, the fewer bf16 weights to widen a sum), the
   // rows' weights and one input: 29 of 32 registers at most.
@@ -100,6 +102,9 @@ struct Avx512 {
     b = _mm512_permutex2var_ps(a, odd, b);
     a = first;
   }
+
+  // The sums of 2 * kWidth columns as `first` and `second` of bf16 leave them, in their own order.
+  static void order_columns(Reg& a, Reg& b) { interleave(a, b); }
 
   // The four horizontal sums. The order of the additions is the same for each of the four.
   static __m128 sum4(Reg a, Reg b, Reg c, Reg d) {
