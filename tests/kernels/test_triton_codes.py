@@ -1,5 +1,5 @@
-"""Codes to numbers in Triton: every code of every element under Triton's interpreter (this file as a
-script), and the hand-written instructions compiled for the GPUs that they are meant for.
+"""Codes to numbers in Triton: every code of every element under Triton's interpreter (this file as
+a script), and the hand-written instructions compiled for two generations of GPUs.
 
 `tests/gpu/test_triton_quantized.py` runs the instructions themselves.
 """

@@ -14,8 +14,8 @@ twice, so that nothing is interleaved:
     acc = tl.dot(x[:, place], low.T, acc)            # x loaded at these places,
     acc = tl.dot(x[:, place + 16], high.T, acc)      # and at these
 
-ELEMENT is the format's `element`. OFFSET is subtracted from int4 codes: 8, or 0 where the format has
-zero points z: s * (q - z) * x = s * (q x - z x), and z may be a broken number.
+ELEMENT is the format's `element`. OFFSET is subtracted from int4 codes: 8, or 0 where the format
+has zero points z: s * (q - z) * x = s * (q x - z x), and z may be a broken number.
 
 A group of G values is G / 2 bytes in a row; a group of 16 is one half of 16 bytes.
 
@@ -71,40 +71,32 @@ def _float_bits(kind, sign, exponent, mask, power):
 
 _BF16_ONE, _F16_ONE = "0x3F803F80", "0x3C003C00"
 _NIBBLE = "0x000F000F"
-# int4 in bfloat16: 128 + q, minus 128 (or 136); in float16: 1024 + q or 1024 + 16 q, the latter / 16.
-_INT4 = {
-    (offset, half): _assembly(True, _LOW_PARTS, low, high)
-    for offset, half, low, high in (
-        (
-            0,
-            "bf16",
-            _add_magic("bf16x2", 0, _NIBBLE, "0x43004300", _BF16_ONE, "0xC300C300"),
-            _add_magic("bf16x2", 4, _NIBBLE, "0x43004300", _BF16_ONE, "0xC300C300"),
-        ),
-        (
-            8,
-            "bf16",
-            _add_magic("bf16x2", 0, _NIBBLE, "0x43004300", _BF16_ONE, "0xC308C308"),
-            _add_magic("bf16x2", 4, _NIBBLE, "0x43004300", _BF16_ONE, "0xC308C308"),
-        ),
-        (
-            0,
-            "fp16",
-            _add_magic("f16x2", 0, _NIBBLE, "0x64006400", _F16_ONE, "0xE400E400"),
-            _add_magic("f16x2", 0, "0x00F000F0", "0x64006400", "0x2C002C00", "0xD400D400"),
-        ),
-        (
-            8,
-            "fp16",
-            _add_magic("f16x2", 0, _NIBBLE, "0x64006400", _F16_ONE, "0xE408E408"),
-            _add_magic("f16x2", 0, "0x00F000F0", "0x64006400", "0x2C002C00", "0xD480D480"),
-        ),
+
+
+def _int4_bf16(minus):
+    """128 + q, minus 128 or 136."""
+    return _assembly(
+        True,
+        _LOW_PARTS,
+        _add_magic("bf16x2", 0, _NIBBLE, "0x43004300", _BF16_ONE, minus),
+        _add_magic("bf16x2", 4, _NIBBLE, "0x43004300", _BF16_ONE, minus),
     )
-}
-INT4_BF16 = tl.constexpr(_INT4[0, "bf16"])
-INT4_BF16_8 = tl.constexpr(_INT4[8, "bf16"])
-INT4_FP16 = tl.constexpr(_INT4[0, "fp16"])
-INT4_FP16_8 = tl.constexpr(_INT4[8, "fp16"])
+
+
+def _int4_fp16(minus, minus_high):
+    """1024 + q, minus 1024 or 1032; (1024 + 16 q) / 16, minus 64 or 72."""
+    return _assembly(
+        True,
+        _LOW_PARTS,
+        _add_magic("f16x2", 0, _NIBBLE, "0x64006400", _F16_ONE, minus),
+        _add_magic("f16x2", 0, "0x00F000F0", "0x64006400", "0x2C002C00", minus_high),
+    )
+
+
+INT4_BF16 = tl.constexpr(_int4_bf16("0xC300C300"))
+INT4_BF16_8 = tl.constexpr(_int4_bf16("0xC308C308"))
+INT4_FP16 = tl.constexpr(_int4_fp16("0xE400E400", "0xD400D400"))
+INT4_FP16_8 = tl.constexpr(_int4_fp16("0xE408E408", "0xD480D480"))
 # e2m1: one exponent bit more than its bias of 1 needs, 2^126 and 2^14 away from these formats'.
 E2M1_BF16 = tl.constexpr(
     _assembly(
@@ -182,16 +174,12 @@ def _one_number(code, ELEMENT: tl.constexpr, OFFSET: tl.constexpr):
 
 @triton.jit
 def _halves_by_hand(codes, ELEMENT: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
-    if ELEMENT == "e2m1":
-        BF16: tl.constexpr = E2M1_BF16
-        FP16: tl.constexpr = E2M1_FP16
-    elif OFFSET == 8:
-        BF16: tl.constexpr = INT4_BF16_8
-        FP16: tl.constexpr = INT4_FP16_8
-    else:
-        tl.static_assert(OFFSET == 0)
-        BF16: tl.constexpr = INT4_BF16
-        FP16: tl.constexpr = INT4_FP16
+    tl.static_assert(ELEMENT == "e2m1" or ELEMENT == "int4")
+    tl.static_assert(OFFSET == 0 or (ELEMENT == "int4" and OFFSET == 8))
+    INT4: tl.constexpr = INT4_BF16_8 if OFFSET == 8 else INT4_BF16
+    INT4_16: tl.constexpr = INT4_FP16_8 if OFFSET == 8 else INT4_FP16
+    BF16: tl.constexpr = E2M1_BF16 if ELEMENT == "e2m1" else INT4
+    FP16: tl.constexpr = E2M1_FP16 if ELEMENT == "e2m1" else INT4_16
     OUTPUTS: tl.constexpr = "=&r,=&r,=&r,=&r,r"
     if tl.float16 == DTYPE:
         low, high = tl.inline_asm_elementwise(
