@@ -12,9 +12,12 @@ from pathlib import Path
 
 import torch
 
-from interpreted import needs_triton, run_interpreted
-
 HERE = Path(__file__).resolve()
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parents[1]))
+
+from interpreted import needs_triton, run_interpreted  # noqa: E402
+
 COMPILED = """
 import sys
 import triton
@@ -109,5 +112,4 @@ def _check_places() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parents[1]))
     _main()

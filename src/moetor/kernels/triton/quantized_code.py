@@ -215,13 +215,9 @@ def halves(codes, ELEMENT: tl.constexpr, OFFSET: tl.constexpr, DTYPE: tl.constex
 
 @triton.jit
 def _numbers_by_hand(codes, ELEMENT: tl.constexpr, DTYPE: tl.constexpr):
-    if ELEMENT == "int8":
-        BF16: tl.constexpr = INT8_BF16
-        FP16: tl.constexpr = INT8_FP16
-    else:
-        tl.static_assert(ELEMENT == "e4m3")
-        BF16: tl.constexpr = E4M3_BF16
-        FP16: tl.constexpr = E4M3_FP16
+    tl.static_assert(ELEMENT == "int8" or ELEMENT == "e4m3")
+    BF16: tl.constexpr = INT8_BF16 if ELEMENT == "int8" else E4M3_BF16
+    FP16: tl.constexpr = INT8_FP16 if ELEMENT == "int8" else E4M3_FP16
     if tl.float16 == DTYPE:
         number = tl.inline_asm_elementwise(
             FP16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
