@@ -20,7 +20,13 @@ if TYPE_CHECKING:
         RunnerConfig,
         SharedExpertsConfig,
     )
-    from moetor.engine import LLM, AsyncEngine, RequestOutput, SamplingParams
+    from moetor.engine import (
+        LLM,
+        AsyncEngine,
+        RequestOutput,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
     from moetor.huggingface import (
         BlockReport,
         ExpertNames,
@@ -52,7 +58,13 @@ _HOMES = {
         "RunnerConfig",
         "SharedExpertsConfig",
     ),
-    "moetor.engine": ("LLM", "AsyncEngine", "RequestOutput", "SamplingParams"),
+    "moetor.engine": (
+        "LLM",
+        "AsyncEngine",
+        "RequestOutput",
+        "SamplingParams",
+        "StructuredOutputsParams",
+    ),
     "moetor.quant_config": ("QuantConfig",),
     "moetor.huggingface": (
         "BlockReport",
@@ -100,6 +112,7 @@ __all__ = [
     "SamplingParams",
     "SharedExpertsConfig",
     "SimulatedRouter",
+    "StructuredOutputsParams",
     "VerifyReport",
     "__version__",
     "explain",

@@ -192,7 +192,7 @@ def test_a_dead_engine_ends_its_streams_and_says_so(
     async def work() -> None:
         first = await engine.add_request([5, 6, 7], LONG)
         await anext(first)
-        monkeypatch.setattr(core.runner, "launch", broken)
+        monkeypatch.setattr(core.runner, "start", broken)
         rest = [output async for output in first]
         assert rest[-1].finished
         assert rest[-1].error is not None

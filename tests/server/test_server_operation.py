@@ -141,7 +141,7 @@ def test_a_dead_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             body = {"prompt": "ROMEO:", "max_tokens": 2}
             assert (await http.post(TEXT, json=body)).status_code == 200
             assert (await http.get("/health")).status_code == 200
-            monkeypatch.setattr(engine.engine.core.runner, "launch", broken)
+            monkeypatch.setattr(engine.engine.core.runner, "start", broken)
             answer = await http.post(TEXT, json=body)
             assert answer.status_code == 500
             assert "has stopped" in answer.json()["error"]["message"]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         RequestOutput,
     )
     from moetor.engine.params import SamplingParams
+    from moetor.engine.structured import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -37,6 +38,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "build_engine",
 ]
 
@@ -54,6 +56,7 @@ _HOME_OF = {
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "params",
+    "StructuredOutputsParams": "structured",
     "build_engine": "build",
 }
 

@@ -2,7 +2,9 @@
 
 On a CUDA device step n + 1 is scheduled and launched before the tokens of step n are waited for:
 the new tokens are fed back on the device, and what the host finds out late (an end token, a stop
-string) costs a token that is thrown away.
+string) costs a token that is thrown away. Where a text must follow a grammar, the model is launched
+the same way, but what it may sample follows from the token before: step n is read, and the masks of
+step n + 1 are computed, while the model of step n + 1 runs.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import Any
 
 import torch
 
+from moetor.engine.grammar import GrammarError
+from moetor.engine.launched import Launched, Started, StepResult
 from moetor.engine.outputs import (
     CompletionOutput,
     EngineStats,
@@ -19,7 +23,7 @@ from moetor.engine.outputs import (
     Logprob,
     RequestOutput,
 )
-from moetor.engine.runner import Launched, Runner, StepResult
+from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.sequence import Request, Scheduled, Sequence, Step
 from moetor.engine.text import TextBuilder, decode_function
@@ -96,24 +100,37 @@ class EngineCore:
         begin = time.perf_counter()
         step = self.scheduler.schedule()
         changed: dict[str, Request] = {}
+        before, self._flying = self._flying, None
         launched: Launched | None = None
         if step.parts:
             try:
-                launched = self._launch(step)
+                started = self._start(step)
+                if before is not None and started.waits:
+                    self._receive(before, begin, changed)
+                    before = None
+                launched = self.runner.sample(started)
                 self._note_errors(launched, changed)
             except Exception as error:
                 self._lose(step, error, changed)
-        ready, self._flying = (self._flying, launched) if self._overlap else (launched, None)
+        ready, self._flying = (before, launched) if self._overlap else (launched, None)
         if ready is not None:
-            try:
-                result = ready.result()
-            except Exception as error:
-                self._lose(ready.step, error, changed)
-            else:
-                self._take(ready, result, changed)
-                self._step_seconds = time.perf_counter() - begin
-                self._host_seconds = self._step_seconds - result.model_seconds
+            self._receive(ready, begin, changed)
         return list(changed.values())
+
+    def _receive(self, launched: Launched, begin: float, changed: dict[str, Request]) -> None:
+        """Waits for a step's tokens and takes them in.
+
+        Args:
+            begin: of the call of `step` that this belongs to.
+        """
+        try:
+            result = launched.result()
+        except Exception as error:
+            self._lose(launched.step, error, changed)
+        else:
+            self._take(launched, result, changed)
+            self._step_seconds = time.perf_counter() - begin
+            self._host_seconds = self._step_seconds - result.model_seconds
 
     def stats(self) -> EngineStats:
         """The counters."""
@@ -140,7 +157,7 @@ class EngineCore:
             graph_steps=self.runner.graph_steps,
         )
 
-    def _launch(self, step: Step) -> Launched:
+    def _start(self, step: Step) -> Started:
         now = time.monotonic()
         for part in step.parts:
             metrics = part.sequence.request.metrics
@@ -148,7 +165,7 @@ class EngineCore:
                 metrics.first_scheduled_time = now
             self._counts["prompt"] += max(0, min(part.count, part.sequence.prompt_len - part.start))
         self._counts["steps"] += 1
-        return self.runner.launch(step)
+        return self.runner.start(step)
 
     def _note_errors(self, launched: Launched, changed: dict[str, Request]) -> None:
         for sequence, error in launched.errors.items():
@@ -186,7 +203,10 @@ class EngineCore:
                 metrics = sequence.request.metrics
                 if metrics.first_token_time is None:
                     metrics.first_token_time = now
-                self._append(sequence, token, result.logprobs.get(sequence))
+                try:
+                    self._append(sequence, token, result.logprobs.get(sequence))
+                except GrammarError as error:
+                    self._fail(sequence.request, error)
                 changed[sequence.request.request_id] = sequence.request
         for request in changed.values():
             if request.finished and request.request_id in self.requests:
@@ -200,6 +220,8 @@ class EngineCore:
         if logprobs is not None and sequence.logprobs is not None:
             sequence.cumulative_logprob += logprobs[token].logprob
             sequence.logprobs.append(self._with_text(logprobs))
+        if sequence.grammar is not None:
+            sequence.grammar.accept(token)
         count = sequence.known - sequence.prompt_len
         if token in sequence.ends and count > params.min_tokens:
             own = token in (params.stop_token_ids or ())
@@ -216,7 +238,9 @@ class EngineCore:
                 sequence.stop_reason = stop
                 self._finish(sequence, "stop")
                 return
-        if count >= sequence.limit:
+        if sequence.grammar is not None and sequence.grammar.finished:
+            self._finish(sequence, "stop")
+        elif count >= sequence.limit:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:

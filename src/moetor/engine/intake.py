@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
 
+from moetor.engine.grammar import GrammarCompiler
 from moetor.engine.outputs import RequestMetrics
 from moetor.engine.params import SamplingParams
 from moetor.engine.sequence import Request, Sequence
@@ -46,13 +47,16 @@ class Intake:
         self.tokenizer, self.vocab_size, self.ends = tokenizer, vocab_size, ends
         self.max_model_len = max_model_len
         self.text_only, self.separate_prompt = text_only, separate_prompt
+        self.grammars = GrammarCompiler(tokenizer, vocab_size, ends)
         self._seed, self._numbers = seed, itertools.count()
 
     def request(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Request:
         """A request and its sequences.
 
         Raises:
-            InputError: the prompt is empty, too long, of unknown tokens, or contradicts `params`.
+            InputError: the prompt is empty, too long, of unknown tokens, or contradicts `params`;
+                or a grammar does not compile.
+            ConfigError: a grammar needs what is not here.
         """
         arrival = time.monotonic()
         text, ids, extra = self._read(prompt)
@@ -70,18 +74,22 @@ class Intake:
         base = params.seed if params.seed is not None else self._seed + _GOLDEN * (number + 1)
         room = self.max_model_len - len(ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        form = params.structured_outputs
         ends = frozenset(params.stop_token_ids or ())
+        if form is not None or not params.ignore_eos:
+            ends |= self.ends
         for index in range(params.n):
             request.sequences.append(
                 Sequence(
                     request=request,
                     index=index,
                     seed=(base + index * 0xD1342543DE82EF95) % 2**64,
-                    ends=ends if params.ignore_eos else ends | self.ends,
+                    ends=ends,
                     limit=limit,
                     token_ids=list(ids),
                     prompt_len=len(ids),
                     logprobs=None if params.logprobs is None else [],
+                    grammar=None if form is None else self.grammars.start(form),
                 )
             )
         return request

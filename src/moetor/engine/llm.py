@@ -107,6 +107,7 @@ class LLM:
 
         Raises:
             InputError: there are not as many parameters as prompts.
+            ConfigError: `structured_outputs` need what is not here.
         """
         listed = _listed(prompts)
         if sampling_params is None:
@@ -121,14 +122,14 @@ class LLM:
         core = self.engine.core
         order: list[str] = []
         done: dict[str, RequestOutput] = {}
-        for prompt, params in zip(listed, sampling_params, strict=True):
-            name = f"generate-{next(self._numbers)}"
-            order.append(name)
-            try:
-                core.add(self.engine.intake.request(prompt, params, name))
-            except InputError as refusal:
-                done[name] = refused(name, prompt, str(refusal))
         try:
+            for prompt, params in zip(listed, sampling_params, strict=True):
+                name = f"generate-{next(self._numbers)}"
+                order.append(name)
+                try:
+                    core.add(self.engine.intake.request(prompt, params, name))
+                except InputError as refusal:
+                    done[name] = refused(name, prompt, str(refusal))
             with bar("generating", wanted=progress and len(listed) > 1) as advance:
                 while not core.idle:
                     for request in core.step():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from moetor.engine.structured import StructuredOutputsParams
 from moetor.errors import InputError
 
 MAX_LOGPROBS = 100
@@ -17,7 +18,8 @@ class SamplingParams:
     """How the tokens of one request are chosen. The names are those of vLLM.
 
     The order of operations is: logprobs are taken from the model's own logits; then `logit_bias`,
-    `min_tokens`, penalties, temperature, `top_k`, `top_p`, `min_p`, and the draw.
+    `min_tokens`, `structured_outputs`, penalties, temperature, `top_k`, `top_p`, `min_p`, and the
+    draw.
 
     Attributes:
         n: continuations of the same prompt.
@@ -43,6 +45,8 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt but the first.
         include_stop_str_in_output: keep the stop string that ended the text.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: the form that the text must have. A text that is complete and cannot go
+            on ends, whatever `min_tokens` and `ignore_eos` say.
 
     Raises:
         InputError: a value is out of its range, or two contradict each other.
@@ -67,6 +71,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._check_lengths()

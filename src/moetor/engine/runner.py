@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,94 +15,13 @@ from moetor.engine.alone import AloneCaller
 from moetor.engine.batch import BlockTable, DeviceInputs, device_inputs, host_inputs, kept_rows
 from moetor.engine.cache import Batch, EngineCache
 from moetor.engine.graphs import DecodeGraphs, graph_sizes
+from moetor.engine.launched import Launched, Started
 from moetor.engine.load import ExpertLoad
 from moetor.engine.model import ServedModel
-from moetor.engine.outputs import Logprob
 from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs, token_logprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step found, on the host.
-
-    Attributes:
-        tokens: by the sequence that sampled.
-        logprobs: of these tokens, for those that asked.
-        prompt_logprobs: by sequence: first position, and one mapping for each position.
-        errors: by the sequence that the model could not compute.
-        model_seconds: in the model and in waiting for it.
-    """
-
-    tokens: dict[Sequence, int]
-    logprobs: dict[Sequence, dict[int, Logprob]]
-    prompt_logprobs: dict[Sequence, tuple[int, list[dict[int, Logprob]]]]
-    errors: dict[Sequence, Exception]
-    model_seconds: float
-
-
-@dataclass(slots=True)
-class Launched:
-    """A step that is under way on the device."""
-
-    step: Step
-    parts: list[Scheduled]
-    sampled: Sampled | None
-    prompts: list[tuple[Scheduled, TokenLogprobs]]
-    errors: dict[Sequence, Exception]
-    model_seconds: float
-    event: Any = None
-    host_tokens: Tensor | None = None
-
-    def result(self) -> StepResult:
-        """Waits for it: the one synchronisation of a step."""
-        begin = time.perf_counter()
-        tokens: list[int] = []
-        if self.event is not None:
-            self.event.synchronize()
-        if self.host_tokens is not None:
-            tokens = self.host_tokens.tolist()
-        waited = time.perf_counter() - begin
-        sequences = [part.sequence for part in self.parts]
-        logprobs: dict[Sequence, dict[int, Logprob]] = {}
-        if self.sampled is not None and self.sampled.logprobs is not None:
-            found = self.sampled.logprobs
-            most = {row: sequences[row].params.logprobs or 0 for row in found.rows}
-            taken = [tokens[row] for row in found.rows]
-            for row, entry in zip(found.rows, _mappings(found, taken, most), strict=True):
-                logprobs[sequences[row]] = entry
-        prompts = {}
-        for part, found in self.prompts:
-            sequence = part.sequence
-            most = dict.fromkeys(found.rows, sequence.params.prompt_logprobs or 0)
-            taken = [sequence.token_ids[position] for position in found.rows]
-            prompts[sequence] = (found.rows[0], _mappings(found, taken, most))
-        return StepResult(
-            dict(zip(sequences, tokens, strict=True)),
-            logprobs,
-            prompts,
-            self.errors,
-            self.model_seconds + waited,
-        )
-
-
-def _mappings(
-    found: TokenLogprobs, taken: list[int], most: dict[int, int]
-) -> list[dict[int, Logprob]]:
-    columns = (found.taken_R, found.rank_R, found.top_RN, found.ids_RN)
-    own, ranks, tops, ids = (column.tolist() for column in columns)
-    made = []
-    for place, row in enumerate(found.rows):
-        entry = {
-            token: Logprob(value, rank + 1)
-            for rank, (token, value) in enumerate(zip(ids[place], tops[place], strict=True))
-            if rank < most[row]
-        }
-        entry.setdefault(taken[place], Logprob(own[place], ranks[place]))
-        made.append(entry)
-    return made
 
 
 @dataclass(slots=True)
@@ -177,8 +95,8 @@ class Runner:
         return nullcontext() if self.load is None else self.load.recording()
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> Launched:
-        """Starts a step; its tokens are also kept on the device, for the next one."""
+    def start(self, step: Step) -> Started:
+        """Calls the model; `sample` follows, and no other step between the two."""
         begin = time.perf_counter()
         replayed = self._replay(step)
         if replayed is not None:
@@ -202,15 +120,34 @@ class Runner:
                 if found is not None:
                     prompts.append((part, found))
             first += count
+        if logits is not None and len(places) != logits.shape[0]:
+            logits = logits[torch.tensor(places, device=logits.device)] if places else None
+        return Started(step, sampling, logits, None, prompts, errors, model_seconds)
+
+    @torch.inference_mode()
+    def sample(self, started: Started) -> Launched:
+        """Chooses the step's tokens; they are also kept on the device, for the next one.
+
+        Sequences that have ended since the step was started are left out.
+        """
+        parts, logits, tokens = started.parts, started.logits_RV, started.likeliest_R
+        going = [row for row, part in enumerate(parts) if not part.sequence.finished]
+        if logits is not None and len(going) != len(parts):
+            parts = [parts[row] for row in going]
+            kept = torch.tensor(going, device=logits.device)
+            logits = logits[kept]
+            tokens = None if tokens is None else tokens[kept]
         sampled = None
-        if sampling:
+        if parts:
             assert logits is not None
-            if len(places) != logits.shape[0]:
-                logits = logits[torch.tensor(places, device=logits.device)]
-            sampled = self.sampler.sample(logits, sampling)
-            table = [part.sequence.row for part in sampling]
-            self._remember(table, sampled.tokens_R)
-        launched = Launched(step, sampling, sampled, prompts, errors, model_seconds)
+            if tokens is not None and self.sampler.plain(parts):
+                sampled = Sampled(tokens, None)
+            else:
+                sampled = self.sampler.sample(logits, parts)
+                self._remember([part.sequence.row for part in parts], sampled.tokens_R)
+        launched = Launched(
+            started.step, parts, sampled, started.prompts, started.errors, started.model_seconds
+        )
         self._fetch(launched)
         return launched
 
@@ -245,7 +182,7 @@ class Runner:
             self.states.store(rows_S)
         return logits
 
-    def _replay(self, step: Step) -> Launched | None:
+    def _replay(self, step: Step) -> Started | None:
         """The step by a graph; None where it is none that was captured."""
         parts = step.parts
         plain = all(
@@ -261,14 +198,7 @@ class Runner:
             return None
         self.graph_steps += 1
         logits, tokens = found
-        seconds = time.perf_counter() - begin
-        sampled = Sampled(tokens, None)
-        if not self.sampler.plain(parts):
-            sampled = self.sampler.sample(logits, parts)
-            self._remember([part.sequence.row for part in parts], sampled.tokens_R)
-        launched = Launched(step, parts, sampled, [], {}, seconds)
-        self._fetch(launched)
-        return launched
+        return Started(step, parts, logits, tokens, [], {}, time.perf_counter() - begin)
 
     def forward(self, parts: Items[Scheduled], errors: dict[Sequence, Exception]) -> _Rows:
         """Logits of all parts; a part that the model cannot compute goes into `errors`."""

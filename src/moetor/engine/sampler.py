@@ -1,7 +1,7 @@
 """From logits to tokens, for all rows of a step at once, on the device.
 
 Shape letters: R sampled rows of a step, V vocabulary, N log-probabilities asked for, P rows of the
-runner's tables.
+runner's tables, G rows with a grammar.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moetor.engine.grammar_masks import allowed_tokens
 from moetor.engine.sequence import Scheduled, Sequence
 
 _MASK = 2**64 - 1
@@ -65,7 +66,12 @@ class Sampler:
     def plain(parts: Items[Scheduled]) -> bool:
         """Whether each row takes its likeliest token and nothing else is asked."""
         return not any(
-            p.penalised or p.logit_bias or not p.greedy or p.logprobs is not None or p.min_tokens
+            p.penalised
+            or p.logit_bias
+            or not p.greedy
+            or p.logprobs is not None
+            or p.min_tokens
+            or p.structured_outputs is not None
             for p in (part.sequence.params for part in parts)
         )
 
@@ -80,7 +86,8 @@ class Sampler:
         if self.plain(parts):
             return Sampled(logits_RV.argmax(-1), None)
         raw_RV = logits_RV.float()
-        shaped_RV = self._penalised(self._biased(raw_RV, parts), parts)
+        shaped_RV = self._in_form(self._biased(raw_RV, parts), parts)
+        shaped_RV = self._penalised(shaped_RV, parts)
         tokens_R = shaped_RV.argmax(-1)
         drawn = [row for row, p in enumerate(params) if not p.greedy]
         if drawn:
@@ -111,7 +118,7 @@ class Sampler:
                 rows.append(row)
                 ids.append(token)
                 added.append(bias)
-            if part.position < params.min_tokens:
+            if part.position < params.min_tokens and part.sequence.grammar is None:
                 for token in part.sequence.ends:
                     rows.append(row)
                     ids.append(token)
@@ -120,6 +127,20 @@ class Sampler:
             return logits_RV
         where = (self._tensor(rows), self._tensor(ids))
         return logits_RV.index_put(where, self._tensor(added, torch.float32), accumulate=True)
+
+    def _in_form(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
+        """With -inf for tokens that a row's grammar does not allow."""
+        chosen = [row for row, part in enumerate(parts) if part.sequence.grammar is not None]
+        if not chosen:
+            return logits_RV
+        masks = allowed_tokens([parts[row] for row in chosen])
+        bytes_GW = masks.to(self._device, non_blocking=True).view(torch.uint8)
+        bits = torch.arange(8, dtype=torch.uint8, device=self._device)
+        banned_GV = ((bytes_GW[:, :, None] >> bits) & 1).flatten(1)[:, : logits_RV.shape[1]] == 0
+        if len(chosen) == len(parts):
+            return logits_RV.masked_fill(banned_GV, -torch.inf)
+        rows = self._tensor(chosen)
+        return logits_RV.index_copy(0, rows, logits_RV[rows].masked_fill(banned_GV, -torch.inf))
 
     def _penalised(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
         chosen = [row for row, part in enumerate(parts) if part.sequence.params.penalised]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from moetor.engine.grammar import Grammar
 from moetor.engine.outputs import FinishReason, Logprob, RequestMetrics
 from moetor.engine.params import SamplingParams
 
@@ -49,6 +50,7 @@ class Sequence:
         blocks: of the paged cache, in order; `hashes` of those that are filed.
         cache: the model's own cache object, under the strategy that gives each sequence one.
         text: its incremental decoder.
+        grammar: how far the text has come in the form that it must have.
         reported: tokens that were reported to whoever asked.
         written_blocks: how many of `blocks` the runner's table has.
     """
@@ -71,6 +73,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     text: Any = None
+    grammar: Grammar | None = None
     reported: int = 0
     written_blocks: int = 0
 

@@ -1,0 +1,123 @@
+"""A step on its way: the model called, tokens chosen, tokens on the host."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from moetor.engine.outputs import Logprob
+from moetor.engine.sampler import Sampled, TokenLogprobs
+from moetor.engine.sequence import Scheduled, Sequence, Step
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step found, on the host.
+
+    Attributes:
+        tokens: by the sequence that sampled.
+        logprobs: of these tokens, for those that asked.
+        prompt_logprobs: by sequence: first position, and one mapping for each position.
+        errors: by the sequence that the model could not compute.
+        model_seconds: in the model and in waiting for it.
+    """
+
+    tokens: dict[Sequence, int]
+    logprobs: dict[Sequence, dict[int, Logprob]]
+    prompt_logprobs: dict[Sequence, tuple[int, list[dict[int, Logprob]]]]
+    errors: dict[Sequence, Exception]
+    model_seconds: float
+
+
+@dataclass(slots=True)
+class Started:
+    """A step whose model call is under way, and whose tokens are not chosen yet.
+
+    Attributes:
+        parts: those that sample.
+        logits_RV: of these parts; None where there are none.
+        likeliest_R: of these logits, where a graph took them along with the model.
+        prompts: log-probabilities of prompts.
+        errors: by the sequence that the model could not compute.
+        model_seconds: in the model.
+    """
+
+    step: Step
+    parts: list[Scheduled]
+    logits_RV: Tensor | None
+    likeliest_R: Tensor | None
+    prompts: list[tuple[Scheduled, TokenLogprobs]]
+    errors: dict[Sequence, Exception]
+    model_seconds: float
+
+    @property
+    def waits(self) -> bool:
+        """Whether what a part may sample follows from a token of the step before, which the host
+        does not know yet.
+        """
+        return any(part.pending and part.sequence.grammar is not None for part in self.parts)
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step that is under way on the device."""
+
+    step: Step
+    parts: list[Scheduled]
+    sampled: Sampled | None
+    prompts: list[tuple[Scheduled, TokenLogprobs]]
+    errors: dict[Sequence, Exception]
+    model_seconds: float
+    event: Any = None
+    host_tokens: Tensor | None = None
+
+    def result(self) -> StepResult:
+        """Waits for it: the one synchronisation of a step."""
+        begin = time.perf_counter()
+        tokens: list[int] = []
+        if self.event is not None:
+            self.event.synchronize()
+        if self.host_tokens is not None:
+            tokens = self.host_tokens.tolist()
+        waited = time.perf_counter() - begin
+        sequences = [part.sequence for part in self.parts]
+        logprobs: dict[Sequence, dict[int, Logprob]] = {}
+        if self.sampled is not None and self.sampled.logprobs is not None:
+            found = self.sampled.logprobs
+            most = {row: sequences[row].params.logprobs or 0 for row in found.rows}
+            taken = [tokens[row] for row in found.rows]
+            for row, entry in zip(found.rows, _mappings(found, taken, most), strict=True):
+                logprobs[sequences[row]] = entry
+        prompts = {}
+        for part, found in self.prompts:
+            sequence = part.sequence
+            most = dict.fromkeys(found.rows, sequence.params.prompt_logprobs or 0)
+            taken = [sequence.token_ids[position] for position in found.rows]
+            prompts[sequence] = (found.rows[0], _mappings(found, taken, most))
+        return StepResult(
+            dict(zip(sequences, tokens, strict=True)),
+            logprobs,
+            prompts,
+            self.errors,
+            self.model_seconds + waited,
+        )
+
+
+def _mappings(
+    found: TokenLogprobs, taken: list[int], most: dict[int, int]
+) -> list[dict[int, Logprob]]:
+    columns = (found.taken_R, found.rank_R, found.top_RN, found.ids_RN)
+    own, ranks, tops, ids = (column.tolist() for column in columns)
+    made = []
+    for place, row in enumerate(found.rows):
+        entry = {
+            token: Logprob(value, rank + 1)
+            for rank, (token, value) in enumerate(zip(ids[place], tops[place], strict=True))
+            if rank < most[row]
+        }
+        entry.setdefault(taken[place], Logprob(own[place], ranks[place]))
+        made.append(entry)
+    return made
