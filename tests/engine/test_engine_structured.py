@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -346,3 +347,13 @@ def test_what_is_missing_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match=r"moetor\[structured\]"):
         llm.generate(PROMPTS[0], asks(form), progress=False)
+
+
+def test_a_compiler_travels_to_another_process(llm: LLM) -> None:
+    form = StructuredOutputsParams(regex="ab")
+    sent = pickle.loads(pickle.dumps(llm.engine.intake.grammars))
+    grammar = sent.start(form)
+    for token in llm.tokenizer("ab", add_special_tokens=False)["input_ids"]:
+        assert not grammar.finished
+        grammar.accept(token)
+    assert grammar.finished

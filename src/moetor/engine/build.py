@@ -121,7 +121,6 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         max_num_batched_tokens=config.max_num_batched_tokens,
         chunked_prefill=strategy.chunked_prefill,
     )
-    core = EngineCore(runner, scheduler, tokenizer, overlap=served.device.type == "cuda")
     intake = Intake(
         tokenizer,
         vocab_size=served.vocab_size,
@@ -130,6 +129,9 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         seed=config.seed,
         text_only=served.is_encoder_decoder,
         separate_prompt=served.is_encoder_decoder,
+    )
+    core = EngineCore(
+        runner, scheduler, tokenizer, intake.grammars, overlap=served.device.type == "cuda"
     )
     return Engine(
         core=core,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moetor.engine.grammar import GrammarError
+from moetor.engine.grammar import GrammarCompiler, GrammarError
 from moetor.engine.launched import Launched, Started, StepResult
 from moetor.engine.outputs import (
     CompletionOutput,
@@ -35,6 +35,7 @@ class EngineCore:
     Args:
         runner, scheduler: of the model.
         tokenizer: None leaves texts empty.
+        grammars: for texts that must have a form.
         overlap: whether a step is launched before the one before it is read.
 
     Attributes:
@@ -42,9 +43,16 @@ class EngineCore:
     """
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, tokenizer: Any, *, overlap: bool
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Any,
+        grammars: GrammarCompiler,
+        *,
+        overlap: bool,
     ) -> None:
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.grammars = grammars
         self.requests: dict[str, Request] = {}
         self.fatal: Exception | None = None
         self._overlap = overlap
@@ -62,7 +70,11 @@ class EngineCore:
         return self.scheduler.idle and self._flying is None
 
     def add(self, request: Request) -> None:
-        """Queues a request."""
+        """Queues a request, which `Intake` has found to be sound."""
+        form = request.params.structured_outputs
+        if form is not None:
+            for sequence in request.sequences:
+                sequence.grammar = self.grammars.start(form)
         self.requests[request.request_id] = request
         if self.tokenizer is not None:
             params = request.params

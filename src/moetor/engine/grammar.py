@@ -49,7 +49,8 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Makes grammars for one tokenizer; safe to call from several threads.
+    """Makes grammars for one tokenizer; safe to call from several threads, and to send to another
+    process, which then compiles for itself.
 
     Args:
         tokenizer: of Transformers, or None.
@@ -65,6 +66,9 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokens: LLTokenizer | None = None
         self._executor: LLExecutor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GrammarCompiler, (self._tokenizer, self._vocab_size, self.ends)
 
     def start(self, asked: StructuredOutputsParams) -> Grammar:
         """A grammar at its beginning.

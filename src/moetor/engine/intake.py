@@ -65,6 +65,9 @@ class Intake:
             raise InputError(
                 f"the prompt brings {', '.join(extra)}, and this model takes text alone"
             )
+        form = params.structured_outputs
+        if form is not None:
+            self.grammars.compile(form)
         if params.prompt_logprobs is not None and self.separate_prompt:
             raise InputError("prompt_logprobs: the prompt of an encoder-decoder is not predicted")
         request = Request(request_id, text, ids, params, RequestMetrics(arrival), extra=extra)
@@ -74,7 +77,6 @@ class Intake:
         base = params.seed if params.seed is not None else self._seed + _GOLDEN * (number + 1)
         room = self.max_model_len - len(ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        form = params.structured_outputs
         ends = frozenset(params.stop_token_ids or ())
         if form is not None or not params.ignore_eos:
             ends |= self.ends
@@ -89,7 +91,6 @@ class Intake:
                     token_ids=list(ids),
                     prompt_len=len(ids),
                     logprobs=None if params.logprobs is None else [],
-                    grammar=None if form is None else self.grammars.start(form),
                 )
             )
         return request
