@@ -16,7 +16,8 @@ from moetor.errors import ConfigError
 from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.load_steps import no_info
-from moetor.huggingface.quantized_loading import hold_experts, stand_in
+from moetor.huggingface.quantized_loading import hold_experts
+from moetor.huggingface.streaming import stand_in
 from moetor.kernels.formats import ActivationFormat, QuantizedExpertWeights, find_format
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import quant_config

@@ -15,6 +15,7 @@ from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.quantized_loading import held_experts
 from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.select import kernel_names
+from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import METHODS, quant_config
 
@@ -45,12 +46,14 @@ class FuseOptions:
     Attributes:
         held: experts that were loaded quantised, by path of their module, whose own weights are
             stand-ins.
+        offload: which experts stay in host memory.
     """
 
     level: FuseLevel
     quantization: str | QuantConfig | None
     runner: RunnerConfig
     proofs: Proofs
+    offload: OffloadConfig | None = None
     held: Mapping[str, QuantizedExpertWeights] = field(default_factory=dict)
 
     @property
@@ -70,6 +73,7 @@ def check_options(
     quantization: str | QuantConfig | None,
     verify: VerifyMode,
     runner: RunnerConfig | None,
+    cpu_experts: CpuExperts | OffloadConfig | None = None,
 ) -> FuseOptions:
     """The options of a call of `fuse`.
 
@@ -105,6 +109,7 @@ def check_options(
             reduce_results=runner.reduce_results,
         ),
         proofs=Proofs(verify),
+        offload=offload_config(cpu_experts),
         held=held_experts(model),
     )
 

@@ -44,6 +44,7 @@ from moetor.huggingface.modules import (
     fused_modules,
     install_gate,
 )
+from moetor.huggingface.offloading import check_host_experts, offload_blocks, plan_for
 from moetor.huggingface.parallelism import parallelize
 from moetor.huggingface.placement import hooks_aside, put_hook, take_hook
 from moetor.huggingface.quantized_loading import (
@@ -70,11 +71,13 @@ from moetor.huggingface.routed_keyword import offer_keyword, withdraw_keyword
 from moetor.huggingface.sharded_loading import check_withheld, read_withheld
 from moetor.huggingface.split_experts import SplitExperts
 from moetor.huggingface.trial import try_block, try_experts
-from moetor.layer.quantized_experts import QuantizedExperts
+from moetor.layer.offload import MemoryPlan
+from moetor.layer.quantized_experts import QuantizedExperts, method_for
+from moetor.offload_config import CpuExperts, OffloadConfig
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import quant_config
+from moetor.quantization.method import QuantMethod, make_method, quant_config
 
 
 def fuse(
@@ -87,6 +90,7 @@ def fuse(
     dense: bool = False,
     runner: RunnerConfig | None = None,
     parallel: ParallelConfig | None = None,
+    cpu_experts: CpuExperts | OffloadConfig | None = None,
     progress: Progress | None = None,
 ) -> FusionReport:
     """Replaces the model's MoE blocks in place.
@@ -114,6 +118,9 @@ def fuse(
             `kernel`.
         parallel: spread the fused model over the ranks that have joined, as
             `moetor.parallelize` does; the report's `parallel` says how.
+        cpu_experts: MoE layers, counted from the last one, whose experts stay in host memory, where
+            the native CPU kernel computes them; `auto` for those that the GPU has no room for, or
+            an `OffloadConfig`. The report's `offload` says what is where.
         progress: called after every block.
 
     Raises:
@@ -125,7 +132,10 @@ def fuse(
             in which case the model may be fused, and is not spread.
         ParallelError: the ranks have different models.
     """
-    options = check_options(model, level, kernel, quantization, verify, runner)
+    options = check_options(model, level, kernel, quantization, verify, runner, cpu_experts)
+    check_host_experts(model, options.offload)
+    if options.offload is not None and parallel is not None:
+        raise ConfigError("cpu_experts and parallel cannot be had together; leave one None")
     if dense and parallel is not None:
         raise ConfigError("dense=True joins weights that `parallel` would split; choose one")
     if parallel is not None:
@@ -147,8 +157,23 @@ def _fuse(
 ) -> FusionReport:
     check_withheld(model, spread=parallel is not None)
     found = list(find_blocks(model))
+    away: tuple[MemoryPlan, tuple[str, ...]] | None = None
+    if options.offload is not None:
+        away = plan_for(model, options.offload, _method_of(options))
     with hooks_aside(model, [(path, block) for path, block, _ in found]):
-        return _fuse_found(model, found, options, parallel, progress)
+        report = _fuse_found(model, found, options, parallel, progress)
+    if options.offload is None or away is None:
+        return report
+    offload_blocks(model, report.blocks, options.offload, *away)
+    return replace(report, offload=away[0])
+
+
+def _method_of(options: FuseOptions) -> QuantMethod:
+    """That computes with the experts once they are fused."""
+    kernel, invariant = options.runner.kernel, options.runner.batch_invariant
+    for held in options.held.values():
+        return method_for(held, kernel, batch_invariant=invariant)
+    return make_method(options.quantization, kernel, batch_invariant=invariant)
 
 
 def _fuse_found(
@@ -255,10 +280,16 @@ def unfuse(model: nn.Module) -> int:
         The number of blocks and experts restored; 0 for a model that is not fused.
 
     Raises:
-        FusionError: experts were quantised, which released their originals; nothing is changed.
+        FusionError: experts were quantised, which released their originals, or are in host memory;
+            nothing is changed.
     """
     fused = fused_modules(model)
     for path, module in fused:
+        if module.routed_experts.offload is not None:
+            raise FusionError(
+                f"the experts of {path!r} are in host memory, where the original block cannot "
+                "compute; load the model again to have it unfused"
+            )
         if isinstance(module.routed_experts, QuantizedExperts):
             raise FusionError(
                 f"the experts of {path!r} were quantised ({module.routed_experts.method.name}) and "

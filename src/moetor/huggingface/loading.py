@@ -5,9 +5,9 @@ one sentence.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, first_li
 from moetor.huggingface.expert_mapping import ExpertNames
 from moetor.huggingface.load_plan import make_plan
 from moetor.huggingface.load_steps import LoadPlan
+from moetor.huggingface.offloading import HostExperts, leave_host_experts, plan_offload
 from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint
 from moetor.huggingface.quantized_loading import (
     QuantizingSink,
@@ -37,10 +38,11 @@ from moetor.huggingface.skeleton import (
     finish_model,
     settle_dtype,
 )
-from moetor.huggingface.stored_quantization import open_checkpoint, stored_settings
+from moetor.huggingface.stored_quantization import described, open_checkpoint, stored_settings
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
+from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import quant_config
+from moetor.quantization.method import QuantMethod, make_method, quant_config
 
 DEMO = "demo"
 DTYPES = {
@@ -145,6 +147,7 @@ def load_model(
     kernel: str = "auto",
     for_fusing: bool = False,
     sharded: bool = False,
+    cpu_experts: CpuExperts | OffloadConfig | None = None,
     progress: LoadProgress | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode, not fused, with every weight streamed from safetensors files.
@@ -159,12 +162,13 @@ def load_model(
             checkpoint usable.
         sharded: whether `fuse(parallel=...)` is called next, which then reads this rank's share of
             the experts; until then stand-ins are in their places.
+        cpu_experts: which experts are read into host memory, for `fuse` with the same argument.
         progress: called as weights are read.
 
     Raises:
         CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing,
             doubled or of another shape.
-        ConfigError: unknown dtype or device.
+        ConfigError: unknown dtype or device; or the experts do not fit where `cpu_experts` says.
         UnsupportedError: the checkpoint is quantised, and `for_fusing` is not said; or quantised
             in a way that is not read.
     """
@@ -179,6 +183,7 @@ def load_model(
             kernel=kernel,
             fused=for_fusing or quantization is not None,
             sharded=sharded,
+            offload=offload_config(cpu_experts),
         ),
         progress=progress,
     )[0]
@@ -196,6 +201,7 @@ class LoadOptions:
         kernel: that is to compute with quantised experts, refused before anything is read.
         fused: whether the model will be fused, which alone makes quantised experts usable.
         sharded: leave the experts' matrices out, for `read_shares` once the model has been spread.
+        offload: which experts are read into host memory.
     """
 
     dtype: torch.dtype | None = None
@@ -208,6 +214,7 @@ class LoadOptions:
     kernel: str = "auto"
     fused: bool = False
     sharded: bool = False
+    offload: OffloadConfig | None = None
 
 
 def stream_model(
@@ -260,12 +267,15 @@ def stream_model(
         reader = CheckpointReader(checkpoint)
         if isinstance(checkpoint, QuantizedCheckpoint):
             reader = QuantizedReader(checkpoint)
-        withheld = None
+        withheld, away = None, None
+        if options.offload is not None:
+            away = _plan_offload(empty, plan, checkpoint, options, dtype)
         if options.sharded:
             plan, withheld = withhold(empty, plan, reader, progress)
             sink: PlainSink = WithholdingSink(dict(empty.state_dict()), options.device, withheld)
         else:
-            sink = _sink(empty, plan, checkpoint, options, dtype)
+            host = () if away is None else away.modules
+            sink = _sink(empty, plan, checkpoint, options, dtype, host)
         figures = stream_weights(
             empty,
             plan,
@@ -287,6 +297,8 @@ def stream_model(
         hold_experts(finished, sink.quantized())
     if withheld is not None:
         leave_withheld(finished, withheld)
+    if away is not None:
+        leave_host_experts(finished, replace(away, tensors=sink.host_tensors()))
     return finished, figures
 
 
@@ -296,17 +308,42 @@ def _sink(
     checkpoint: Checkpoint,
     options: LoadOptions,
     dtype: torch.dtype,
+    host: Collection[str],
 ) -> PlainSink:
     """Where the weights go: as they are, quantised on the way, or as the checkpoint's codes."""
     shapes, device = dict(empty.state_dict()), options.device
     if isinstance(checkpoint, QuantizedCheckpoint):
         packed = packed_experts(empty, plan, checkpoint)
-        return PackedSink(shapes, device, packed, checkpoint.activations)
+        return PackedSink(shapes, device, packed, checkpoint.activations, host)
     if options.quantization is None:
-        return PlainSink(shapes, device)
+        return PlainSink(shapes, device, host)
     forms = quantizable_experts(empty, plan)
     check_kernel(forms, options.quantization, options.kernel, device, dtype)
-    return QuantizingSink(shapes, device, forms, options.quantization)
+    return QuantizingSink(shapes, device, forms, options.quantization, host)
+
+
+def _plan_offload(
+    empty: PreTrainedModel,
+    plan: LoadPlan,
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    dtype: torch.dtype,
+) -> HostExperts:
+    """Which experts are read into host memory, refused before any is read."""
+    assert options.offload is not None, "asked by the caller"
+    if options.sharded:
+        raise ConfigError("cpu_experts and parallel cannot be had together; leave one None")
+    method: QuantMethod = make_method(options.quantization, options.kernel, batch_invariant=False)
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        method = described(checkpoint).method(options.kernel)
+    found, modules = plan_offload(empty, options.offload, options.device, method, dtype)
+    computed = [module for module in modules if module not in quantizable_experts(empty, plan)]
+    if computed:
+        raise UnsupportedError(
+            f"the experts {computed[0]!r} are computed from the checkpoint's tensors as a whole, "
+            "and cannot be read into host memory one by one"
+        )
+    return HostExperts(found, modules, {})
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:

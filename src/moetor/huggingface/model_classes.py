@@ -23,6 +23,7 @@ from moetor.huggingface.loading import (
     model_class,
     stream_model,
 )
+from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
 from moetor.progress import Progress, drawn_bar
@@ -57,6 +58,7 @@ class _Streamed:
         device: str | torch.device = "auto",
         quantization: str | QuantConfig | None = None,
         parallel: ParallelConfig | None = None,
+        cpu_experts: CpuExperts | OffloadConfig | None = None,
         kernel: str = "auto",
         verify: Verify = "sample",
         progress: bool = True,
@@ -78,6 +80,8 @@ class _Streamed:
                 for the routed experts, which are quantised one by one as they are read.
             parallel: how the model is spread over the ranks that have joined, as by
                 `moetor.parallelize`; each reads the experts, or their slices, that it keeps.
+            cpu_experts: MoE layers, counted from the last one, whose experts are read into host
+                memory and computed there, as `moetor.fuse` takes it.
             kernel: a kernel's name, honoured or refused; `auto` chooses.
             verify: `sample` compares one fused block of each form with its original, `all` every
                 one, `off` none.
@@ -91,7 +95,8 @@ class _Streamed:
         Raises:
             CheckpointError: files or tensors are missing, corrupt, pickled, doubled or of another
                 shape; the text names file and tensor. No model is made.
-            ConfigError: unknown dtype, device, quantization or verify.
+            ConfigError: unknown dtype, device, quantization or verify; or the experts do not fit
+                where `cpu_experts` says.
             FusionError: no block of the model can be fused.
             FusionMismatchError: a fused block differs from its original.
             KernelRefusedError: the kernel is unknown or refuses.
@@ -114,6 +119,7 @@ class _Streamed:
             kernel=kernel,
             fused=True,
             sharded=parallel is not None,
+            offload=offload_config(cpu_experts),
         )
         fused = partial(
             fuse,
@@ -121,6 +127,7 @@ class _Streamed:
             quantization=quantization,
             verify=_VERIFY[verify],
             parallel=parallel,
+            cpu_experts=cpu_experts,
         )
         with _bar(f"loading {model}", "tensors", shown=progress) as shown:
             loaded, _ = stream_model(model, options, maker=cls._class_of, progress=shown)

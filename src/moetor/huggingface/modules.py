@@ -274,11 +274,15 @@ class FusedMoEBlock(MoELayer):
         """Puts quantised experts in the place of the present ones, and lets go of the original
         block and its weights. `config` goes on describing the layer as it was built.
         """
+        self.let_go_of_weights()
+        self.add_module(self.names.experts, experts)
+
+    def let_go_of_weights(self) -> None:
+        """Lets go of the original block and of its experts' weights, which are elsewhere now."""
         original: nn.Module | None = self.__dict__["_original"]
         if original is not None and self.split is None:
             release(original.get_submodule(self.names.experts))
         self.forget_original()
-        self.add_module(self.names.experts, experts)
 
     def release_original(self) -> None:
         """Lets go of tensors of the original of which this block has packed copies."""
@@ -359,10 +363,14 @@ class FusedExperts(nn.Module):
         """Puts quantised experts in the place of the present ones, and lets go of the original
         module and its weights.
         """
+        self.let_go_of_weights()
+        self._hold(experts)
+
+    def let_go_of_weights(self) -> None:
+        """Lets go of the original module and of its weights, which are elsewhere now."""
         if self.__dict__["_original"] is not None:
             release(self.__dict__["_original"])
         self.forget_original()
-        self._hold(experts)
 
     def _hold(self, experts: Experts) -> None:
         # In __dict__, not as a submodule: the parameters are registered here, without a prefix.
@@ -372,7 +380,7 @@ class FusedExperts(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedExperts:
         """Moves and casts as the experts do, whose parameters these are."""
-        self.routed_experts._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.routed_experts._apply(fn, recurse)
         return self
 
     def restore(self) -> nn.Module:
@@ -402,8 +410,8 @@ def fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExpe
 def _kept(original: nn.Module | None) -> nn.Module:
     if original is None:
         raise FusionError(
-            "the model is spread over ranks: this one has no whole weights to put back. Load it "
-            "again to have it unfused"
+            "the original weights are gone: the model is spread over ranks, or its experts are in "
+            "host memory. Load it again to have it unfused"
         )
     return original
 

@@ -7,7 +7,7 @@ Shape letters: E experts, H hidden, I intermediate, J rows of the first product.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import UP_NAMES, Unrecognised, recognise_experts
 from moetor.huggingface.load_steps import LoadPlan, Streamed
 from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
-from moetor.huggingface.streaming import PlainSink
+from moetor.huggingface.streaming import PlainSink, stand_in
 from moetor.kernels.formats import QuantizedExpertWeights, canonical
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import make_method
@@ -67,6 +67,7 @@ class QuantizingSink(PlainSink):
 
     Args:
         forms: by path of the experts module.
+        host: as for `PlainSink`.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class QuantizingSink(PlainSink):
         device: torch.device,
         forms: Mapping[str, ExpertsConfig],
         quant: QuantConfig,
+        host: Collection[str] = (),
     ) -> None:
-        super().__init__(shapes, device)
+        super().__init__(shapes, device, host)
         self._layers = {
-            path: QuantizedSink(form, quant, device=device) for path, form in forms.items()
+            path: QuantizedSink(form, quant, device="cpu" if path in self._host else device)
+            for path, form in forms.items()
         }
         self._scratch: dict[tuple[str, int], Tensor] = {}
         self._scratch_lock = threading.Lock()
@@ -98,7 +101,8 @@ class QuantizingSink(PlainSink):
         if self._layer(item) is None:
             return super().place(item, expert)
         assert expert is not None, "asked for by expert"
-        scratch = torch.empty((1, *item.layout.shape[1:]), dtype=item.dtype, device=self._device)
+        device = "cpu" if self.stays_on_host(item.name) else self._device
+        scratch = torch.empty((1, *item.layout.shape[1:]), dtype=item.dtype, device=device)
         with self._scratch_lock:
             self._scratch[item.name, expert] = scratch
         return scratch
@@ -158,11 +162,6 @@ def held_experts(model: nn.Module) -> Mapping[str, QuantizedExpertWeights]:
 def forget_held(model: nn.Module) -> None:
     """Forgets it: the experts are in their places."""
     model.__dict__.pop(_HELD, None)
-
-
-def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One zero in every place."""
-    return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 def has_stand_ins(experts: nn.Module) -> bool:

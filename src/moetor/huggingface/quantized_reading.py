@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -24,8 +24,8 @@ from moetor.huggingface.layout import Layout, Piece
 from moetor.huggingface.load_steps import LoadPlan, Streamed
 from moetor.huggingface.packed_tensors import PackedTensor
 from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint
-from moetor.huggingface.quantized_loading import quantizable_experts, stand_in
-from moetor.huggingface.streaming import PlainSink
+from moetor.huggingface.quantized_loading import quantizable_experts
+from moetor.huggingface.streaming import PlainSink, stand_in
 from moetor.kernels.dequantize import dequantize_expert
 from moetor.kernels.formats import (
     ActivationFormat,
@@ -150,6 +150,7 @@ class PackedSink(PlainSink):
     Args:
         forms: by path of the experts module.
         activations: activation format of all of them.
+        host: as for `PlainSink`.
     """
 
     def __init__(
@@ -158,8 +159,9 @@ class PackedSink(PlainSink):
         device: torch.device,
         forms: Mapping[str, ExpertsConfig],
         activations: str,
+        host: Collection[str] = (),
     ) -> None:
-        super().__init__(shapes, device)
+        super().__init__(shapes, device, host)
         self._forms = forms
         self._activations = cast(ActivationFormat, activations)
         self._products: dict[str, _Product] = {}
@@ -189,7 +191,7 @@ class PackedSink(PlainSink):
                     product.experts,
                     product.rows,
                     product.depth,
-                    device=self._device,
+                    device="cpu" if self.stays_on_host(item.name) else self._device,
                     scale_dtype=codes.scales.dtype,
                     static=scale is not None,
                 )

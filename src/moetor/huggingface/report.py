@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from moetor.kernels.select import Refusal
+from moetor.layer.offload import MemoryPlan
 from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
 
@@ -155,12 +156,14 @@ class FusionReport:
         weight_bytes: of all the model's weights, as `explain` predicts them (of a quantised
             checkpoint: of its files); None after `fuse`.
         dense: what was fused around the experts, where it was asked for.
+        offload: what is in host memory and on the GPU, where experts were kept in host memory.
     """
 
     blocks: list[BlockReport]
     parallel: ParallelReport | None = None
     weight_bytes: int | None = None
     dense: list[DenseReport] = field(default_factory=list)
+    offload: MemoryPlan | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -198,6 +201,8 @@ class FusionReport:
         }
         if self.parallel is not None:
             told["parallel"] = self.parallel.to_dict()
+        if self.offload is not None:
+            told["offload"] = asdict(self.offload)
         if self.dense:
             told["dense"] = [asdict(part) for part in self.dense]
         return told
@@ -252,6 +257,7 @@ class FusionReport:
         if self.parallel is not None:
             notes.append(str(self.parallel))
         notes += [] if self.quantized is None else [self.quantized]
+        notes += [] if self.offload is None else self.offload.lines()
         return "\n".join(
             [
                 *(line.rstrip() for line in lines),

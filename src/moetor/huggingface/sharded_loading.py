@@ -19,13 +19,14 @@ from moetor.huggingface.checkpoint import CheckpointReader
 from moetor.huggingface.layout import Layout
 from moetor.huggingface.load_steps import LoadPlan, Streamed
 from moetor.huggingface.modules import FusedMoEBlock, fused_modules
-from moetor.huggingface.quantized_loading import quantizable_experts, stand_in
+from moetor.huggingface.quantized_loading import quantizable_experts
 from moetor.huggingface.streaming import (
     LoadFigures,
     LoadProgress,
     PlainSink,
     WeightSink,
     read_parts,
+    stand_in,
 )
 from moetor.parallel.shard import ExpertShard
 

@@ -71,6 +71,11 @@ def stored_quantization(folder: Path, config: Any) -> StoredQuantization:
     """
     checkpoint = open_checkpoint(folder, copy.deepcopy(config))
     assert isinstance(checkpoint, QuantizedCheckpoint), "asked of a quantised one"
+    return described(checkpoint)
+
+
+def described(checkpoint: QuantizedCheckpoint) -> StoredQuantization:
+    """The same of a checkpoint that is open."""
     experts = (m for name, m in checkpoint.packed.items() if looks_like_expert(name))
     kinds = dict.fromkeys(matrix.kind.name for matrix in experts)
     return StoredQuantization(

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from moetor.errors import CheckpointError
 from moetor.huggingface.checkpoint import CheckpointReader
 from moetor.huggingface.layout import Layout
 from moetor.huggingface.load_steps import LoadPlan, Source, Streamed
+from moetor.kernels.native.pages import prefer_huge_pages
 
 READERS = min(4, os.cpu_count() or 1)
 LoadProgress = Callable[[int, int, str], None]
@@ -63,13 +64,25 @@ class WeightSink(ABC):
 
 
 class PlainSink(WeightSink):
-    """Tensors as the model has them, filled in place."""
+    """Tensors as the model has them, filled in place.
 
-    def __init__(self, shapes: Mapping[str, Tensor], device: torch.device) -> None:
+    Args:
+        host: paths of experts modules whose matrices stay in host memory; in the model, stand-ins
+            take their places.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, Tensor], device: torch.device, host: Collection[str] = ()
+    ) -> None:
         self._shapes = shapes
         self._device = device
+        self._host = frozenset(host)
         self._made: dict[str, Tensor] = {}
         self._lock = threading.Lock()
+
+    def stays_on_host(self, name: str) -> bool:
+        """Whether the tensor of this name is a matrix of experts in host memory."""
+        return name.rpartition(".")[0] in self._host and self._shapes[name].dim() == 3
 
     def by_expert(self, item: Streamed) -> bool:
         """Three dimensions and many boxes: threads share the work."""
@@ -85,7 +98,11 @@ class PlainSink(WeightSink):
 
     def _new(self, item: Streamed) -> Tensor:
         shape = self._shapes[item.name].shape
-        made = torch.empty(shape, dtype=item.dtype, device=self._device)
+        if self.stays_on_host(item.name):
+            made = torch.empty(shape, dtype=item.dtype)
+            prefer_huge_pages(made)
+        else:
+            made = torch.empty(shape, dtype=item.dtype, device=self._device)
         if tuple(shape) != item.layout.shape:
             made[item.layout.shape[0] :].zero_()  # rows of experts without weights
         return made
@@ -95,7 +112,18 @@ class PlainSink(WeightSink):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `WeightSink.tensors`."""
-        yield from self._made.items()
+        for name, tensor in self._made.items():
+            stays = self.stays_on_host(name)
+            yield name, stand_in(tensor.shape, tensor.dtype, self._device) if stays else tensor
+
+    def host_tensors(self) -> dict[str, Tensor]:
+        """What stays in host memory, by name in the model."""
+        return {name: made for name, made in self._made.items() if self.stays_on_host(name)}
+
+
+def stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One zero in every place."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 @dataclass(frozen=True, slots=True)

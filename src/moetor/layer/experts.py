@@ -6,6 +6,9 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,9 @@ from moetor.kernels.routing import Routing
 from moetor.kernels.select import KernelChoice
 from moetor.parallel.shard import ExpertShard
 from moetor.quantization.method import ModularMethod, MonolithicMethod
+
+if TYPE_CHECKING:
+    from moetor.layer.offload.layer import OffloadedLayer
 
 POST_NORM_NAME = "post_expert_norm"
 
@@ -41,6 +47,8 @@ class Experts(nn.Module):
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
     post_norm: nn.Parameter | None
+    offload: OffloadedLayer | None = None
+    """What computes instead, where the parameters are in host memory for good."""
 
     def __init__(
         self,
@@ -171,6 +179,8 @@ class Experts(nn.Module):
                 f"quant method {self.method.name!r} is monolithic: it routes inside its kernel and "
                 "cannot take a routing made elsewhere; use a modular method"
             )
+        if self.offload is not None:
+            return self.offload.run(hidden_TH, routing)
         return self.method.apply(hidden_TH, routing, self.kernel_weights, self.config)
 
     def run_logits(
@@ -192,8 +202,25 @@ class Experts(nn.Module):
 
     def workspace_bytes_per_token(self) -> int:
         """Temporary memory of a call per token, on the present device and dtype."""
+        if self.offload is not None:
+            return self.offload.workspace_bytes_per_token()
         kernel = self.kernel_choice.kernel
         return kernel.workspace_bytes_per_token(self.config, self.top_k, self.dtype)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts:
+        """Moves and casts; experts in host memory stay there, and are not cast.
+
+        Raises:
+            ConfigError: a cast of these.
+        """
+        if self.offload is None:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        elif fn(torch.empty(0, dtype=self.dtype)).dtype != self.dtype:
+            raise ConfigError(
+                f"experts in host memory are {self.dtype} and cannot be cast; load the model in "
+                "the dtype that it is to have"
+            )
+        return self
 
     @staticmethod
     def new_weights(

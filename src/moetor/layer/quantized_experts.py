@@ -177,6 +177,9 @@ class QuantizedExperts(Experts):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedExperts:
         """Moves everything, and casts what is not part of a format."""
+        if self.offload is not None:
+            super()._apply(fn, recurse)
+            return self
         exact = {
             id(self._parameters[_parameter_name(name, field)])
             for name in self._forms
@@ -189,7 +192,7 @@ class QuantizedExperts(Experts):
                 return moved
             return tensor.to(moved.device)
 
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(move, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.device)).dtype
         return self
 

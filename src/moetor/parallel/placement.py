@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -113,6 +114,23 @@ class ExpertPlacement:
         return table
 
 
+def held_by_table(weights_TK: Tensor, ids_TK: Tensor, table: Tensor, size: int) -> Routing:
+    """A routing to the slots `table[ids]`; what has none below `size` becomes a dropped slot.
+
+    Args:
+        table: int32, by expert id.
+    """
+    if _in_one_launch(ids_TK.device.type):
+        return held(weights_TK, ids_TK, table, size)
+    slots_TK = table[ids_TK.long()]
+    return Routing(torch.where(slots_TK < size, weights_TK, 0.0), slots_TK)
+
+
+@cache
+def _in_one_launch(device: str) -> bool:
+    return held_refusal(device) is None
+
+
 class ExpertMap:
     """A placement as tables on a device; `update` changes them in place, so that captured graphs
     see a new placement.
@@ -128,7 +146,6 @@ class ExpertMap:
         self.member_parts = tuple(member_parts)
         self.me = me
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self._triton: dict[torch.device, bool] = {}
 
     def update(self, placement: ExpertPlacement) -> None:
         """Takes another placement.
@@ -188,14 +205,8 @@ class ExpertMap:
 
     def held(self, weights_TK: Tensor, physical_TK: Tensor) -> Routing:
         """A routing to this rank's slots; what it does not hold becomes a dropped slot."""
-        device = physical_TK.device
-        table, size = self._on(device)[2][self.me], self.num_slots()
-        if device not in self._triton:
-            self._triton[device] = held_refusal(device.type) is None
-        if self._triton[device]:
-            return held(weights_TK, physical_TK, table, size)
-        slots_TK = table[physical_TK.long()]
-        return Routing(torch.where(slots_TK < size, weights_TK, 0.0), slots_TK)
+        table = self._on(physical_TK.device)[2][self.me]
+        return held_by_table(weights_TK, physical_TK, table, self.num_slots())
 
     def all_slots(self, physical_TK: Tensor) -> Tensor:
         """Slots int32 [M, T, K] on every member."""

@@ -7,6 +7,7 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,34 +116,42 @@ def _plain_fields(
     return fields, (gate_up, down)
 
 
-def native_experts(
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A call with all its addresses, to be run as often as what they point to changes.
+
+    Attributes:
+        arguments: as the library reads them, but for the workspace.
+        held: every tensor that they point into.
+    """
+
+    native: library.Library
+    arguments: library.Arguments
+    held: tuple[Tensor | None, ...]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory that a run needs."""
+        return self.native.workspace_bytes(self.arguments)
+
+    def use_workspace(self, workspace: Tensor) -> None:
+        """Gives the call its scratch memory, which the caller keeps alive."""
+        self.arguments.workspace = workspace.data_ptr()
+        self.arguments.workspace_bytes = workspace.numel()
+
+
+def prepare(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
     topk_ids_TK: Tensor,
     weights: Weights,
     config: ExpertsConfig,
+    out_TH: Tensor,
     *,
     isa: str | None = None,
     threads: int | None = None,
-) -> Tensor:
-    """The routed experts' weighted sum [T, H]. See `ExpertsKernel`; gradients are not recorded.
-
-    Args:
-        hidden_TH: float32, bfloat16 or float16, contiguous.
-        topk_weights_TK: float32.
-        topk_ids_TK: int32 in [0, E].
-        weights: in the dtype of `hidden_TH`, or quantised; biases in the dtype of `hidden_TH`.
-        isa: `avx2`, `avx512` or `avx512_bf16`; None for the best that this processor has. The
-            result's last bits depend on it. `avx512_bf16` multiplies bfloat16 inputs as they are
-            and rounds the activation between the products to bfloat16; everything else it
-            computes as `avx512` does.
-        threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on
-            it.
-
-    Raises:
-        InputError: a tensor of the wrong shape, dtype or device, or an expert id outside [0, E].
-        KernelRefusedError: a form, an instruction set or a platform that the kernel does not have.
-    """
+) -> Prepared:
+    """A call of the kernel that writes into `out_TH`; arguments and errors as `native_experts`."""
     refused = _unsupported_form(config)
     if refused is not None:
         raise KernelRefusedError(f"kernel 'native' {refused}; use kernel 'torch'")
@@ -153,8 +162,6 @@ def native_experts(
     if isa is not None and isa not in native.isas:
         raise KernelRefusedError(f"isa={isa!r} is not had here; there are {', '.join(native.isas)}")
     _check_inputs(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
-    out_TH = torch.empty_like(hidden_TH)
-    # These names keep every tensor alive until the call is over.
     topk_weights_TK, topk_ids_TK = topk_weights_TK.contiguous(), topk_ids_TK.contiguous()
     held: tuple[Tensor, ...] = ()
     if isinstance(weights, QuantizedExpertWeights):
@@ -193,10 +200,58 @@ def native_experts(
         up_softcap=activation.up_softcap or activation.softcap or 0.0,
         **fields,
     )
-    workspace = _workspace(native.workspace_bytes(arguments))
-    arguments.workspace, arguments.workspace_bytes = workspace.data_ptr(), workspace.numel()
-    status = native.run(arguments)
-    del held
+    tensors = (hidden_TH, topk_weights_TK, topk_ids_TK, out_TH, up_bias, down_bias)
+    return Prepared(native, arguments, (*tensors, *held, *_codes_of(weights)))
+
+
+def _codes_of(weights: Weights) -> tuple[Tensor, ...]:
+    if not isinstance(weights, QuantizedExpertWeights):
+        return ()
+    return (*weights.gate_up.tensors.values(), *weights.down.tensors.values())
+
+
+def native_experts(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: Weights,
+    config: ExpertsConfig,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The routed experts' weighted sum [T, H]. See `ExpertsKernel`; gradients are not recorded.
+
+    Args:
+        hidden_TH: float32, bfloat16 or float16, contiguous.
+        topk_weights_TK: float32.
+        topk_ids_TK: int32 in [0, E].
+        weights: in the dtype of `hidden_TH`, or quantised; biases in the dtype of `hidden_TH`.
+        isa: `avx2`, `avx512` or `avx512_bf16`; None for the best that this processor has. The
+            result's last bits depend on it. `avx512_bf16` multiplies bfloat16 inputs as they are
+            and rounds the activation between the products to bfloat16; everything else it
+            computes as `avx512` does.
+        threads: of torch's pool; None for `torch.get_num_threads()`. The result does not depend on
+            it.
+
+    Raises:
+        InputError: a tensor of the wrong shape, dtype or device, or an expert id outside [0, E].
+        KernelRefusedError: a form, an instruction set or a platform that the kernel does not have.
+    """
+    out_TH = torch.empty_like(hidden_TH)
+    call = prepare(
+        hidden_TH,
+        topk_weights_TK,
+        topk_ids_TK,
+        weights,
+        config,
+        out_TH,
+        isa=isa,
+        threads=threads,
+    )
+    workspace = _workspace(call.workspace_bytes)
+    call.use_workspace(workspace)
+    status = call.native.run(call.arguments)
     if status == library.BAD_EXPERT_ID:
         raise InputError(f"topk_ids hold an id outside [0, {config.num_experts}]")
     if status != 0:

@@ -81,6 +81,11 @@ class Library:
         """Bytes of scratch memory that a call needs."""
         return int(self._workspace_bytes(ctypes.byref(arguments)))
 
+    @property
+    def run_address(self) -> int:
+        """Where `moetor_experts` is, for callers that are not Python."""
+        return ctypes.cast(self._run, ctypes.c_void_p).value or 0
+
     def run(self, arguments: Arguments) -> int:
         """Runs the call without Python's lock; 0, or the number of what is wrong."""
         return int(self._run(ctypes.byref(arguments)))

@@ -30,6 +30,19 @@ def use_huge_pages(tensor: Tensor) -> int:
     Returns:
         Bytes that are now on huge pages.
     """
+    return _advise(tensor, _MADV_HUGEPAGE, _MADV_COLLAPSE)
+
+
+def prefer_huge_pages(tensor: Tensor) -> int:
+    """Asks for huge pages as a CPU tensor's memory is first written to, which costs nothing.
+
+    Returns:
+        Bytes for which the system has agreed to it.
+    """
+    return _advise(tensor, _MADV_HUGEPAGE)
+
+
+def _advise(tensor: Tensor, *advices: int) -> int:
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return 0
     storage = tensor.untyped_storage()
@@ -39,7 +52,7 @@ def use_huge_pages(tensor: Tensor) -> int:
         return 0
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+    for advice in advices:
         if madvise(first, last - first, advice) != 0:
             return 0
     return last - first
