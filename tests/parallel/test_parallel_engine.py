@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from moetor import LLM, ParallelConfig, SamplingParams
+from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams
+from moetor.engine import EngineConfig, ModelSource, build_engine
+from moetor.engine.ranks import RankedCore
+from moetor.errors import ParallelError
+from moetor.parallel.config import EplbConfig
 from parallel.pool import Pool, RankError
 
 PROMPTS = ["ROMEO:", "To be, or not to be", "KING HENRY:\nOnce more", "a"]
@@ -13,31 +20,160 @@ CONFIGS = {
     "tp": ParallelConfig(tensor_parallel_size=2),
     "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
     "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
+    "dp": ParallelConfig(data_parallel_size=2),
+    "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
+    "dp_ep_alltoall": ParallelConfig(data_parallel_size=2, dispatcher="alltoall", **EP),
+    "eplb": ParallelConfig(
+        data_parallel_size=2,
+        eplb=EplbConfig(window=8, interval=4, min_gain=1.0),
+        num_redundant_experts=2,
+        **EP,
+    ),
 }
-# Greedy and sampled, of different lengths; fewer rows than requests, so that some wait.
+# Greedy and sampled, of different lengths, with a stop string and log-probabilities; fewer rows
+# than requests, so that some wait.
 PARAMS = [
-    SamplingParams(max_tokens=length, temperature=temperature)
-    for length, temperature in ((9, 0.0), (4, 0.8), (12, 0.0), (7, 1.0))
+    SamplingParams(max_tokens=9, temperature=0.0, logprobs=2, prompt_logprobs=1),
+    SamplingParams(max_tokens=4, temperature=0.8, n=2),
+    SamplingParams(max_tokens=40, temperature=0.0, stop=["e"], min_tokens=3),
+    SamplingParams(max_tokens=7, temperature=1.0),
 ]
 
 
-def tokens_of(parallel: ParallelConfig | None) -> list[list[int]]:
+def answers_of(parallel: ParallelConfig | None, many: int) -> list[Any]:
+    """Everything that the requests give, but times."""
     llm = LLM("demo", dtype="float32", device="cpu", parallel=parallel, max_num_seqs=3)
-    outputs = llm.generate(PROMPTS, PARAMS)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    outputs = llm.generate(PROMPTS * many, PARAMS * many)
+    stats = llm.stats()
+    assert stats.requests_finished == len(PROMPTS) * many
+    assert stats.running == stats.waiting == stats.blocks_used == 0
+    return [
+        (
+            output.error,
+            [
+                (one.text, one.token_ids, one.finish_reason, one.stop_reason)
+                for one in output.outputs
+            ],
+            [[sorted(entry) for entry in one.logprobs or []] for one in output.outputs],
+            [entry and sorted(entry) for entry in output.prompt_logprobs or []],
+        )
+        for output in outputs
+    ]
 
 
-def compare(rank: int, parallel: ParallelConfig) -> tuple[list[list[int]], list[list[int]]]:
+def compare(rank: int, parallel: ParallelConfig, many: int) -> tuple[Any, Any]:
     """In a worker: spread and whole."""
-    return tokens_of(parallel), tokens_of(None)
+    return answers_of(parallel, many), answers_of(None, many)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_tokens(name: str, two: Pool) -> None:
-    for ours, whole in two.run(compare, CONFIGS[name]):
+def test_the_same_answers(name: str, two: Pool) -> None:
+    for ours, whole in two.run(compare, CONFIGS[name], 2):
         assert ours == whole
 
 
-def test_data_parallel_ranks_are_refused(two: Pool) -> None:
-    with pytest.raises(RankError, match="possible: tensor_parallel_size alone"):
-        two.run(compare, ParallelConfig(data_parallel_size=2, **EP))
+def unequal(rank: int, parallel: ParallelConfig) -> tuple[list[int], list[int], list[int]]:
+    """In a worker: one prompt after the other, so that one group has nothing to do; what is at home
+    here, and the tokens of both kinds of engine."""
+    homes = []
+    llm = LLM("demo", dtype="float32", device="cpu", parallel=parallel)
+    core = llm.engine.core
+    assert isinstance(core, RankedCore)
+    for index in range(3):
+        params = SamplingParams(max_tokens=3 + index, temperature=0)
+        core.add(llm.engine.intake.request(PROMPTS[index], params, f"r{index}"))
+        homes.append(core._homes[f"r{index}"])
+    while not core.idle:
+        core.step()
+    alone = llm.generate(PROMPTS[1], SamplingParams(max_tokens=6, temperature=0))
+    whole = LLM("demo", dtype="float32", device="cpu")
+    expected = whole.generate(PROMPTS[1], SamplingParams(max_tokens=6, temperature=0))
+    return homes, alone[0].outputs[0].token_ids, expected[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("name", ["dp", "dp_ep", "dp_ep_alltoall"])
+def test_a_group_without_work_steps_along(name: str, two: Pool) -> None:
+    for homes, alone, whole in two.run(unequal, CONFIGS[name]):
+        assert homes == [0, 1, 0], "each goes where the fewest are"
+        assert alone == whole
+
+
+def served(rank: int, parallel: ParallelConfig) -> Any:
+    """In a worker: rank 0 is driven as by a server, the other follows."""
+    config = EngineConfig(max_num_seqs=4, kv_cache_blocks=64)
+    source = ModelSource(model="demo", dtype="float32", device="cpu", parallel=parallel)
+    made = build_engine(source, config)
+    if rank:
+        assert isinstance(made.core, RankedCore)
+        made.core.follow()
+        return made.core.stats().blocks_used
+    engine = AsyncEngine(made)
+
+    async def one(prompt: str, length: int) -> list[int]:
+        params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
+        stream = await engine.add_request(prompt, params)
+        news = [output.outputs[0].new_token_ids async for output in stream]
+        return [token for piece in news for token in piece]
+
+    async def work() -> list[list[int]]:
+        gone = await engine.add_request(PROMPTS[0], SamplingParams(max_tokens=200, ignore_eos=True))
+        first = asyncio.gather(*(one(prompt, 12) for prompt in PROMPTS))
+        await anext(gone)
+        await gone.aclose()
+        tokens = await first
+        await asyncio.sleep(1.5)  # rank 0 rests, and is heard all the same
+        tokens.append(await one(PROMPTS[0], 5))
+        assert engine.healthy
+        assert engine.stats().requests_aborted == 1
+        await engine.shutdown()
+        return tokens
+
+    return asyncio.run(work())
+
+
+@pytest.mark.parametrize("name", ["tp", "tp_ep", "dp_ep"])
+def test_rank_0_leads(name: str, two: Pool) -> None:
+    fields = {
+        "timeout": 5.0,
+        **{
+            n: getattr(CONFIGS[name], n)
+            for n in ("tensor_parallel_size", "data_parallel_size", "enable_expert_parallel")
+        },
+    }
+    tokens, blocks = two.run(served, ParallelConfig(**fields))
+    assert blocks == 0, "what rank 0 aborts ends everywhere"
+    whole = LLM("demo", dtype="float32", device="cpu")
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    expected = [list(o.outputs[0].token_ids) for o in whole.generate(PROMPTS, params)]
+    assert tokens == [*expected, expected[0][:5]]
+
+
+def split_apart(rank: int) -> None:
+    """In a worker: one rank takes in a token that the other did not sample."""
+    llm = LLM("demo", dtype="float32", device="cpu", parallel=CONFIGS["tp"])
+    core = llm.engine.core
+    assert isinstance(core, RankedCore)
+    core._digest = rank
+    llm.generate(PROMPTS, SamplingParams(max_tokens=70, temperature=0, ignore_eos=True))
+
+
+def test_ranks_that_sample_differently_find_out(two: Pool) -> None:
+    for fine, answer in two.try_all(split_apart):
+        assert not fine
+        assert answer[0] is ParallelError
+        assert "disagree on the tokens that they have generated" in answer[1]
+
+
+def own_caches(rank: int, parallel: ParallelConfig) -> None:
+    """In a worker: a model that is not cached in blocks."""
+    import moetor
+    from moetor.tools.tiny import tiny_model
+
+    model = tiny_model("switch_transformers")
+    moetor.fuse(model, parallel=parallel)
+    build_engine(ModelSource(model=model, level="none"), EngineConfig())
+
+
+def test_own_caches_are_refused_where_ranks_step_together(two: Pool) -> None:
+    with pytest.raises(RankError, match=r"possible: tensor_parallel_size alone"):
+        two.run(own_caches, CONFIGS["dp_ep"])

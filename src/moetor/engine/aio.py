@@ -16,6 +16,7 @@ from moetor.engine.intake import Prompt
 from moetor.engine.llm import refused
 from moetor.engine.outputs import EngineStats, RequestOutput
 from moetor.engine.params import SamplingParams
+from moetor.engine.ranks import RankedCore
 from moetor.engine.sequence import Request
 from moetor.errors import ConfigError, InputError, MoetorError
 from moetor.huggingface import FusionReport
@@ -84,6 +85,8 @@ class AsyncEngine:
         self._work = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._stopping = self._dead = False
+        if isinstance(engine.core, RankedCore):
+            engine.core.lead()
         self._thread = threading.Thread(target=self._run, name="moetor-engine", daemon=True)
         self._thread.start()
 
@@ -214,24 +217,28 @@ class AsyncEngine:
             while True:
                 self._turn()
         except _QuitError:
-            return
+            self.engine.core.close()
         except BaseException as error:
             self.errors.append(f"{type(error).__name__}: {error}")
             self._dead = True
             self._fail_streams(f"the engine has stopped: {self.errors[-1]}")
+            with suppress(RuntimeError):  # whoever waits may be what has failed
+                self.engine.core.close(error)
 
     def _turn(self) -> None:
         """Takes in what was posted, and makes a step."""
         core = self.engine.core
         with self._work:
-            while core.idle and not self._inbox:
-                self._work.wait()
+            while core.idle and not self._inbox and self._work.wait(core.patience):
+                pass
             actions = list(self._inbox)
             self._inbox.clear()
         for action in actions:
             self._attempt(action)
         if not core.idle:
             self._attempt(lambda: self._deliver(core.step()))
+        elif not actions:
+            self._attempt(core.rest)
         if core.fatal is not None:
             raise core.fatal
 

@@ -112,6 +112,22 @@ def host_inputs(parts: Items[Scheduled], blocks: BlockTable) -> HostInputs:
     )
 
 
+def no_inputs() -> HostInputs:
+    """The inputs of a step in which nobody has a token."""
+    none = np.zeros(0, dtype=np.int32)
+    return HostInputs(
+        ids_T=none,
+        positions_T=none,
+        rows_T=none,
+        slots_T=none,
+        rows_S=none,
+        lens_S=none,
+        counts_S=none,
+        table_SM=np.zeros((0, 1), dtype=np.int32),
+        keep=none,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceInputs:
     """The same on the device: what the model is called with."""

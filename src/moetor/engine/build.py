@@ -16,6 +16,7 @@ from moetor.engine.load import ExpertLoad
 from moetor.engine.memory import free_memory, memory_errors, plan_cache
 from moetor.engine.model import ServedModel
 from moetor.engine.progress import bar
+from moetor.engine.ranks import RankedCore
 from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.strategy import Strategy
@@ -26,10 +27,10 @@ from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
-from moetor.huggingface.parallelism import spread_over
+from moetor.huggingface.parallelism import spread_over, take_balancer
 from moetor.parallel.collectives import host_agree
 from moetor.parallel.config import ParallelConfig
-from moetor.parallel.groups import join_ranks
+from moetor.parallel.groups import ParallelGroups, join_ranks
 from moetor.quant_config import QuantConfig
 
 _UNCOUNTED = 2**62
@@ -89,9 +90,16 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         model, tokenizer, report = _load(source, config)
     served = ServedModel(model)
     strategy = choose_strategy(served)
+    groups = spread_over(model)
+    if groups is not None and groups.config.joint and not strategy.paged:
+        raise ConfigError(
+            f"data-parallel ranks that share experts step together, and this model cannot: its "
+            f"caching strategy is {strategy}; possible: tensor_parallel_size alone, with or "
+            "without enable_expert_parallel"
+        )
     context = loading.context_length(model.config)
     if strategy.paged or config.kv_cache_blocks is not None:
-        free = _agreed(free_memory(served, strategy, config, context), model, served.device)
+        free = _agreed(free_memory(served, strategy, config, context), groups, served.device)
     else:
         free = _UNCOUNTED  # the model's own caches take what they take
     plan = plan_cache(config, strategy, free, context)
@@ -108,8 +116,10 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
             rows=config.max_num_seqs,
             max_model_len=plan.max_model_len,
             load=ExpertLoad(model, served.device) if config.record_expert_load else None,
+            groups=groups,
+            balancer=take_balancer(model),
         )
-    without_graphs = _capture(runner, config)
+    without_graphs = _capture(runner, config, groups)
     blocks = BlockManager(
         plan.num_blocks,
         config.block_size,
@@ -127,11 +137,15 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         ends=end_tokens(model, tokenizer),
         max_model_len=plan.max_model_len,
         seed=config.seed,
-        text_only=served.is_encoder_decoder,
+        text_only=served.is_encoder_decoder or runner.lockstep is not None,
         separate_prompt=served.is_encoder_decoder,
     )
-    core = EngineCore(
-        runner, scheduler, tokenizer, intake.grammars, overlap=served.device.type == "cuda"
+    parts = (runner, scheduler, tokenizer, intake.grammars)
+    overlap = served.device.type == "cuda"
+    core = (
+        EngineCore(*parts, overlap=overlap)
+        if groups is None
+        else RankedCore(*parts, overlap=overlap, groups=groups)
     )
     return Engine(
         core=core,
@@ -146,15 +160,14 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
     )
 
 
-def _agreed(free: int, model: Any, device: torch.device) -> int:
+def _agreed(free: int, groups: ParallelGroups | None, device: torch.device) -> int:
     """The least of the ranks' memory: they must plan, and so schedule, alike."""
-    groups = spread_over(model)
     if groups is None:
         return free
-    return host_agree(free, torch.distributed.ReduceOp.MIN, groups.tensor, device)
+    return host_agree(free, torch.distributed.ReduceOp.MIN, groups.world, device)
 
 
-def _capture(runner: Runner, config: EngineConfig) -> str:
+def _capture(runner: Runner, config: EngineConfig, groups: ParallelGroups | None) -> str:
     """Captures the decoding step; why it is not replayed, or nothing."""
     if runner.device.type != "cuda":
         return "there are none on a CPU"
@@ -162,32 +175,30 @@ def _capture(runner: Runner, config: EngineConfig) -> str:
         return "enforce_eager was asked for"
     if not runner.strategy.paged:
         return "each sequence has a cache of its own"
+    reason = ""
     try:
         with bar("capturing CUDA graphs") as progress:
             runner.capture(progress)
     except Exception as error:  # whatever code of the family's is not for graphs
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the model cannot be captured: {lines[0]}"
+    if not _agreed(int(not reason), groups, runner.device):
+        runner.graphs = None
+        reason = reason or "another rank's model cannot be captured"
+    if reason:
         warnings.warn(
             f"decoding runs without CUDA graphs, which is much slower: {reason}", stacklevel=2
         )
-        return reason
-    return ""
+    return reason
 
 
 def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionReport | None]:
     """The model, its tokenizer and what was fused."""
-    if source.parallel is not None and source.parallel.data_parallel_size > 1:
-        raise ConfigError(
-            f"data_parallel_size={source.parallel.data_parallel_size}: the engine does not keep "
-            "data-parallel ranks in step yet; possible: tensor_parallel_size alone, with or "
-            "without enable_expert_parallel"
-        )
     if source.parallel is not None and (
-        not isinstance(source.model, str) or config.load_format != "auto" or source.level == "none"
+        not isinstance(source.model, str) or source.level == "none"
     ):
         raise ConfigError(
-            "parallel is for a path, loaded as it is and fused; spread a live model yourself: "
+            "parallel is for a path whose model is fused; spread a live model yourself: "
             "moetor.fuse(model, parallel=...)"
         )
     if not isinstance(source.model, str):
@@ -210,7 +221,7 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
         model = loading.load_model(
             source.model,
             dtype=source.dtype,
-            device=source.device if source.parallel is None else join_ranks(source.device),
+            device=_device(source),
             quantization=source.quantization,
             kernel=source.kernel,
             for_fusing=source.level != "none",
@@ -227,6 +238,10 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
     return model, tokenizer, _fused(model, source, config)
 
 
+def _device(source: ModelSource) -> str:
+    return source.device if source.parallel is None else join_ranks(source.device)
+
+
 def _dummy(source: ModelSource, config: EngineConfig) -> Any:
     settings = (
         CONFIGS[source.model]()
@@ -238,7 +253,7 @@ def _dummy(source: ModelSource, config: EngineConfig) -> Any:
     dtype = loading.find_dtype(source.dtype)
     if dtype is None:
         dtype = getattr(settings, "dtype", None) or torch.bfloat16
-    device = loading.find_device(source.device)
+    device = loading.find_device(_device(source))
     made = loading.model_class(settings)
     quantization = None if source.level == "none" else source.quantization
     return dummy_model(settings, made, dtype, device, config.seed, quantization)

@@ -69,12 +69,27 @@ class EngineCore:
         """Whether there is nothing to do."""
         return self.scheduler.idle and self._flying is None
 
+    @property
+    def patience(self) -> float | None:
+        """Seconds without a step after which `rest` is to be called; None where nobody waits."""
+        return None
+
+    def rest(self) -> None:
+        """Tells whoever waits for this core that there is nothing to do."""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Tells whoever waits for this core that no step follows, and why if not as planned."""
+
     def add(self, request: Request) -> None:
         """Queues a request, which `Intake` has found to be sound."""
         form = request.params.structured_outputs
         if form is not None:
             for sequence in request.sequences:
                 sequence.grammar = self.grammars.start(form)
+        self._register(request)
+        self.scheduler.add(request)
+
+    def _register(self, request: Request) -> None:
         self.requests[request.request_id] = request
         if self.tokenizer is not None:
             params = request.params
@@ -86,7 +101,6 @@ class EngineCore:
                     params.stop or (),
                     include_stop=params.include_stop_str_in_output,
                 )
-        self.scheduler.add(request)
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request and frees what it holds; None where there is none of this name."""
@@ -114,14 +128,15 @@ class EngineCore:
         changed: dict[str, Request] = {}
         before, self._flying = self._flying, None
         launched: Launched | None = None
-        if step.parts:
+        if self._worth_starting(step):
             try:
                 started = self._start(step)
-                if before is not None and started.waits:
+                if before is not None and started is not None and started.waits:
                     self._receive(before, begin, changed)
                     before = None
-                launched = self.runner.sample(started)
-                self._note_errors(launched, changed)
+                if started is not None:
+                    launched = self.runner.sample(started)
+                    self._note_errors(launched, changed)
             except Exception as error:
                 self._lose(step, error, changed)
         ready, self._flying = (before, launched) if self._overlap else (launched, None)
@@ -169,14 +184,17 @@ class EngineCore:
             graph_steps=self.runner.graph_steps,
         )
 
-    def _start(self, step: Step) -> Started:
+    def _worth_starting(self, step: Step) -> bool:
+        return bool(step.parts)
+
+    def _start(self, step: Step) -> Started | None:
         now = time.monotonic()
         for part in step.parts:
             metrics = part.sequence.request.metrics
             if metrics.first_scheduled_time is None:
                 metrics.first_scheduled_time = now
             self._counts["prompt"] += max(0, min(part.count, part.sequence.prompt_len - part.start))
-        self._counts["steps"] += 1
+        self._counts["steps"] += bool(step.parts)
         return self.runner.start(step)
 
     def _note_errors(self, launched: Launched, changed: dict[str, Request]) -> None:

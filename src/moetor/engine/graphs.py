@@ -108,12 +108,15 @@ class DecodeGraphs:
         if progress is not None:
             progress(len(self._sizes), len(self._sizes))
 
-    def run(self, host: HostInputs) -> tuple[Tensor, Tensor] | None:
+    def run(self, host: HostInputs, at_least: int = 0) -> tuple[Tensor, Tensor] | None:
         """Logits [S, V] and likeliest tokens [S] of a step in which every sequence has one token;
         they last until the next run. None where the step is larger than any graph.
+
+        Args:
+            at_least: the graph's size, where other ranks replay a larger one.
         """
         count = len(host.rows_S)
-        place = bisect.bisect_left(self._sizes, count)
+        place = bisect.bisect_left(self._sizes, max(count, at_least))
         if place == len(self._sizes):
             return None
         graph = self._graphs[self._sizes[place]]

@@ -62,9 +62,7 @@ class Intake:
         text, ids, extra = self._read(prompt)
         self._check(ids, params)
         if extra is not None and self.text_only:
-            raise InputError(
-                f"the prompt brings {', '.join(extra)}, and this model takes text alone"
-            )
+            raise InputError(f"the prompt brings {', '.join(extra)}, and text alone is taken here")
         form = params.structured_outputs
         if form is not None:
             self.grammars.compile(form)

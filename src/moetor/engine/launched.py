@@ -11,6 +11,11 @@ from torch import Tensor
 from moetor.engine.outputs import Logprob
 from moetor.engine.sampler import Sampled, TokenLogprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
+from moetor.errors import ParallelError
+from moetor.parallel.launch import NO_ANSWER
+
+# A step of a model over several ranks is polled: closely at first, then with naps.
+_BUSY_SECONDS, _NAP_SECONDS = 0.05, 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,11 @@ class Started:
 
 @dataclass(slots=True)
 class Launched:
-    """A step that is under way on the device."""
+    """A step that is under way on the device.
+
+    Attributes:
+        patience: seconds that its result is waited for at most; None for as long as it takes.
+    """
 
     step: Step
     parts: list[Scheduled]
@@ -73,13 +82,14 @@ class Launched:
     model_seconds: float
     event: Any = None
     host_tokens: Tensor | None = None
+    patience: float | None = None
 
     def result(self) -> StepResult:
         """Waits for it: the one synchronisation of a step."""
         begin = time.perf_counter()
         tokens: list[int] = []
         if self.event is not None:
-            self.event.synchronize()
+            self._wait()
         if self.host_tokens is not None:
             tokens = self.host_tokens.tolist()
         waited = time.perf_counter() - begin
@@ -104,6 +114,23 @@ class Launched:
             self.errors,
             self.model_seconds + waited,
         )
+
+    def _wait(self) -> None:
+        """Waits for the device; where it waits for other ranks in turn, not for ever.
+
+        Raises:
+            ParallelError: `patience` is over. A captured graph has no time limit of its own.
+        """
+        if self.patience is None:
+            self.event.synchronize()
+            return
+        begin = time.monotonic()
+        while not self.event.query():
+            waited = time.monotonic() - begin
+            if waited > self.patience:
+                raise ParallelError(f"another rank {NO_ANSWER} in {self.patience:g} s")
+            if waited > _BUSY_SECONDS:
+                time.sleep(_NAP_SECONDS)
 
 
 def _mappings(

@@ -5,23 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moetor.engine.alone import AloneCaller
-from moetor.engine.batch import BlockTable, DeviceInputs, device_inputs, host_inputs, kept_rows
+from moetor.engine.batch import (
+    BlockTable,
+    DeviceInputs,
+    device_inputs,
+    host_inputs,
+    kept_rows,
+    no_inputs,
+)
 from moetor.engine.cache import Batch, EngineCache
 from moetor.engine.graphs import DecodeGraphs, graph_sizes
 from moetor.engine.launched import Launched, Started
 from moetor.engine.load import ExpertLoad
+from moetor.engine.lockstep import Agreed, Lockstep
 from moetor.engine.model import ServedModel
 from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs, token_logprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
+from moetor.parallel.eplb.balancer import ExpertBalancer
+from moetor.parallel.groups import ParallelGroups
 
 
 @dataclass(slots=True)
@@ -51,6 +61,8 @@ class Runner:
         rows: sequences at the same time.
         max_model_len: tokens of a sequence.
         load: counts what experts are chosen, in every call.
+        groups: the ranks that the model is spread over; None for a whole one.
+        balancer: moves experts between steps, under EPLB.
     """
 
     def __init__(
@@ -63,8 +75,13 @@ class Runner:
         rows: int,
         max_model_len: int,
         load: ExpertLoad | None = None,
+        groups: ParallelGroups | None = None,
+        balancer: ExpertBalancer | None = None,
     ) -> None:
         self.served, self.strategy, self.load = served, strategy, load
+        self.lockstep = Lockstep(groups) if groups is not None and groups.config.joint else None
+        self._patience = None if groups is None else groups.config.timeout
+        self._balancer = balancer
         device = served.device
         self.device = device
         max_blocks = -(-max_model_len // block_size)
@@ -95,15 +112,42 @@ class Runner:
         return nullcontext() if self.load is None else self.load.recording()
 
     @torch.inference_mode()
-    def start(self, step: Step) -> Started:
-        """Calls the model; `sample` follows, and no other step between the two."""
+    def start(self, step: Step) -> Started | None:
+        """Calls the model; `sample` follows, and no other step between the two.
+
+        Returns:
+            None where neither this rank nor one that shares its experts has anything to compute.
+        """
+        agreed = self._agree(step)
+        if agreed is not None and not agreed.calls:
+            return None
+        started = self._replay(step, agreed) or self._run(step, agreed)
+        if self._balancer is not None:
+            self._balancer.step()
+        return started
+
+    def _agree(self, step: Step) -> Agreed | None:
+        """What the ranks do in this step, where they must do it together."""
+        if self.lockstep is None:
+            return None
+        plain = self.graphs is not None and self._plain(step.parts)
+        if plain and self.graphs is not None:
+            plain = len(step.parts) <= self.graphs.sizes[-1]
+        groups = self._groups(step.parts)
+        rows = [sum(part.count for part in group) for group, _ in groups]
+        return self.lockstep.agree(rows, replay=plain)
+
+    def _run(self, step: Step, agreed: Agreed | None) -> Started:
+        """The step by the model's own code."""
         begin = time.perf_counter()
-        replayed = self._replay(step)
-        if replayed is not None:
-            return replayed
         errors: dict[Sequence, Exception] = {}
-        with self._recording():
-            rows = self.forward(step.parts, errors)
+        with ExitStack() as around:
+            if agreed is not None and self.lockstep is not None:
+                around.enter_context(self.lockstep.bounded(agreed.rows))
+            with self._recording():
+                rows = self.forward(step.parts, errors)
+            for _ in range(0 if agreed is None else agreed.calls - len(self._groups(step.parts))):
+                self._call_nobody()
         model_seconds = time.perf_counter() - begin
         sampling: list[Scheduled] = []
         places: list[int] = []
@@ -146,7 +190,13 @@ class Runner:
                 sampled = self.sampler.sample(logits, parts)
                 self._remember([part.sequence.row for part in parts], sampled.tokens_R)
         launched = Launched(
-            started.step, parts, sampled, started.prompts, started.errors, started.model_seconds
+            started.step,
+            parts,
+            sampled,
+            started.prompts,
+            started.errors,
+            started.model_seconds,
+            patience=self._patience,
         )
         self._fetch(launched)
         return launched
@@ -159,7 +209,7 @@ class Runner:
         """
         rows = self.last_token_P.shape[0] - 1
         graphs = DecodeGraphs(
-            self._decode,
+            self._decode if self.lockstep is None else self._decode_together,
             self.last_token_P,
             max_blocks=self._max_blocks,
             sizes=graph_sizes(rows),
@@ -182,18 +232,45 @@ class Runner:
             self.states.store(rows_S)
         return logits
 
-    def _replay(self, step: Step) -> Started | None:
-        """The step by a graph; None where it is none that was captured."""
-        parts = step.parts
-        plain = all(
+    def _decode_together(
+        self, ids_S: Tensor, positions_S: Tensor, rows_S: Tensor, batch: Batch
+    ) -> Tensor:
+        """The same where other ranks replay the same size."""
+        assert self.lockstep is not None
+        with self.lockstep.bounded(ids_S.shape[0]):
+            return self._decode(ids_S, positions_S, rows_S, batch)
+
+    def _call_nobody(self) -> None:
+        """A model call for other ranks' sake: one token, in the row and block of nobody."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        batch = Batch(
+            slots_T=zero,
+            block_table_SM=torch.zeros((1, 1), dtype=torch.int32, device=self.device),
+            seq_lens_S=torch.ones(1, dtype=torch.int32, device=self.device),
+            query_start_S1=torch.arange(2, dtype=torch.int32, device=self.device),
+            num_decodes=1,
+            max_query_len=1,
+            lens=[1],
+            query_lens=[1],
+        )
+        self._decode(zero, zero, zero + (self.last_token_P.shape[0] - 1), batch)
+
+    def _plain(self, parts: Items[Scheduled]) -> bool:
+        """Whether all are single tokens behind others, as the graphs have them."""
+        return all(
             part.count == 1 and part.samples and part.start and not self._goes_alone(part)
             for part in parts
         )
-        if self.graphs is None or not plain:
+
+    def _replay(self, step: Step, agreed: Agreed | None) -> Started | None:
+        """The step by a graph; None where it is none that was captured."""
+        parts = step.parts
+        if self.graphs is None or not (self._plain(parts) if agreed is None else agreed.replay):
             return None
         begin = time.perf_counter()
         self.blocks.update(parts)
-        found = self.graphs.run(host_inputs(parts, self.blocks))
+        host = host_inputs(parts, self.blocks) if parts else no_inputs()
+        found = self.graphs.run(host, 0 if agreed is None else agreed.rows)
         if found is None:
             return None
         self.graph_steps += 1
@@ -209,6 +286,8 @@ class Runner:
                 rows.add(group, call(group))
                 continue
             except Exception as error:
+                if self._patience is not None:
+                    raise  # other ranks may be in the middle of it: it cannot be tried again
                 if len(group) == 1:
                     errors[group[0].sequence] = error
                     continue

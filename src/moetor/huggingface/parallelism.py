@@ -37,12 +37,23 @@ from moetor.parallel.layout import LayerLayout
 # Of every tensor so many elements are compared between the ranks.
 FINGERPRINT = 16
 _GROUPS = "_moetor_parallel_groups"
+_BALANCER = "_moetor_balancer"
 
 
 def spread_over(model: Any) -> ParallelGroups | None:
     """The ranks that a model has been spread over; None for a whole one."""
     groups: ParallelGroups | None = model.__dict__.get(_GROUPS)
     return groups
+
+
+def take_balancer(model: Any) -> ExpertBalancer | None:
+    """The balancer that has worked after every forward pass of the model, and from now on works
+    when the caller says so, who replays forward passes that no hook sees; None where there is none.
+    """
+    balancer, hook = model.__dict__.get(_BALANCER, (None, None))
+    if hook is not None:
+        hook.remove()
+    return balancer  # type: ignore[no-any-return]
 
 
 def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
@@ -140,7 +151,8 @@ def _balance(
     if not layers:
         return None
     balancer = ExpertBalancer(layers, eplb, groups.world if groups.config.joint else groups.tensor)
-    model.register_forward_hook(lambda *_: balancer.step())
+    hook = model.register_forward_hook(lambda *_: balancer.step())
+    model.__dict__[_BALANCER] = balancer, hook
     return balancer
 
 

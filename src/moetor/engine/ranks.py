@@ -1,0 +1,341 @@
+"""The engine's core on one of several ranks.
+
+The ranks of a tensor-parallel group schedule and sample alike, so that nothing but the model
+communicates. Data-parallel groups have different requests: each request has one home, every rank
+knows them all, and after a step the groups tell one another what became of theirs. So all ranks may
+be driven by the same calls, as `LLM` does; under a server rank 0 decides, and tells the others
+before every step what it has been asked (`lead`, `follow`).
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+import zlib
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from moetor.engine.core import EngineCore
+from moetor.engine.messages import broadcast, gather
+from moetor.engine.outputs import EngineStats, FinishReason, Logprob
+from moetor.engine.runner import Runner
+from moetor.engine.scheduler import Scheduler
+from moetor.engine.sequence import Request, Sequence, Step
+from moetor.errors import MoetorError, ParallelError
+from moetor.parallel.groups import ParallelGroups, agree
+from moetor.parallel.launch import explain_waiting
+
+# Steps between two looks at whether a tensor-parallel group has made the same tokens.
+_COMPARE_EVERY = 64
+# Of the time after which a rank gives up waiting: rank 0 is heard so often while it has no work.
+_REST_SHARE = 0.2
+_OWN_FIELDS = ("kv_cache_usage", "steps", "step_seconds", "host_seconds", "graph_steps")
+
+
+@dataclass(frozen=True, slots=True)
+class _SequenceNews:
+    """What a sequence got since it was told last."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _RequestNews:
+    """What became of a request at its home."""
+
+    request_id: str
+    sequences: list[_SequenceNews]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    cached_tokens: int
+    preemptions: int
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a data-parallel group says after a step."""
+
+    news: list[_RequestNews]
+    flying: bool
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """What rank 0 has done since the last step, and what it does next."""
+
+    what: Literal["step", "rest", "end"]
+    done: list[tuple[Literal["add", "abort"], bytes]]
+    error: str | None = None
+
+
+class RankedCore(EngineCore):
+    """Every rank makes the same calls in the same order, or follows rank 0.
+
+    A failed step cannot be tried again, as other ranks may be in the middle of it: its error ends
+    the core, and is raised.
+
+    Args:
+        groups: of the model.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Any,
+        *,
+        overlap: bool,
+        groups: ParallelGroups,
+    ) -> None:
+        super().__init__(runner, scheduler, tokenizer, overlap=overlap)
+        self.groups = groups
+        self._homes: dict[str, int] = {}
+        self._sequences = [0] * groups.config.data_parallel_size
+        self._told: dict[Sequence, int] = {}
+        self._others: list[_Told] = []
+        self._digest = self._passes = 0
+        self._leads = False
+        self._done: list[tuple[Literal["add", "abort"], bytes]] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether no rank has anything to do."""
+        flying = self._flying is not None or any(one.flying for one in self._others)
+        return not self.requests and not flying
+
+    def add(self, request: Request) -> None:
+        """Queues a request at the data-parallel group with the fewest unfinished sequences."""
+        if self._leads:
+            self._done.append(("add", pickle.dumps(request)))
+        home = self._sequences.index(min(self._sequences))
+        self._homes[request.request_id] = home
+        self._sequences[home] += len(request.sequences)
+        if home == self.groups.data_rank:
+            super().add(request)
+        else:
+            self._register(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """See `EngineCore.abort`."""
+        if self._leads:
+            self._done.append(("abort", request_id.encode()))
+        here = self._homes.get(request_id) == self.groups.data_rank
+        request = super().abort(request_id)
+        if request is None:
+            return None
+        for sequence in request.sequences:
+            self._told.pop(sequence, None)
+        if not here:
+            self._counts["aborted"] -= 1  # its home counts it
+        return request
+
+    def fail_all(self, error: Exception) -> list[Request]:
+        """See `EngineCore.fail_all`; the ranks cannot be put in step again."""
+        if self.fatal is None:
+            self.fatal = failure(error)
+        return super().fail_all(error)
+
+    def step(self) -> list[Request]:
+        """See `EngineCore.step`.
+
+        Raises:
+            ParallelError: the step failed, here or on another rank; no further one is possible.
+        """
+        if self.fatal is not None:
+            raise ParallelError(f"the engine has stopped: {self.fatal}")
+        try:
+            if self._leads:
+                self._order("step")
+            changed = super().step()
+            if self.groups.config.data_parallel_size > 1:
+                changed += self._exchange(changed)
+            self._compare()
+        except Exception as error:
+            self.fatal = failure(error)
+            raise self.fatal from error
+        return changed
+
+    def stats(self) -> EngineStats:
+        """The counters of all data-parallel groups; times and steps are this rank's."""
+        mine = super().stats()
+        for told in self._others:
+            mine = _added(mine, told.stats)
+        return mine
+
+    def _worth_a_launch(self, step: Step) -> bool:
+        return bool(step.parts) or self.runner.lockstep is not None
+
+    def _lose(self, step: Step, error: Exception, changed: dict[str, Request]) -> None:
+        raise error
+
+    def _append(self, sequence: Sequence, token: int, logprobs: dict[int, Logprob] | None) -> None:
+        self._digest = zlib.crc32(token.to_bytes(8, "little"), self._digest)
+        super()._append(sequence, token, logprobs)
+
+    def _close(self, request: Request) -> None:
+        super()._close(request)
+        home = self._homes.pop(request.request_id, None)
+        if home is not None:
+            self._sequences[home] -= len(request.sequences)
+
+    def _compare(self) -> None:
+        """A tensor-parallel group whose ranks sampled different tokens would go on with caches that
+        do not belong together.
+        """
+        self._passes += 1
+        if self.groups.config.tensor_parallel_size > 1 and self._passes % _COMPARE_EVERY == 0:
+            agree({"the tokens that they have generated": self._digest}, self.groups.tensor)
+
+    # Between data-parallel groups.
+
+    def _exchange(self, changed: list[Request]) -> list[Request]:
+        """Tells what became of this group's requests, and hears of the others'."""
+        mine = _Told(
+            [self._news(request) for request in changed],
+            self._flying is not None,
+            super().stats(),
+        )
+        told = gather(mine, self.groups.data)
+        own = self.groups.data_rank
+        self._others = [replace(one, news=[]) for rank, one in enumerate(told) if rank != own]
+        heard = (news for rank, one in enumerate(told) if rank != own for news in one.news)
+        return [self._hear(news) for news in heard if news.request_id in self.requests]
+
+    def _news(self, request: Request) -> _RequestNews:
+        sequences = []
+        for sequence in request.sequences:
+            since = self._told.get(sequence, 0)
+            tokens = sequence.output_ids[since:]
+            logprobs = [] if sequence.logprobs is None else sequence.logprobs[since:]
+            self._told[sequence] = since + len(tokens)
+            if sequence.finished:
+                self._told.pop(sequence)
+            sequences.append(
+                _SequenceNews(tokens, logprobs, sequence.finish_reason, sequence.stop_reason)
+            )
+        metrics = request.metrics
+        return _RequestNews(
+            request.request_id,
+            sequences,
+            request.prompt_logprobs if request.finished else None,
+            metrics.num_cached_tokens,
+            metrics.num_preemptions,
+            request.error,
+        )
+
+    def _hear(self, news: _RequestNews) -> Request:
+        request = self.requests[news.request_id]
+        request.error = news.error
+        if news.prompt_logprobs is not None:
+            request.prompt_logprobs = news.prompt_logprobs
+        metrics, now = request.metrics, time.monotonic()
+        metrics.num_cached_tokens = news.cached_tokens
+        metrics.num_preemptions = news.preemptions
+        metrics.first_scheduled_time = metrics.first_scheduled_time or now
+        for sequence, told in zip(request.sequences, news.sequences, strict=True):
+            if told.tokens:
+                metrics.first_token_time = metrics.first_token_time or now
+            _follow_sequence(sequence, told)
+        if request.finished:
+            self._close(request)
+        return request
+
+    # Under a server.
+
+    @property
+    def patience(self) -> float | None:
+        """See `EngineCore.patience`."""
+        return self.groups.config.timeout * _REST_SHARE if self._leads else None
+
+    def lead(self) -> None:
+        """From now on rank 0 tells the others what it does; they must `follow`."""
+        assert self.groups.rank == 0, "the server is on rank 0"
+        self._leads = True
+
+    def rest(self) -> None:
+        """See `EngineCore.rest`.
+
+        Raises:
+            ParallelError: another rank has ended.
+        """
+        try:
+            self._order("rest")
+        except Exception as error:
+            self.fatal = failure(error)
+            raise self.fatal from error
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Ends the ranks that follow."""
+        if self._leads:
+            self._leads = False
+            self._order("end", None if error is None else str(error))
+
+    def _order(self, what: Literal["step", "rest", "end"], error: str | None = None) -> None:
+        done, self._done = self._done, []
+        broadcast(_Orders(what, done, error), self.groups.world)
+
+    def follow(self) -> None:
+        """Does what rank 0 does, until it ends.
+
+        Raises:
+            ParallelError: rank 0 or a step has failed, or rank 0 was silent for too long.
+        """
+        while True:
+            try:
+                orders: _Orders = broadcast(None, self.groups.world)
+            except Exception as error:
+                raise failure(error) from error
+            for what, words in orders.done:
+                if what == "add":
+                    self.add(pickle.loads(words))
+                else:
+                    self.abort(words.decode())
+            if orders.error is not None:
+                raise ParallelError(f"rank 0 has stopped: {orders.error}")
+            if orders.what == "end":
+                return
+            if orders.what == "step":
+                self.step()
+
+
+def _follow_sequence(sequence: Sequence, told: _SequenceNews) -> None:
+    """Gives a sequence that is computed elsewhere what it got there."""
+    if sequence.finished:
+        return
+    sequence.token_ids.extend(told.tokens)
+    if sequence.logprobs is not None:
+        sequence.logprobs.extend(told.logprobs)
+        both = zip(told.tokens, told.logprobs, strict=True)
+        sequence.cumulative_logprob += sum(found[token].logprob for token, found in both)
+    if sequence.text is not None and sequence.params.stop:
+        since = len(sequence.text.text)
+        for token in told.tokens:
+            sequence.text.extend([token])
+        if sequence.known - sequence.prompt_len >= sequence.limit:
+            sequence.text.finish()
+        if isinstance(told.stop_reason, str):
+            sequence.text.find_stop(since)
+    sequence.finish_reason, sequence.stop_reason = told.finish_reason, told.stop_reason
+
+
+def _added(one: EngineStats, other: EngineStats) -> EngineStats:
+    summed = {
+        field.name: getattr(one, field.name) + getattr(other, field.name)
+        for field in fields(EngineStats)
+        if field.name not in _OWN_FIELDS
+    }
+    return replace(
+        one, **summed, kv_cache_usage=summed["blocks_used"] / max(1, summed["blocks_total"])
+    )
+
+
+def failure(error: Exception) -> Exception:
+    """The error as it is told: what a collective's own error means."""
+    if isinstance(error, MoetorError):
+        return error
+    text = f"{type(error).__name__}: {error}"
+    return ParallelError(explain_waiting(text) or text)
