@@ -22,7 +22,19 @@ MODEL_FLAGS = {
     "--json": False,
     "--debug": False,
 }
+RANKS: dict[str, object] = {
+    "-tp": 1,
+    "--enable-expert-parallel": False,
+    "--expert-parallel-size": None,
+    "--sequence-parallel": False,
+    "--enable-eplb": False,
+    "--eplb-stats": None,
+    "--num-redundant-experts": 0,
+    "--parallel-timeout": 25.0,
+}
+PROMPTS_RANKS: dict[str, object] = {**RANKS, "-dp": 1, "--dispatcher": "auto"}
 TEXT_BENCH: dict[str, object] = {
+    **PROMPTS_RANKS,
     "model": "demo",
     "--kernel": "auto",
     "--dtype": "auto",
@@ -71,6 +83,7 @@ SERVE_ENGINE = (
     "--gpu-memory-utilization",
     "--enforce-eager",
     "--fuse-dense",
+    *PROMPTS_RANKS,
 )
 SURFACE: dict[str, dict[str, object]] = {
     "generate": {
@@ -83,14 +96,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--seed": None,
         "--level": "auto",
         "--quantization": None,
-        "-tp": 1,
-        "--enable-expert-parallel": False,
-        "--expert-parallel-size": None,
-        "--sequence-parallel": False,
-        "--enable-eplb": False,
-        "--eplb-stats": None,
-        "--num-redundant-experts": 0,
-        "--parallel-timeout": 25.0,
+        **RANKS,
     },
     "chat": {
         **MODEL_FLAGS,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams
+from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams, StructuredOutputsParams
 from moetor.engine import EngineConfig, ModelSource, build_engine
 from moetor.engine.ranks import RankedCore
 from moetor.errors import ParallelError
@@ -100,7 +100,7 @@ def test_a_group_without_work_steps_along(name: str, two: Pool) -> None:
 
 def served(rank: int, parallel: ParallelConfig) -> Any:
     """In a worker: rank 0 is driven as by a server, the other follows."""
-    config = EngineConfig(max_num_seqs=4, kv_cache_blocks=64)
+    config = EngineConfig(max_num_seqs=4, kv_cache_blocks=64, record_expert_load=True)
     source = ModelSource(model="demo", dtype="float32", device="cpu", parallel=parallel)
     made = build_engine(source, config)
     if rank:
@@ -125,6 +125,14 @@ def served(rank: int, parallel: ParallelConfig) -> Any:
         tokens.append(await one(PROMPTS[0], 5))
         assert engine.healthy
         assert engine.stats().requests_aborted == 1
+        form = StructuredOutputsParams(choice=["thou art", "a rose"])
+        params = SamplingParams(max_tokens=30, temperature=1, structured_outputs=form)
+        *_, last = [output async for output in await engine.add_request(PROMPTS[0], params)]
+        assert last.outputs[0].text in form.choice
+        if parallel.data_parallel_size == 1:
+            counts = list(engine.expert_load().values())
+            assert {sum(layer) for layer in counts} == {sum(counts[0])}
+            assert len(counts[0]) == engine.model_config.num_experts
         await engine.shutdown()
         return tokens
 

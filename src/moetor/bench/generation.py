@@ -403,7 +403,8 @@ def decode_bytes(model: Any, batch_size: int) -> float:
     input embedding nothing. Keys and values come on top.
 
     Args:
-        model: a `PreTrainedModel`, fused, so that its layers say what they are.
+        model: a `PreTrainedModel`, fused, so that its layers say what they are; of a spread one the
+            part on this rank.
     """
     routed: set[int] = set()
     needed = 0.0
@@ -414,11 +415,17 @@ def decode_bytes(model: Any, batch_size: int) -> float:
         met = 1.0 - (1.0 - config.router.top_k / config.router.num_experts) ** batch_size
         for parameter in layer.routed_experts.parameters():
             routed.add(id(parameter))
-            needed += met * parameter.nbytes
+            needed += met * _local_bytes(parameter)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         routed.add(id(embedding.weight))
     for parameter in model.parameters():
         if id(parameter) not in routed:
-            needed += parameter.nbytes
+            needed += _local_bytes(parameter)
     return needed
+
+
+def _local_bytes(parameter: Tensor) -> int:
+    """Of what is on this rank."""
+    local: Tensor = getattr(parameter, "_local_tensor", parameter)
+    return local.nbytes

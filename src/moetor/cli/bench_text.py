@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
-from moetor.cli.options import MODEL, QUANTIZATION, ModelSource, QuantizationName
+from moetor.cli.options import (
+    MODEL,
+    QUANTIZATION,
+    ModelSource,
+    QuantizationName,
+    ServingParallelFlags,
+)
 from moetor.engine.config import ENGINE, EngineConfig
 from moetor.errors import InputError
+from moetor.parallel.launch import rank_number
 
 if TYPE_CHECKING:
     from moetor.bench.generation import TextBackend, Workload
@@ -19,8 +28,8 @@ if TYPE_CHECKING:
 WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextBenchOptions(ModelSource, EngineConfig):
+@dataclass(frozen=True, kw_only=True)
+class TextBenchOptions(ModelSource, EngineConfig, ServingParallelFlags):
     """What both commands take.
 
     The prompts are random tokens, the next token is always the likeliest, and no text ends before
@@ -97,8 +106,27 @@ class TextBenchOptions(ModelSource, EngineConfig):
                 f"--peer {self.peer} runs the same weights unfused, which quantised experts have "
                 "not; leave out --peer or --quantization"
             )
+        if self.parallel() is not None:
+            self._check_ranks()
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+
+    def _check_ranks(self) -> None:
+        if self.peer != "none":
+            raise InputError(
+                f"--peer {self.peer} runs the whole model on one device, and several ranks were "
+                "asked for; leave out one of the two"
+            )
+        if self.fuse_dense:
+            raise InputError(
+                "--fuse-dense joins what several ranks split: dense parts are joined, or split by "
+                "Transformers' plan, not both; leave out one of the two"
+            )
+        if self.backend == "generate" and self.data_parallel_size > 1:
+            raise InputError(
+                "--backend generate has no scheduler that shares prompts out between data-parallel "
+                "ranks; take --backend engine, or -tp alone"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +180,11 @@ class ThroughputOptions(TextBenchOptions):
 def run(options: LatencyOptions | ThroughputOptions) -> int:
     """Measure, print, write the file, and return the exit status."""
     quiet_transformers()
+    with nullcontext() if rank_number() == 0 else redirect_stdout(StringIO()):
+        return _run(options)
+
+
+def _run(options: LatencyOptions | ThroughputOptions) -> int:
     config = _config(options)
     model = _load(options, config)
     backends, report = _backends(options, model)
@@ -161,7 +194,7 @@ def run(options: LatencyOptions | ThroughputOptions) -> int:
     else:
         record = _throughput(options, backends, vocabulary)
     print(f"kernels: {', '.join(report.kernels) or 'none of ours'}")
-    if options.json is not None:
+    if options.json is not None and rank_number() == 0:
         _write(options, model, record | {"fusion": report.to_dict()})
     return 0
 
@@ -198,10 +231,13 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
 
     from moetor.huggingface import loading
     from moetor.huggingface.dummy import dummy_model
+    from moetor.parallel.groups import join_ranks
 
+    several = options.parallel() is not None
+    device_name = join_ranks(options.device) if several else options.device
     if options.load_format == "dummy":
         dtype = loading.find_dtype(options.dtype) or config.dtype or torch.bfloat16
-        device = loading.find_device(options.device)
+        device = loading.find_device(device_name)
         made = loading.model_class(config)
         model = dummy_model(config, made, dtype, device, options.seed, options.quantization)
         note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
@@ -210,12 +246,13 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
         return loading.load_model(
             options.model,
             dtype=options.dtype,
-            device=options.device,
+            device=device_name,
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             quantization=options.quantization,
             kernel=options.kernel,
             for_fusing=options.peer == "none",
+            sharded=several and options.quantization is None,
             progress=loaded,
         ).requires_grad_(False)
 
@@ -243,6 +280,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
             kernel=options.kernel,
             quantization=options.quantization,
             dense=options.fuse_dense,
+            parallel=options.parallel(),
             progress=fused,
         )
     if not report.blocks:

@@ -72,6 +72,7 @@ COMMANDS = (
             "moetor serve",
             "moetor serve ./Qwen3-30B-A3B --host 0.0.0.0 --api-key-file key.txt",
             "moetor serve --port 8001 --max-num-seqs 64",
+            "moetor serve ./Qwen3-30B-A3B -dp 4 --enable-expert-parallel",
         ),
     ),
     Command(
@@ -175,6 +176,7 @@ COMMANDS = (
         examples=(
             "moetor bench throughput --num-prompts 16",
             "moetor bench throughput qwen3-30b-a3b --load-format dummy --batch-size 64",
+            "moetor bench throughput ./Qwen3-30B-A3B --batch-size 256 -tp 2",
         ),
     ),
     Command(
@@ -254,14 +256,14 @@ def _dispatch(arguments: list[str]) -> int:
     chosen = parse_options(parser, options, arguments[len(words) :])
     processes = getattr(chosen, "processes", 1)
     if processes > 1 and not is_rank():
-        return _launch(arguments, processes)
+        return _launch(arguments, processes, drains=getattr(chosen, "drains", False))
     return int(module.run(chosen))
 
 
-def _launch(arguments: list[str], ranks: int) -> int:
+def _launch(arguments: list[str], ranks: int, *, drains: bool) -> int:
     """Runs the same line as several ranks; what standard input holds is given to each of them."""
     if "-" not in arguments or sys.stdin.isatty():
-        return launch(python_command(arguments), ranks)
+        return launch(python_command(arguments), ranks, drains=drains)
     with tempfile.NamedTemporaryFile(prefix="moetor-stdin-") as given:
         given.write(sys.stdin.buffer.read())
         given.flush()

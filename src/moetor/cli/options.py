@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.errors import ConfigError
 
@@ -148,9 +148,9 @@ def check_level(options: ServedModelOptions) -> None:
 PARALLEL = "several ranks"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParallelModelOptions(ServedModelOptions):
-    """A model over several ranks, which the command starts itself where torchrun has not."""
+@dataclass(frozen=True, kw_only=True)
+class ParallelFlags:
+    """One model over several ranks, which the command starts itself where torchrun has not."""
 
     tensor_parallel_size: int = field(
         default=1,
@@ -232,15 +232,56 @@ class ParallelModelOptions(ServedModelOptions):
             eplb=eplb,
             num_redundant_experts=self.num_redundant_experts,
             timeout=self.parallel_timeout,
+            **self._groups_flags(),
         )
-        if config.world_size > 1 and self.level == "none":
+        if config.world_size > 1 and getattr(self, "level", "auto") == "none":
             raise ConfigError(
                 "--level none runs plain Transformers; several ranks need a fused model. Leave "
                 "out one of the two"
             )
         return config if config.world_size > 1 else None
 
+    def _groups_flags(self) -> dict[str, Any]:
+        """The fields of `ParallelConfig` that only commands with many prompts have flags for."""
+        return {}
+
     @property
     def processes(self) -> int:
         """How many the command needs, each one rank."""
         return self.tensor_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingParallelFlags(ParallelFlags):
+    """The same for a command with many prompts, which several copies of the attention share."""
+
+    data_parallel_size: int = field(
+        default=1,
+        metadata={
+            "group": PARALLEL,
+            "short": "-dp",
+            "metavar": "N",
+            "help": "copies of the attention, each with its own prompts and its own "
+            "tensor-parallel ranks",
+        },
+    )
+    dispatcher: Literal["auto", "allgather", "alltoall"] = field(
+        default="auto",
+        metadata={
+            "group": PARALLEL,
+            "help": "how tokens reach experts on ranks that do not have them",
+        },
+    )
+
+    def _groups_flags(self) -> dict[str, Any]:
+        return {"data_parallel_size": self.data_parallel_size, "dispatcher": self.dispatcher}
+
+    @property
+    def processes(self) -> int:
+        """See `ParallelFlags.processes`."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelModelOptions(ServedModelOptions, ParallelFlags):
+    """A model that generates text, over several ranks."""

@@ -6,12 +6,19 @@ import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.cli.console import note, quiet_transformers
 from moetor.cli.flags import UsageError
-from moetor.cli.options import MODEL, QUANTIZATION, ModelSource, QuantizationName
+from moetor.cli.options import (
+    MODEL,
+    QUANTIZATION,
+    ModelSource,
+    QuantizationName,
+    ServingParallelFlags,
+)
 from moetor.engine.config import ENGINE, EngineConfig
+from moetor.parallel.launch import rank_number
 from moetor.server.config import SERVER, ServerConfig
 
 if TYPE_CHECKING:
@@ -21,7 +28,7 @@ _EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ModelSource, EngineConfig, ServerConfig):
+class ServeOptions(ModelSource, EngineConfig, ServerConfig, ServingParallelFlags):
     """Serve a model with an OpenAI API.
 
     Point any OpenAI client at http://HOST:PORT/v1. The page at / has a chat and shows how the
@@ -48,9 +55,15 @@ class ServeOptions(ModelSource, EngineConfig, ServerConfig):
         },
     )
 
+    @property
+    def drains(self) -> bool:
+        """SIGTERM lets running requests go on for a while."""
+        return True
+
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         ServerConfig.__post_init__(self)
+        self.parallel()  # refuses flags that contradict one another
 
 
 def run(options: ServeOptions) -> int:
@@ -67,8 +80,37 @@ def run(options: ServeOptions) -> int:
         stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
     )
     quiet_transformers()
+    if rank_number():
+        _follow(options)
+        return 0
     serve(lambda: _engine(options), ServerConfig.server_part(options), options.model)
     return 0
+
+
+def _follow(options: ServeOptions) -> None:
+    """Another rank than the one that serves: does what that one does, until it ends."""
+    from moetor.engine import ModelSource as EngineSource
+    from moetor.engine import build_engine
+    from moetor.engine.ranks import RankedCore
+
+    source = EngineSource(model=options.model, **_source(options))
+    engine = build_engine(source, EngineConfig.of(options))
+    assert isinstance(engine.core, RankedCore), "it was started as one of several"
+    engine.core.follow()
+
+
+def _source(options: ServeOptions) -> dict[str, Any]:
+    """Which model, and how it is loaded."""
+    return {
+        "kernel": options.kernel,
+        "dtype": options.dtype,
+        "device": options.device,
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+        "level": options.level,
+        "quantization": options.quantization,
+        "parallel": options.parallel(),
+    }
 
 
 def _engine(options: ServeOptions) -> AsyncEngine:
@@ -76,15 +118,7 @@ def _engine(options: ServeOptions) -> AsyncEngine:
 
     note(f"loading {options.model}")
     engine = AsyncEngine.from_model(
-        options.model,
-        config=EngineConfig.of(options),
-        kernel=options.kernel,
-        dtype=options.dtype,
-        device=options.device,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        level=options.level,
-        quantization=options.quantization,
+        options.model, config=EngineConfig.of(options), **_source(options)
     )
     report = engine.fusion_report
     if report is not None:

@@ -222,8 +222,7 @@ class AsyncEngine:
             self.errors.append(f"{type(error).__name__}: {error}")
             self._dead = True
             self._fail_streams(f"the engine has stopped: {self.errors[-1]}")
-            with suppress(RuntimeError):  # whoever waits may be what has failed
-                self.engine.core.close(error)
+            self.engine.core.close(error)
 
     def _turn(self) -> None:
         """Takes in what was posted, and makes a step."""

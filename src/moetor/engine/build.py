@@ -201,6 +201,12 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
             "parallel is for a path whose model is fused; spread a live model yourself: "
             "moetor.fuse(model, parallel=...)"
         )
+    spread = not isinstance(source.model, str) and spread_over(source.model) is not None
+    if config.fuse_dense and (source.parallel is not None or spread):
+        raise ConfigError(
+            "fuse_dense joins what several ranks split: dense parts are joined, or split by "
+            "Transformers' plan, not both; leave out fuse_dense, or take one rank"
+        )
     if not isinstance(source.model, str):
         asked = [n for n in ("dtype", "device") if getattr(source, n) != "auto"]
         if config.load_format != "auto":
@@ -266,8 +272,7 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             level=source.level,
             kernel=source.kernel,
             quantization=source.quantization,
-            # Dense parts are split by Transformers' plan, or joined, not both.
-            dense=config.fuse_dense and source.parallel is None,
+            dense=config.fuse_dense,
             parallel=source.parallel,
         )
     if source.quantization is not None or source.kernel != "auto":
@@ -276,7 +281,7 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             + ("not fused with level 'none'" if source.level == "none" else "fused already")
             + "; leave them out"
         )
-    if config.fuse_dense and not is_dense_fused(model) and spread_over(model) is None:
+    if config.fuse_dense and not is_dense_fused(model):
         return FusionReport([], dense=fuse_dense(model))
     return None
 

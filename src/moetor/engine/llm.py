@@ -33,7 +33,7 @@ class LLM:
         quantization, kernel, level: as `moetor.fuse` takes them; level `none` does not fuse.
         revision, trust_remote_code: of a checkpoint on the hub.
         parallel: spreads the model over the ranks that a launcher has started, of which each makes
-            the same `LLM` and the same calls, and gets all the results. One tensor-parallel group.
+            the same `LLM` and the same calls, and gets all the results.
         settings: the fields of `EngineConfig`: `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `kv_cache_blocks`, `gpu_memory_utilization`,
             `enable_prefix_caching`, `enforce_eager`, `fuse_dense`, `seed`, `load_format`.

@@ -29,7 +29,10 @@ class ExpertLoad(RoutingRecorder):
         self._paths: dict[str, str] = {}
         self._counts: dict[str, Tensor] = {}
         for path, module in fused_modules(model):
+            spread = module.parallel
             size = module.routed_experts.config.num_experts
+            if spread is not None and spread.experts is not None:
+                size = spread.experts.placement.num_experts  # of all ranks: ids are the router's
             self._paths[module.name] = path
             # One place more for dropped slots, whose id is the number of experts.
             self._counts[module.name] = torch.zeros(size + 1, dtype=torch.int64, device=device)

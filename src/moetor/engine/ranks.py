@@ -12,10 +12,12 @@ from __future__ import annotations
 import pickle
 import time
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from moetor.engine.core import EngineCore
+from moetor.engine.grammar import GrammarCompiler
 from moetor.engine.messages import broadcast, gather
 from moetor.engine.outputs import EngineStats, FinishReason, Logprob
 from moetor.engine.runner import Runner
@@ -87,11 +89,12 @@ class RankedCore(EngineCore):
         runner: Runner,
         scheduler: Scheduler,
         tokenizer: Any,
+        grammars: GrammarCompiler,
         *,
         overlap: bool,
         groups: ParallelGroups,
     ) -> None:
-        super().__init__(runner, scheduler, tokenizer, overlap=overlap)
+        super().__init__(runner, scheduler, tokenizer, grammars, overlap=overlap)
         self.groups = groups
         self._homes: dict[str, int] = {}
         self._sequences = [0] * groups.config.data_parallel_size
@@ -166,7 +169,7 @@ class RankedCore(EngineCore):
             mine = _added(mine, told.stats)
         return mine
 
-    def _worth_a_launch(self, step: Step) -> bool:
+    def _worth_starting(self, step: Step) -> bool:
         return bool(step.parts) or self.runner.lockstep is not None
 
     def _lose(self, step: Step, error: Exception, changed: dict[str, Request]) -> None:
@@ -269,10 +272,11 @@ class RankedCore(EngineCore):
             raise self.fatal from error
 
     def close(self, error: BaseException | None = None) -> None:
-        """Ends the ranks that follow."""
+        """Ends the ranks that follow, as far as they are still there."""
         if self._leads:
             self._leads = False
-            self._order("end", None if error is None else str(error))
+            with suppress(RuntimeError):
+                self._order("end", None if error is None else str(error))
 
     def _order(self, what: Literal["step", "rest", "end"], error: str | None = None) -> None:
         done, self._done = self._done, []

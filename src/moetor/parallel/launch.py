@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moetor.errors import ParallelError
 
@@ -65,11 +67,16 @@ def tell_launcher(text: str) -> bool:
     return True
 
 
-def launch(command: Sequence[str], ranks: int, *, stdin: Path | None = None) -> int:
+def launch(
+    command: Sequence[str], ranks: int, *, stdin: Path | None = None, drains: bool = False
+) -> int:
     """Runs `command` as so many ranks. Rank 0 has this process's output.
 
     Args:
         stdin: a file that every rank reads as its standard input; none otherwise.
+        drains: rank 0 ends in order, and the others with it, when it gets SIGTERM: so it gets the
+            first SIGTERM or Ctrl-C that this process gets. Otherwise, and at the second one, all
+            are ended.
 
     Returns:
         0: all ranks have ended well.
@@ -78,14 +85,38 @@ def launch(command: Sequence[str], ranks: int, *, stdin: Path | None = None) -> 
         ParallelError: a rank died or ended badly; names it and its error. All are ended.
     """
     with tempfile.TemporaryDirectory(prefix="moetor-ranks-") as folder:
-        started = [_start(command, ranks, number, Path(folder), stdin) for number in range(ranks)]
+        started: list[_Rank] = []
+        before = _catch_signals(started if drains else [])
         try:
+            for number in range(ranks):
+                started.append(_start(command, ranks, number, Path(folder), stdin))
             if not _all_end_well(started):
                 time.sleep(SETTLE_SECONDS)
                 raise ParallelError(_why(started))
         finally:
             _end(started)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return 0
+
+
+def _catch_signals(drained: list[_Rank]) -> dict[int, Any]:
+    """Handles SIGTERM and Ctrl-C until the handlers that were there, which it gives, are back."""
+    asked = False
+
+    def handle(number: int, _: Any) -> None:
+        nonlocal asked
+        if drained and not asked:
+            asked = True
+            drained[0].process.send_signal(signal.SIGTERM)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # only there may signals be handled
+    return {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 def _start(
