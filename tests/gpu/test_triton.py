@@ -229,6 +229,44 @@ def test_every_row_tile(
     inputs.check(run_large(*arguments, plan))
 
 
+WALKED_FORMS: list[dict[str, Any]] = [
+    *(form for form in SIZED_FORMS if form != {"transposed": True}),
+    {"gated": False, "transposed": True, "has_bias": True},
+    {"interleaved": True, "weight_on_input": True},
+]
+
+
+@pytest.mark.skipif(
+    REFUSED is None and torch.cuda.get_device_capability()[0] < 9,
+    reason="tensor descriptors need compute capability 9.0",
+)
+@pytest.mark.parametrize("form", WALKED_FORMS, ids=by_name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=by_name)
+@pytest.mark.parametrize(
+    ("rows", "columns", "warps", "stages"), [(128, 64, 4, 3), (128, 128, 8, 3), (64, 32, 4, 4)]
+)
+def test_first_products_that_walk(
+    form: dict[str, Any],
+    dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    warps: int,
+    stages: int,
+    seed: int,
+) -> None:
+    """Rows copied into expert order; columns and depths that no tile divides."""
+    torch.manual_seed(seed)
+    hidden = 512 if form.get("transposed") else 520
+    config = ExpertsConfig(num_experts=6, hidden_size=hidden, intermediate_size=392, **form)
+    inputs = Inputs(config, 2, 900, dtype, drop=0.05)
+    tile = choose.Tile(
+        rows=rows, columns=columns, depth=64, warps=warps, stages=stages, tma=True, persistent=132
+    )
+    poison()
+    arguments = (inputs.hidden, inputs.routing, inputs.ids, inputs.weights, config)
+    inputs.check(run_large(*arguments, choose.LargePlan(up=tile, down=tile)))
+
+
 @pytest.mark.skipif(
     REFUSED is None and torch.cuda.get_device_capability()[0] < 9,
     reason="programmatic dependent launch needs compute capability 9.0",

@@ -76,6 +76,9 @@ def _large_changes(plan: LargePlan, device: Device) -> Iterator[tuple[str, Large
         yield "down BN128", replace(plan, down=replace(plan.down, columns=128))
         many = 0 if plan.down.persistent else device.sms
         yield f"down persistent={many}", replace(plan, down=replace(plan.down, persistent=many))
+        walk = 0 if plan.up.persistent else device.sms
+        walking = replace(plan.up, persistent=walk, halves=not walk)
+        yield f"up persistent={walk}", replace(plan, up=walking)
 
 
 def _wider(tile: Tile) -> Tile:

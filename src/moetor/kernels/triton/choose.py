@@ -44,7 +44,8 @@ class Tile:
         depth: BK.
         group: row tiles that walk the columns together.
         tma: the weight (and the rows of a second product) are read through tensor descriptors.
-        persistent: programs that walk over all tiles of a second product; 0 for one a tile.
+        persistent: programs that walk over all tiles; 0 for one a tile. A first product walks over
+            rows that were copied into expert order before, where storage and GPU allow it.
         halves: tiles whose upper half is padding compute their lower half alone.
     """
 
@@ -272,23 +273,34 @@ def large_plan(
         replace(up, columns=up.columns // halves), config.intermediate_size, config.hidden_size
     )
     down = tile(config.intermediate_size)
-    # Where an expert fills few tiles, its last one is a large part of the work.
-    few = 256 if config.intermediate_size < 1536 else 512
-    many = tokens is not None and tokens * top_k >= few * config.num_experts
+    mean = 0.0 if tokens is None else tokens * top_k / config.num_experts
+    # Where an expert fills less than two tiles, its last one is a large part of the work.
+    walks = hopper and rows == 128 and mean >= 256
     if rows == 128:
-        up, down = replace(up, halves=True), replace(down, halves=not (hopper and many))
-    if hopper and rows == 128 and many:
-        # Programs that walk over tiles load the next one's operands under the last one's store. A
-        # short depth makes that store the larger part: two programs a multiprocessor hide it.
-        down = replace(down, persistent=device.sms)
-        if config.intermediate_size < 1536:
-            down = replace(down, columns=128, warps=4, stages=3, persistent=2 * device.sms)
+        up, down = replace(up, halves=True), replace(down, halves=not walks)
+    if walks:
+        # Programs that walk over tiles load the next one's operands under the last one's store.
+        # A short depth or few tiles make that store a large part: two programs a multiprocessor.
+        short = config.intermediate_size < 1536
+        down = _walking(down, 128, device, narrow=short or mean < 512)
+        # The first product walks over rows copied before: worth it where H + I are written and read
+        # once for many products.
+        if not short and not (config.gated and config.transposed and not config.interleaved):
+            up = _walking(replace(up, halves=False), 128 // halves, device, narrow=mean < 512)
+            up = _at_most(up, config.intermediate_size, config.hidden_size)
     down = _at_most(down, config.hidden_size, config.intermediate_size)
     return LargePlan(
         up=_fit(up, device, halves=halves, itemsize=itemsize),
         down=_fit(down, device, halves=1, itemsize=itemsize),
         pdl=device.capability[0] >= 9,
     )
+
+
+def _walking(tile: Tile, columns: int, device: Device, *, narrow: bool) -> Tile:
+    """`tile` for programs that walk: one a multiprocessor, or two with narrower tiles."""
+    if narrow:
+        return replace(tile, columns=columns, warps=4, stages=3, persistent=2 * device.sms)
+    return replace(tile, persistent=device.sms)
 
 
 def tma_allowed(

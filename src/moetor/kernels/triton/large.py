@@ -1,5 +1,6 @@
 """Routed experts for many tokens on NVIDIA GPUs: slots sorted by expert on the device, two grouped
-matrix products, one sum. The host learns no expert count, so a CUDA graph can hold it.
+matrix products (the first one's rows may be copied into order before), one sum. The host learns no
+expert count, so a CUDA graph can hold it.
 
 Shape letters: T tokens, K top_k, S = T * K slots, E experts, H hidden, I intermediate.
 """
@@ -25,6 +26,7 @@ from moetor.kernels.triton.choose import (
     next_power_of_2,
     tma_allowed,
 )
+from moetor.kernels.triton.gathered import can_walk, launch_copy, launch_walk_up
 from moetor.kernels.triton.sort import RowTiles, make_row_tiles
 
 # The activation of a first product that ends without one.
@@ -104,7 +106,13 @@ def _activated(
     if config.activation.function is None:
         act_RI = hidden_TH.new_empty((made.rows, config.intermediate_size))
         constants = activation_constants(config.activation)
-        launch_up(hidden_TH, topk_weights_TK, weights, config, plan, made, act_RI, constants)
+        if plan.up.persistent and can_walk(hidden_TH, weights, config, plan.up):
+            rows_RH = launch_copy(hidden_TH, made, plan.up, pdl=plan.pdl)
+            launch_walk_up(
+                rows_RH, topk_weights_TK, weights, config, plan.up, made, act_RI, constants
+            )
+        else:
+            launch_up(hidden_TH, topk_weights_TK, weights, config, plan, made, act_RI, constants)
         return act_RI
     up_RJ = hidden_TH.new_empty((made.rows, config.up_size))
     plain = replace(
@@ -304,7 +312,7 @@ class TritonLargeKernel(ExpertsKernel):
     ) -> int:
         """Rows of both products, their maps, copies of a strided routing. A slot may begin a tile
         of 16 rows; larger tiles are taken only where experts have rows to fill half of them."""
-        widths = config.hidden_size + config.intermediate_size
+        widths = 2 * config.hidden_size + config.intermediate_size
         if config.activation.function is not None:
             widths += 2 * config.up_size
         return top_k * (17 * (widths * dtype.itemsize + 4) + 24)

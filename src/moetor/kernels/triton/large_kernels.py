@@ -16,7 +16,7 @@ from moetor.kernels.triton.device_code import activate_gated, activate_ungated, 
 
 
 @triton.jit
-def _swizzle(pid, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
+def swizzle(pid, tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
     """Row tile and column block: GROUP row tiles walk the columns together and share them in L2."""
     width = GROUP * BLOCKS
     first = (pid // width) * GROUP
@@ -206,7 +206,7 @@ def large_up(
     tiles = tl.load(used)
     if tl.program_id(0) >= tiles * BLOCKS:
         return
-    tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
+    tile, block = swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
     expert = tl.load(tile_expert + tile)
     if HALVES and tl.load(order + tile * BM + BM // 2) >= slots:
         _up_tile(
@@ -324,7 +324,7 @@ def large_down(
     tiles = tl.load(used)
     if PERSISTENT:
         for pid in tl.range(tl.program_id(0), tiles * BLOCKS, tl.num_programs(0), flatten=True):
-            tile, block = _swizzle(pid, tiles, BLOCKS, GROUP)
+            tile, block = swizzle(pid, tiles, BLOCKS, GROUP)
             _down_tile(
                 act, weight, bias, out, tile_expert, tile, tile * BM, block, stride_e, stride_n,
                 stride_k, H, I, TRANSPOSED, HAS_BIAS, TMA, TMA_ROWS, BM, BN, BK,
@@ -332,7 +332,7 @@ def large_down(
     else:
         if tl.program_id(0) >= tiles * BLOCKS:
             return
-        tile, block = _swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
+        tile, block = swizzle(tl.program_id(0), tiles, BLOCKS, GROUP)
         if HALVES and tl.load(order + tile * BM + BM // 2) >= slots:
             _down_tile(
                 act, weight, bias, out, tile_expert, tile, tile * BM, block, stride_e, stride_n,
