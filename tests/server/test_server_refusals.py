@@ -17,6 +17,12 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+OTHER = {"type": "function", "function": {"name": "other"}}
+BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+UNNAMED = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+AN_OBJECT = {"type": "json_object"}
+NO_TEXT = {"prompt": "x", "max_tokens": 0, "echo": True, "response_format": AN_OBJECT}
+BOTH_FORMS = {"prompt": "x", "response_format": AN_OBJECT, "structured_outputs": {"regex": "a"}}
 PADDED = {"padding": "max_length", "max_length": 10**6}
 
 # path, fields, the one that is named, a word of the message
@@ -40,10 +46,22 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": HELLO, "logprobs": 1}, "logprobs", "bool"),
     (CHAT, {"messages": HELLO, "tools": [TOOL]}, "tools", "has no tools"),
     (CHAT, {"messages": HELLO, "tools": [{}]}, "tools", "tools.0"),
-    (CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": "required"}, "tool_choice", "auto"),
+    (CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": "must"}, "tool_choice", "required"),
+    (CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": {}}, "tool_choice", "required"),
+    (CHAT, {"messages": HELLO, "tools": [TOOL], "tool_choice": OTHER}, "tool_choice", "not in"),
     (CHAT, {"messages": HELLO, "tool_choice": "auto"}, "tool_choice", "needs tools"),
     (CHAT, {"messages": HELLO, "parallel_tool_calls": True}, "parallel_tool_calls", "tools"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "json_object"}}, None, "json_object"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "xml"}}, "response_format", "json"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, None, "needs it"),
+    (CHAT, {"messages": HELLO, "response_format": BAD_SCHEMA}, "response_format", "nothing"),
+    (CHAT, {"messages": HELLO, "response_format": UNNAMED}, "response_format", "name"),
+    (TEXT, {"prompt": "x", "response_format": BAD_SCHEMA}, "response_format", "nothing"),
+    (TEXT, {"prompt": "x", "structured_outputs": {}}, "structured_outputs", "exactly one"),
+    (TEXT, {"prompt": "x", "structured_outputs": {"regex": "("}}, "structured_outputs", "compile"),
+    (TEXT, {"prompt": "x", "structured_outputs": {"choice": "a"}}, "structured_outputs", "list"),
+    (TEXT, {"prompt": "x", "guided_json": {}}, "guided_json", "structured_outputs"),
+    (TEXT, BOTH_FORMS, "structured_outputs", "both"),
+    (TEXT, NO_TEXT, "response_format", "max_tokens"),
     (CHAT, {"messages": HELLO, "functions": []}, "functions", "not a field"),
     (CHAT, {"messages": HELLO, "stream_options": {}}, "stream_options", "stream"),
     (CHAT, {"messages": HELLO, "add_special_tokens": True}, "add_special_tokens", "template"),

@@ -114,6 +114,7 @@ class GrammarCompiler:
             return self._tokens
         if self._tokenizer is None:
             raise ConfigError("structured_outputs need a tokenizer, and the engine has none")
+        _check_installed()
         from llguidance import hf
 
         size = max(self._vocab_size, len(self._tokenizer))
@@ -127,6 +128,16 @@ class GrammarCompiler:
             ) from error
         return self._tokens
 
+    def mark(self, text: str) -> str:
+        """What `text` is called in Lark's syntax: a token, where the tokenizer has one of this name
+        that stands apart from text; else the text. Raises as `tokens` does.
+        """
+        tokens = self.tokens()
+        token = self._tokenizer.get_vocab().get(text)
+        if token is not None and tokens.is_special_token(token):
+            return text
+        return json.dumps(text)
+
     def executor(self) -> LLExecutor:
         """Threads that compute the masks of several rows."""
         if self._executor is None:
@@ -136,6 +147,16 @@ class GrammarCompiler:
         return self._executor
 
 
+def _check_installed() -> None:
+    try:
+        import llguidance  # noqa: F401
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            "structured_outputs need llguidance, which is not installed; pip install "
+            "'moetor[structured]'"
+        ) from missing
+
+
 def _source(asked: StructuredOutputsParams) -> str:
     """The grammar as llguidance reads it.
 
@@ -143,13 +164,9 @@ def _source(asked: StructuredOutputsParams) -> str:
         ConfigError: llguidance is not installed.
         InputError: it cannot be read.
     """
-    try:
-        from llguidance import LLMatcher, grammar_from
-    except ModuleNotFoundError as missing:
-        raise ConfigError(
-            "structured_outputs need llguidance, which is not installed; pip install "
-            "'moetor[structured]'"
-        ) from missing
+    _check_installed()
+    from llguidance import LLMatcher, grammar_from
+
     try:
         if asked.regex is not None:
             return LLMatcher.grammar_from_regex(asked.regex)

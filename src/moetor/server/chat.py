@@ -13,12 +13,13 @@ from moetor.engine import CompletionOutput
 from moetor.server.answers import Choices, collect, usage
 from moetor.server.conversation import conversation_tokens
 from moetor.server.errors import refusal
+from moetor.server.forms import chat_form
 from moetor.server.logprobs import chat_logprobs
 from moetor.server.protocol import ChatBody
 from moetor.server.sampling import sampling_params
 from moetor.server.service import Job, Service, request_name
 from moetor.server.streams import event
-from moetor.server.tools import ToolParser, offered_tools
+from moetor.server.tools import Offer, ToolParser, offered_tools
 
 MAX_TOP_LOGPROBS = 20
 router = APIRouter()
@@ -33,14 +34,19 @@ async def chat(body: ChatBody, request: Request) -> Response:
     limit = body.max_completion_tokens
     if limit is None:
         limit = body.max_tokens
+    offer = offered_tools(body, getattr(service.engine.tokenizer, "chat_template", None))
+    form = await service.in_thread(chat_form, body, offer, service.grammars)
+    await service.check_form(form)
     params = sampling_params(
-        body, max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+        body,
+        max_tokens=limit,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        form=form,
     )
-    tools = offered_tools(body, getattr(service.engine.tokenizer, "chat_template", None))
     ids = await conversation_tokens(
         service,
         body.messages,
-        tools=tools,
+        tools=None if offer is None else offer.tools,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
         extra=body.chat_template_kwargs,
@@ -48,7 +54,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     service.check_length(ids, limit, "messages")
     name = request_name("chatcmpl")
     job = await service.submit([ids], params, name)
-    answer = _Answer(service, body, name, tools=tools is not None)
+    answer = _Answer(service, body, name, offer)
     return await service.respond(request, answer, job, name, stream=bool(body.stream))
 
 
@@ -68,12 +74,6 @@ def _check(body: ChatBody) -> None:
             )
     if body.stream_options is not None and not body.stream:
         raise refusal("stream_options needs stream to be true", "stream_options")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise refusal(
-            f"response_format {body.response_format.type!r} is not supported; leave it out or take "
-            "'text'",
-            "response_format",
-        )
     if body.add_special_tokens:
         raise refusal(
             "add_special_tokens: a chat template brings the special tokens itself; leave it out",
@@ -85,11 +85,11 @@ class _Answer:
     """Makes the answer's parts.
 
     Args:
-        tools: whether calls of tools are looked for.
+        offer: of tools, of which calls are looked for; None where there are none.
     """
 
-    def __init__(self, service: Service, body: ChatBody, name: str, *, tools: bool) -> None:
-        self._service, self._body, self._tools = service, body, tools
+    def __init__(self, service: Service, body: ChatBody, name: str, offer: Offer | None) -> None:
+        self._service, self._body, self._offer = service, body, offer
         self._parsers: dict[int, ToolParser] = {}
         self._frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
 
@@ -145,10 +145,9 @@ class _Answer:
             yield event({**frame, "choices": [], "usage": usage(choices.last)})
 
     def _parse(self, one: CompletionOutput, text: str) -> tuple[str, list[dict[str, Any]]]:
-        if not self._tools:
+        if self._offer is None:
             return text, []
-        single = self._body.parallel_tool_calls is False
-        parser = self._parsers.setdefault(one.index, ToolParser(single=single))
+        parser = self._parsers.setdefault(one.index, ToolParser(single=self._offer.single))
         return parser.feed(text, final=one.finished)
 
     def _reason(self, one: CompletionOutput) -> str | None:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from moetor.engine import CompletionOutput, RequestOutput
 from moetor.server.answers import Choices, collect, usage
 from moetor.server.errors import refusal
+from moetor.server.forms import text_form
 from moetor.server.logprobs import TextLogprobs
 from moetor.server.protocol import CompletionBody
 from moetor.server.sampling import sampling_params
@@ -32,13 +33,18 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     alone = max_tokens == 0
     if alone and not body.echo:
         raise refusal("max_tokens 0 asks for nothing; take at least 1, or echo", "max_tokens")
+    form = text_form(body)
+    if alone and form is not None:
+        raise refusal(f"{form.field} needs max_tokens above 0", form.field)
     params = sampling_params(
         body,
         # The engine always generates; what it adds to an echo without continuation is left out.
         max_tokens=1 if alone else max_tokens,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        form=form,
     )
+    await service.check_form(form)
     prompts = await _prompts(service, body)
     for ids, _ in prompts:
         service.check_length(ids, max_tokens, "prompt")
@@ -58,12 +64,6 @@ def _check(body: CompletionBody) -> None:
         )
     if body.stream_options is not None and not body.stream:
         raise refusal("stream_options needs stream to be true", "stream_options")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise refusal(
-            f"response_format {body.response_format.type!r} is not supported; leave it out or take "
-            "'text'",
-            "response_format",
-        )
 
 
 async def _prompts(service: Service, body: CompletionBody) -> list[tuple[list[int], str]]:

@@ -91,7 +91,9 @@ def _first_problem(problems: Sequence[Any]) -> tuple[str | None, str]:
     if problem["type"] == "json_invalid":
         return None, "the body is not valid JSON"
     if problem["type"] == "extra_forbidden":
-        return param, f"{'.'.join(place)} is not a field that this server knows; leave it out"
+        # vLLM's earlier names, which its current release refuses as well.
+        advice = "use structured_outputs" if place[0].startswith("guided_") else "leave it out"
+        return param, f"{'.'.join(place)} is not a field that this server knows; {advice}"
     if problem["type"] == "missing":
         return param, f"{'.'.join(place) or 'the body'} is missing"
     if param is None:

@@ -24,11 +24,33 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class JsonSchema(Body):
+    """Of `response_format`; the text always satisfies the schema, `strict` or not."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(Body):
     """The form of the text; `text` leaves it free."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """The form of the text, as vLLM asks for it: one of the first five."""
+
+    json_: str | dict[str, Any] | None = Field(default=None, alias="json")
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
+    disable_additional_properties: bool | None = None
 
 
 class Sampling(Body):
@@ -56,6 +78,7 @@ class Sampling(Body):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(default=None, description="Identifies the end user to the caller.")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from moetor.engine import SamplingParams
 from moetor.errors import InputError
 from moetor.server.errors import refusal
+from moetor.server.forms import Form
 from moetor.server.protocol import Sampling
 
 _SAME_NAME = (
@@ -34,12 +35,14 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    form: Form | None = None,
 ) -> SamplingParams:
     """What the request asks of sampling.
 
     Args:
         max_tokens: to generate at most; None up to the model's length.
         logprobs, prompt_logprobs: as the engine takes them.
+        form: of the text.
 
     Raises:
         ApiError: status 400, naming the field.
@@ -61,7 +64,11 @@ def sampling_params(
         asked["logit_bias"] = _logit_bias(body.logit_bias)
     try:
         return SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **asked
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_outputs=None if form is None else form.asked,
+            **asked,
         )
     except InputError as error:
         raise refusal(str(error), blamed(body, str(error))) from error

@@ -16,10 +16,12 @@ from starlette.responses import JSONResponse, Response
 
 from moetor.engine import AsyncEngine, EngineStoppedError, RequestOutput, SamplingParams
 from moetor.engine.aio import OutputStream
+from moetor.engine.grammar import GrammarCompiler
 from moetor.engine.text import decode_function
 from moetor.errors import InputError
 from moetor.server.config import ServerConfig
 from moetor.server.errors import ApiError, refusal
+from moetor.server.forms import Form
 from moetor.server.metrics import Metrics
 from moetor.server.streams import EventStream, while_connected
 
@@ -161,6 +163,20 @@ class Service:
         """Runs `work` on the tokenizer's thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, work, *arguments)
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """For texts that must have a form; its work belongs on the tokenizer's thread."""
+        return self.engine.engine.intake.grammars
+
+    async def check_form(self, form: Form | None) -> None:
+        """Compiles the form of a text, where it has one.
+
+        Raises:
+            ApiError: status 400: it does not compile, or cannot be had here.
+        """
+        if form is not None:
+            await self.in_thread(form.check, self.grammars)
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text.

@@ -19,8 +19,30 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
-def offered_tools(body: ChatBody, template: Any) -> list[dict[str, Any]] | None:
-    """The tools that the template is to tell of; None where there are none to tell.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The tools of a request.
+
+    Attributes:
+        tools: of which the template is to tell.
+        callable: those of them that may be called.
+        forced: whether one must be.
+        single: whether there may be one call alone.
+    """
+
+    tools: list[dict[str, Any]]
+    callable: list[dict[str, Any]]
+    forced: bool
+    single: bool
+
+    @property
+    def constrained(self) -> bool:
+        """Whether what the model writes of a call has to be held to a form."""
+        return self.forced or any(tool["function"].get("strict") for tool in self.callable)
+
+
+def offered_tools(body: ChatBody, template: Any) -> Offer | None:
+    """The tools of a request; None where there are none to tell of.
 
     Args:
         template: the chat template's text.
@@ -37,21 +59,45 @@ def offered_tools(body: ChatBody, template: Any) -> list[dict[str, Any]] | None:
         return None
     for index, tool in enumerate(body.tools):
         _check_tool(index, tool)
+    named = _named_tools(body.tools, choice)
     if choice == "none":
         return None
-    if choice not in (None, "auto"):
-        raise refusal(
-            "tool_choice can be 'auto' or 'none': to force a call the output would have to be "
-            "constrained, which this server does not do",
-            "tool_choice",
-        )
     if not isinstance(template, str) or "tools" not in template or BEGIN not in template:
         raise refusal(
             f"the chat template of this model has no tools that are called with {BEGIN}; start the "
             "server with --chat-template FILE, or leave tools out",
             "tools",
         )
-    return body.tools
+    return Offer(
+        tools=body.tools,
+        callable=named or body.tools,
+        forced=choice not in (None, "auto"),
+        single=body.parallel_tool_calls is False or bool(named),
+    )
+
+
+def _named_tools(
+    tools: list[dict[str, Any]], choice: str | dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The tool that `choice` names, alone; none where it names none.
+
+    Raises:
+        ApiError: status 400: it is malformed, or there is no such tool.
+    """
+    if choice is None or choice in ("none", "auto", "required"):
+        return []
+    function = choice.get("function") if isinstance(choice, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(choice, dict) or choice.get("type") != "function" or name is None:
+        raise refusal(
+            "tool_choice can be 'none', 'auto', 'required', or "
+            '{"type": "function", "function": {"name": NAME}}',
+            "tool_choice",
+        )
+    found = [tool for tool in tools if tool["function"]["name"] == name]
+    if not found:
+        raise refusal(f"tool_choice names {str(name)[:64]!r}, which is not in tools", "tool_choice")
+    return found
 
 
 def _check_tool(index: int, tool: dict[str, Any]) -> None:
@@ -64,10 +110,10 @@ def _check_tool(index: int, tool: dict[str, Any]) -> None:
             "dots, dashes and underscores",
             "tools",
         )
-    if function.get("strict"):
+    parameters, strict = function.get("parameters"), function.get("strict")
+    if not isinstance(parameters, dict | None) or not isinstance(strict, bool | None):
         raise refusal(
-            f"tools.{index}: strict asks for constrained output, which this server does not do",
-            "tools",
+            f"tools.{index}: parameters must be a JSON schema, and strict true or false", "tools"
         )
 
 
