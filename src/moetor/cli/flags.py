@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -98,7 +98,8 @@ def parse_options(
     for field in dataclasses.fields(options):
         file = getattr(parsed, field.name)
         if field.metadata.get("settings_file") and file is not None:
-            parsed = parser.parse_args([*_from_file(parser, options, file), *arguments])
+            words = settings_words(parser, options, _read_settings(file), str(file))
+            parsed = parser.parse_args([*words, *arguments])
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
     try:
         return options(**values)
@@ -106,19 +107,29 @@ def parse_options(
         raise UsageError(str(refusal)) from refusal
 
 
-def _from_file(
-    parser: argparse.ArgumentParser, options: type[DataclassInstance], file: Path
+def settings_words(
+    parser: argparse.ArgumentParser,
+    options: type[DataclassInstance],
+    settings: Mapping[Any, Any],
+    where: str,
 ) -> list[str]:
-    """The flags of a YAML file as words of a command line; its argument becomes the default."""
+    """Flags and their values as words of a command line; the argument becomes the default.
+
+    Args:
+        where: they stand, for errors.
+
+    Raises:
+        UsageError: one is no flag that can stand there, or lacks its value.
+    """
     fields = {field.name: field for field in dataclasses.fields(options)}
     words = []
-    for key, value in _read_settings(file).items():
+    for key, value in settings.items():
         name = str(key).replace("-", "_")
         field = fields.get(name)
         if field is None or field.metadata.get("settings_file"):
-            raise UsageError(f"{file}: {key} is not a flag that can stand in a file")
+            raise UsageError(f"{where}: {key} is not a flag that can stand there")
         if isinstance(value, dict) or value is None:
-            raise UsageError(f"{file}: {key} needs a value, or a list of them")
+            raise UsageError(f"{where}: {key} needs a value, or a list of them")
         flag = "--" + name.replace("_", "-")
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         if field.metadata.get("positional"):
@@ -126,7 +137,7 @@ def _from_file(
         elif not isinstance(field.default, bool):
             words.append(f"{flag}={text}")
         elif not isinstance(value, bool):
-            raise UsageError(f"{file}: {key} is a switch; write true or false")
+            raise UsageError(f"{where}: {key} is a switch; write true or false")
         elif value != field.default:
             words.append(flag if value else f"--no-{flag[2:]}")
     return words

@@ -93,13 +93,13 @@ def _follow(options: ServeOptions) -> None:
     from moetor.engine import build_engine
     from moetor.engine.ranks import RankedCore
 
-    source = EngineSource(model=options.model, **_source(options))
+    source = EngineSource(model=options.model, **model_source(options))
     engine = build_engine(source, EngineConfig.of(options))
     assert isinstance(engine.core, RankedCore), "it was started as one of several"
     engine.core.follow()
 
 
-def _source(options: ServeOptions) -> dict[str, Any]:
+def model_source(options: ServeOptions) -> dict[str, Any]:
     """Which model, and how it is loaded."""
     return {
         "kernel": options.kernel,
@@ -118,7 +118,7 @@ def _engine(options: ServeOptions) -> AsyncEngine:
 
     note(f"loading {options.model}")
     engine = AsyncEngine.from_model(
-        options.model, config=EngineConfig.of(options), **_source(options)
+        options.model, config=EngineConfig.of(options), **model_source(options)
     )
     report = engine.fusion_report
     if report is not None:
