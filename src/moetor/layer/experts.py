@@ -95,6 +95,11 @@ class Experts(nn.Module):
         up = self.up_name
         return (up, "down_proj", f"{up}_bias", "down_proj_bias")
 
+    @property
+    def slice_multiple(self) -> int:
+        """Slices of the intermediate size begin at multiples of it."""
+        return 1
+
     def check_shard(self, shard: ExpertShard) -> None:
         """Refuses a part that these experts cannot be cut into; any is possible here."""
 

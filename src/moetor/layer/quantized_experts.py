@@ -16,7 +16,8 @@ from moetor.config import ExpertsConfig
 from moetor.errors import ConfigError
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.formats import QuantizedExpertWeights, QuantizedMatrix, canonical
-from moetor.layer.experts import Experts
+from moetor.layer.experts import Experts, TakenShards
+from moetor.parallel.quantized_shard import check_quantized, slice_multiple, take_quantized
 from moetor.parallel.shard import ExpertShard
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import (
@@ -122,24 +123,32 @@ class QuantizedExperts(Experts):
         matrices = (_parameter_name(n, field) for n in (up, "down_proj") for field in _FIELDS)
         return (*matrices, f"{up}_bias", "down_proj_bias")
 
+    @property
+    def slice_multiple(self) -> int:
+        """See `Experts.slice_multiple`."""
+        up, down = (self._forms[name].format for name in (self.up_name, "down_proj"))
+        return slice_multiple(up, down, self.config) or 1
+
     def check_shard(self, shard: ExpertShard) -> None:
-        """Refuses slices of the intermediate size, which would cut groups that share a scale.
+        """Refuses a slice that would cut a group that shares a scale.
 
         Raises:
-            ConfigError: the part is not of whole experts.
+            ConfigError: says what is possible.
         """
-        if (shard.start, shard.stop) != (0, self.config.intermediate_size):
-            raise ConfigError(
-                f"experts in the format {self.method.name!r} cannot be split by their intermediate "
-                "size; possible: enable_expert_parallel=True, which splits them by expert, or "
-                "experts without quantization"
-            )
+        check_quantized(self.quantized_weights, self.config, shard)
 
     def take_shard(self, shard: ExpertShard) -> list[Tensor | None]:
         """See `Experts.take_shard`."""
-        own = torch.tensor(shard.experts, device=self.device)
-        held = (self._parameters[name] for name in self.names_by_expert)
-        return [None if tensor is None else _rows(tensor.detach(), own) for tensor in held]
+        part = take_quantized(self.quantized_weights, self.config, shard)
+        matrices = (part.gate_up, part.down)
+        fields = [getattr(matrix, field) for matrix in matrices for field in _FIELDS]
+        return [*fields, part.gate_up_bias, part.down_bias]
+
+    def keep_shard(self, shard: ExpertShard, taken: TakenShards | None = None) -> None:
+        """See `Experts.keep_shard`."""
+        super().keep_shard(shard, taken)
+        depth = self.config.intermediate_size
+        self._forms["down_proj"] = replace(self._forms["down_proj"], depth=depth)
 
     @property
     def quantized_weights(self) -> QuantizedExpertWeights:
@@ -199,12 +208,6 @@ class QuantizedExperts(Experts):
     def extra_repr(self) -> str:
         """As `Experts`, with the quantisation."""
         return f"{super().extra_repr()}, {self.method.name}"
-
-
-def _rows(tensor: Tensor, own: Tensor) -> Tensor:
-    """Some rows, in any dtype: torch indexes no float8 tensors."""
-    bits = tensor.contiguous().view(torch.uint8) if tensor.dim() > 1 else tensor
-    return bits.index_select(0, own).view(tensor.dtype)
 
 
 def _parameter_name(name: str, field: str) -> str:

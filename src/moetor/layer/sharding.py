@@ -59,7 +59,12 @@ def check_layer(
     experts = layer.routed_experts
     router = layer.config.router
     layout = plan_layer(
-        groups, experts.config, router.top_k, loads=loads, num_groups=router.num_groups
+        groups,
+        experts.config,
+        router.top_k,
+        multiple=experts.slice_multiple,
+        loads=loads,
+        num_groups=router.num_groups,
     )
     experts.check_shard(layout.shard)
     by_expert = len(layout.shard.experts) != experts.config.num_experts
@@ -148,7 +153,14 @@ def check_experts(
     if owner.parallel is not None:
         raise ConfigError("these experts are spread over ranks already")
     experts = owner.routed_experts
-    layout = plan_layer(groups, experts.config, experts.top_k, reduces=True, loads=loads)
+    layout = plan_layer(
+        groups,
+        experts.config,
+        experts.top_k,
+        multiple=experts.slice_multiple,
+        reduces=True,
+        loads=loads,
+    )
     experts.check_shard(layout.shard)
     return layout
 

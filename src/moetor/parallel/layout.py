@@ -58,6 +58,7 @@ def plan_layer(
     form: ExpertsConfig,
     top_k: int,
     *,
+    multiple: int = 1,
     reduces: bool = False,
     loads: Sequence[float] | None = None,
     num_groups: int = 1,
@@ -67,6 +68,7 @@ def plan_layer(
     Args:
         form: of the whole layer.
         top_k: K.
+        multiple: slices of the intermediate size begin at multiples of it.
         reduces: the dispatcher itself gives the whole sum, for experts outside of a `MoELayer`;
             tokens are then not split.
         loads: recorded choices of every expert, for which the placement is made.
@@ -85,7 +87,7 @@ def plan_layer(
     if loads is not None and config.eplb is not None:
         placement = balance(placement, loads, config.eplb, num_groups)
     part, piece = divmod(index, width)
-    start, stop = slice_bounds(form.intermediate_size, width)[piece]
+    start, stop = slice_bounds(form.intermediate_size, width, multiple)[piece]
     shard = ExpertShard(experts=placement.parts[part], start=start, stop=stop, adds_bias=piece == 0)
     watched = config.eplb is not None and config.eplb.dynamic
     load = ExpertLoad(form.num_experts, config.eplb) if config.eplb and watched else None

@@ -22,19 +22,28 @@ _UNITS = (64, 32, 16, 8, 4, 2)
 _SLACK = 1.25
 
 
-def slice_bounds(size: int, parts: int) -> list[tuple[int, int]]:
+def slice_bounds(size: int, parts: int, multiple: int = 1) -> list[tuple[int, int]]:
     """`size` in `parts` consecutive slices, equal where it divides, else in units of a power of two
     up to 64 that leave them nearly equal.
 
+    Args:
+        multiple: slices begin at multiples of it, where values share a scale.
+
     Raises:
-        ConfigError: fewer elements than parts.
+        ConfigError: fewer elements, or runs of `multiple` of them, than parts.
     """
-    if size < parts:
+    most = -(-size // multiple)
+    if most < parts:
+        runs = "" if multiple == 1 else f" in runs of {multiple} that share a scale"
         raise ConfigError(
-            f"an intermediate size of {size} cannot be split over {parts} ranks; possible: at "
-            f"most {size} ranks, or enable_expert_parallel=True"
+            f"an intermediate size of {size}{runs} cannot be split over {parts} ranks; possible: "
+            f"at most {most} ranks, or enable_expert_parallel=True"
         )
-    unit = size // parts if size % parts == 0 else _unit(size, parts)
+    unit = multiple
+    if size % (parts * multiple) == 0:
+        unit = size // parts
+    elif multiple == 1:
+        unit = _unit(size, parts)
     units = -(-size // unit)
     bounds, start = [], 0
     for part in range(parts):
