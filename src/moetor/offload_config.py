@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from moetor.errors import ConfigError
 
 CpuExperts = int | Literal["auto"]
+DEFAULT_RESERVE = 2 * 2**30
 _HELP = "take the number of layers, or 'auto' for those that the GPU has no room for"
 
 
@@ -29,7 +31,9 @@ class OffloadConfig:
         decay: what a step's choices count in the next step.
         gpu_memory: bytes of the GPU that weights, caches and all else may take together; None for
             nine tenths of what is free.
-        reserve: bytes of these that are left for keys and values and for a step's activations.
+        host_memory: bytes that the experts may take of host memory; None for what is free.
+        reserve: bytes of the GPU's that are left for keys and values and for a step's activations;
+            None: the engine works it out, all others leave `DEFAULT_RESERVE`.
         accelerator: `cpu` puts the GPU's part on the CPU too, to test without one.
 
     Raises:
@@ -42,8 +46,14 @@ class OffloadConfig:
     moves_per_step: int = 8
     decay: float = 0.95
     gpu_memory: int | None = None
-    reserve: int = 2 * 2**30
+    host_memory: int | None = None
+    reserve: int | None = None
     accelerator: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The reserve, or its default."""
+        return DEFAULT_RESERVE if self.reserve is None else self.reserve
 
     def __post_init__(self) -> None:
         for name in ("cpu_experts", "cache_experts", "stream_min_tokens"):
@@ -53,14 +63,31 @@ class OffloadConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"{name}={value!r} is neither 'auto' nor a number from 0 on")
         for name in ("moves_per_step", "reserve"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        if self.gpu_memory is not None and self.gpu_memory < 1:
-            raise ConfigError(f"gpu_memory={self.gpu_memory} must be at least 1 byte")
+        for name in ("gpu_memory", "host_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1 byte")
         if not 0 <= self.decay < 1:
             raise ConfigError(f"decay={self.decay:g} must be from 0 to below 1")
         if self.accelerator not in ("cuda", "cpu"):
             raise ConfigError(f"accelerator={self.accelerator!r} is not one of cuda, cpu")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 24GiB, 24GB, 512MiB or 1000000.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
+    if found is None or (found[3] and not found[2]):
+        raise ConfigError(
+            f"{text!r} is no size; write for example 24GiB, 24GB or a number of bytes"
+        )
+    power = "kMGT".find(found[2]) + 1 if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def offload_config(cpu_experts: CpuExperts | OffloadConfig | None) -> OffloadConfig | None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Qwen3MoeConfig
 
 import moetor
 import moetor.huggingface
@@ -16,9 +18,17 @@ from moetor.cli.main import main
 from moetor.demo import model_path
 from moetor.huggingface import BlockReport, FusionReport
 from moetor.huggingface.loading import load_model
+from moetor.kernels.base import KernelQuery
+from moetor.kernels.native.kernel import NativeKernel
 from moetor.kernels.select import Refusal
 from moetor.tools.tiny import tiny_config
 
+FORM = moetor.ExpertsConfig(num_experts=2, hidden_size=4, intermediate_size=4)
+needs_native = pytest.mark.skipif(
+    NativeKernel().refusal(KernelQuery(device="cpu", dtype=torch.float32, experts=FORM, top_k=1))
+    is not None,
+    reason="needs the native kernel",
+)
 Captured = pytest.CaptureFixture[str]
 ENGINE = "engine: cache paged; tried against the model's own when it starts"
 
@@ -126,3 +136,51 @@ def test_memory_of_a_quantised_model_is_said_before_it_is_loaded(
 )
 def test_how_the_engine_caches(family: str, said: str) -> None:
     assert engine_line(tiny_config(family)).startswith(f"engine: {said}")
+
+
+@needs_native
+def test_memory_is_foreseen_for_a_gpu_that_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Qwen3MoeConfig(
+        hidden_size=512,
+        moe_intermediate_size=512,
+        num_hidden_layers=12,
+        num_experts=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        architectures=["Qwen3MoeForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(tmp_path)
+    flags = ["explain", str(tmp_path), "--device", "cpu", "--cpu-experts"]
+    assert (
+        main([*flags, "auto", "--gpu-memory", "2500MiB", "--host-memory", "64GiB", "--json"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)["offload"]
+    layer = 64 * 3 * 512 * 512 * 2
+    assert 0 < len(told["layers"]) < 12
+    assert told["host_bytes"] == len(told["layers"]) * layer
+    assert told["resident_bytes"] == (12 - len(told["layers"])) * layer
+    whole = ("dense", "resident", "cache", "staging")
+    used = sum(told[f"{name}_bytes"] for name in whole) + told["reserve"]
+    assert used <= told["gpu_memory"] == 2500 * 2**20
+    assert main([*flags, "12", "--gpu-memory", "24GiB", "--host-memory", "64GiB"]) == 0
+    out = capsys.readouterr().out
+    assert "experts in host memory: 12 layers, model.layers.0.mlp to model.layers.11.mlp" in out
+    assert "keys and values: 6 KiB a token" in out
+    bad = [
+        (["13", "--gpu-memory", "24GiB"], "above the 12 MoE layers"),
+        (["12", "--gpu-memory", "24GiB", "--host-memory", "1GiB"], "of host memory"),
+        (["auto", "--gpu-memory", "1GiB"], "GiB are there"),
+        (["auto", "--gpu-memory", "much"], "is no size"),
+        (["most"], "neither 'auto' nor a number"),
+        (["3"], "is on cpu"),
+    ]
+    for arguments, words in bad:
+        assert main([*flags, *arguments]) != 0
+        assert words in capsys.readouterr().err
+    assert main(["explain", str(tmp_path), "--gpu-memory", "3GiB"]) != 0
+    assert "give --cpu-experts too" in capsys.readouterr().err

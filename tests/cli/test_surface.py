@@ -33,8 +33,15 @@ RANKS: dict[str, object] = {
     "--parallel-timeout": 25.0,
 }
 PROMPTS_RANKS: dict[str, object] = {**RANKS, "-dp": 1, "--dispatcher": "auto"}
+OFFLOAD: dict[str, object] = {
+    "--cpu-experts": None,
+    "--cpu-experts-cache": "auto",
+    "--cpu-experts-stream": "auto",
+    "--gpu-memory": None,
+}
 TEXT_BENCH: dict[str, object] = {
     **PROMPTS_RANKS,
+    **OFFLOAD,
     "model": "demo",
     "--kernel": "auto",
     "--dtype": "auto",
@@ -84,10 +91,12 @@ SERVE_ENGINE = (
     "--enforce-eager",
     "--fuse-dense",
     *PROMPTS_RANKS,
+    *OFFLOAD,
 )
 SURFACE: dict[str, dict[str, object]] = {
     "generate": {
         **MODEL_FLAGS,
+        **OFFLOAD,
         "--prompt": None,
         "--chat": False,
         "--max-tokens": 64,
@@ -100,6 +109,7 @@ SURFACE: dict[str, dict[str, object]] = {
     },
     "chat": {
         **MODEL_FLAGS,
+        **OFFLOAD,
         "--system": None,
         "--max-tokens": 512,
         "--temperature": 0.7,
@@ -133,7 +143,13 @@ SURFACE: dict[str, dict[str, object]] = {
         "--config": None,
         "--debug": False,
     },
-    "explain": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
+    "explain": {
+        **MODEL_FLAGS,
+        **OFFLOAD,
+        "--host-memory": None,
+        "--level": "auto",
+        "--quantization": None,
+    },
     "verify": {**MODEL_FLAGS, "--level": "auto", "--quantization": None},
     "quantize": {
         "model": None,

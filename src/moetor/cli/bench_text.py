@@ -14,8 +14,10 @@ from moetor.cli.options import (
     MODEL,
     QUANTIZATION,
     ModelSource,
+    OffloadOptions,
     QuantizationName,
     ServingParallelFlags,
+    check_one_gpu,
 )
 from moetor.engine.config import ENGINE, EngineConfig
 from moetor.errors import InputError
@@ -24,12 +26,13 @@ from moetor.parallel.launch import rank_number
 if TYPE_CHECKING:
     from moetor.bench.generation import TextBackend, Workload
     from moetor.huggingface import FusionReport
+    from moetor.offload_config import OffloadConfig
 
 WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextBenchOptions(ModelSource, EngineConfig, ServingParallelFlags):
+class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParallelFlags):
     """What both commands take.
 
     The prompts are random tokens, the next token is always the likeliest, and no text ends before
@@ -108,6 +111,17 @@ class TextBenchOptions(ModelSource, EngineConfig, ServingParallelFlags):
             )
         if self.parallel() is not None:
             self._check_ranks()
+        check_one_gpu(self, self.parallel())
+        if self.offload() is not None and self.peer != "none":
+            raise InputError(
+                f"--peer {self.peer} runs the same weights unfused, which it cannot with experts "
+                "in host memory; leave out --peer or --cpu-experts"
+            )
+        if self.cpu_experts is not None and self.backend == "generate" and self.compile:
+            raise InputError(
+                "generate compiles the step into CUDA graphs of its own, which do not let experts "
+                "change their place; give --no-compile or --backend engine with --cpu-experts"
+            )
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
 
@@ -242,6 +256,7 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
         model = dummy_model(config, made, dtype, device, options.seed, options.quantization)
         note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
         return model
+    offload = _offload(options, config)
     with progress(f"loading {options.model}", "tensors") as loaded:
         return loading.load_model(
             options.model,
@@ -253,6 +268,7 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
             kernel=options.kernel,
             for_fusing=options.peer == "none",
             sharded=several and options.quantization is None,
+            cpu_experts=offload,
             progress=loaded,
         ).requires_grad_(False)
 
@@ -281,8 +297,12 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
             quantization=options.quantization,
             dense=options.fuse_dense,
             parallel=options.parallel(),
+            cpu_experts=_offload(options, model.config),
             progress=fused,
         )
+    if report.offload is not None:
+        for line in report.offload.lines():
+            note(line)
     if not report.blocks:
         note(f"{options.model} has no MoE blocks; nothing was fused")
     ours: TextBackend
@@ -293,17 +313,35 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
     return [ours, *peers], report
 
 
+def _offload(options: TextBenchOptions, config: Any) -> OffloadConfig | None:
+    """Which experts stay in host memory, with room for what the engine needs."""
+    import torch
+
+    from moetor.engine.reserve import settle_offload
+    from moetor.huggingface import loading
+
+    dtype = loading.find_dtype(options.dtype) or getattr(config, "dtype", None) or torch.bfloat16
+    return settle_offload(
+        options.offload(),
+        _engine_config(options),
+        config.get_text_config(decoder=True),
+        dtype,
+        loading.find_device(options.device),
+    )
+
+
+def _engine_config(options: TextBenchOptions) -> EngineConfig:
+    """With room for nothing longer than the texts unless it was asked for."""
+    length = options.max_model_len or options.input_len + options.output_len
+    return EngineConfig.of(options, max_model_len=length, load_format="auto")
+
+
 def _engine_backend(options: TextBenchOptions, model: Any) -> TextBackend:
-    """The engine, with room for nothing longer than the texts unless it was asked for."""
     from moetor.bench.generation import EngineBackend
     from moetor.engine import ModelSource as EngineSource
     from moetor.engine import build_engine
 
-    length = options.max_model_len or options.input_len + options.output_len
-    engine = build_engine(
-        EngineSource(model=model, level="none"),
-        EngineConfig.of(options, max_model_len=length, load_format="auto"),
-    )
+    engine = build_engine(EngineSource(model=model, level="none"), _engine_config(options))
     note(f"strategy {engine.strategy}; CUDA graphs: {engine.without_graphs or 'yes'}")
     return EngineBackend("moetor", engine)
 

@@ -67,6 +67,7 @@ class ChatOptions(ServedModelOptions):
 
     def __post_init__(self) -> None:
         check_level(self)
+        self.offload()  # refuses flags that contradict one another
         if self.json:
             raise UsageError(
                 "--json: a conversation is no one object; use `moetor generate --chat`"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import print_json, print_table, quiet_transformers
-from moetor.cli.options import FusedModelOptions
+from moetor.cli.options import HOST, FusedModelOptions, OffloadOptions
+from moetor.errors import ConfigError
+from moetor.offload_config import OffloadConfig, parse_bytes
 
 if TYPE_CHECKING:
+    from moetor.engine.reserve import Reserve
     from moetor.huggingface.report import BlockReport
 
 COLUMNS = ("block", "class", "level", "kernel", "routing", "reason")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExplainOptions(FusedModelOptions):
+class ExplainOptions(FusedModelOptions, OffloadOptions):
     """Show what would be fused and how.
 
     One line for each kind of MoE block: at which level it would be fused, by which kernel, and why
@@ -25,12 +28,30 @@ class ExplainOptions(FusedModelOptions):
     and how the engine would cache keys and states. Reads the configuration, loads no weights.
     """
 
+    host_memory: str | None = field(
+        default=None,
+        metadata={
+            "group": HOST,
+            "metavar": "SIZE",
+            "help": "what the experts may take of host memory; without it, what is free here",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.host_memory is not None and self.cpu_experts is None:
+            raise ConfigError("--host-memory is about experts in host memory; give --cpu-experts")
+        self.offload()
+
 
 def run(options: ExplainOptions) -> int:
     """Print the plan and return the exit status."""
     from moetor.huggingface import explain, loading
 
     quiet_transformers()
+    config = loading.load_config(
+        options.model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    offload, reserve = _offload(options, config)
     report = explain(
         options.model,
         kernel=options.kernel,
@@ -38,16 +59,11 @@ def run(options: ExplainOptions) -> int:
         quantization=options.quantization,
         dtype=options.dtype,
         device=options.device,
+        cpu_experts=offload,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
-    engine = engine_line(
-        loading.load_config(
-            options.model,
-            revision=options.revision,
-            trust_remote_code=options.trust_remote_code,
-        )
-    )
+    engine = engine_line(config)
     if options.json:
         print_json({"model": options.model, **report.to_dict(), "engine": engine})
         return 0
@@ -70,8 +86,31 @@ def run(options: ExplainOptions) -> int:
         print(report.quantized)
     if report.weight_bytes is not None:
         print(f"memory: {report.weight_bytes / 2**30:.3g} GiB of weights")
+    if report.offload is not None:
+        print(*report.offload.lines(), reserve, sep="\n")
     print(engine)
     return 0
+
+
+def _offload(options: ExplainOptions, config: Any) -> tuple[OffloadConfig | None, Reserve | None]:
+    """What is asked for, and what the engine with its usual settings needs beside it."""
+    import torch
+
+    from moetor.engine.config import EngineConfig
+    from moetor.engine.reserve import predict_reserve
+    from moetor.huggingface import loading
+
+    host = None if options.host_memory is None else parse_bytes(options.host_memory)
+    asked = options.offload(host_memory=host)
+    if asked is None:
+        return None, None
+    text = config.get_text_config(decoder=True)
+    dtype = loading.find_dtype(options.dtype) or getattr(text, "dtype", None) or torch.float32
+    memory = asked.gpu_memory
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[1]
+    reserve = predict_reserve(EngineConfig(), text, dtype, memory)
+    return replace(asked, reserve=reserve.nbytes), reserve
 
 
 def engine_line(config: Any) -> str:

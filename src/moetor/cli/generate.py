@@ -9,7 +9,7 @@ from typing import Any
 from moetor.cli.console import note, print_json, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import ParallelModelOptions, check_level
+from moetor.cli.options import ParallelModelOptions, check_level, check_one_gpu
 from moetor.cli.streaming import stream_text
 from moetor.errors import ConfigError, InputError
 from moetor.parallel.launch import rank_number
@@ -67,7 +67,7 @@ class GenerateOptions(ParallelModelOptions):
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise ConfigError(f"--seed {self.seed} must be at least 0 and below 2^64")
         check_level(self)
-        self.parallel()  # refuses flags that contradict one another
+        check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
 
 
 def run(options: GenerateOptions) -> int:

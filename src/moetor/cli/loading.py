@@ -26,6 +26,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     # Of several ranks each knows its share of the experts, and reads it, once the model is spread.
     sharded = parallel is not None and options.quantization is None and options.level != "none"
     report: FusionReport | None = None
+    offload = options.offload()
     with progress(f"loading {name}", "tensors") as loaded:
         model = loading.load_model(
             name,
@@ -37,6 +38,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             kernel=options.kernel,
             for_fusing=options.level != "none",
             sharded=sharded,
+            cpu_experts=offload,
             progress=loaded,
         )
         if options.level == "none":
@@ -48,6 +50,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             kernel=options.kernel,
             quantization=options.quantization,
             parallel=parallel,
+            cpu_experts=offload,
         )
         if sharded:
             report = fuse_it()
@@ -58,4 +61,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
         note(f"{name} has no MoE blocks; nothing was fused")
     if report.quantized is not None:
         note(report.quantized)
+    if report.offload is not None:
+        for line in report.offload.lines():
+            note(line)
     return model, report

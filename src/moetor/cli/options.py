@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.errors import ConfigError
+from moetor.offload_config import CpuExperts, OffloadConfig, parse_bytes
 
 if TYPE_CHECKING:
     from moetor.parallel.config import ParallelConfig
@@ -110,8 +111,99 @@ class FusedModelOptions(ModelOptions):
     quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
 
 
+HOST = "experts in host memory"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions:
+    """Which experts stay in host memory."""
+
+    cpu_experts: str | None = field(
+        default=None,
+        metadata={
+            "group": HOST,
+            "metavar": "N|auto",
+            "help": "keep the experts of the last N MoE layers in host memory and compute them "
+            "there; auto takes as few layers as the GPU's memory allows",
+        },
+    )
+    cpu_experts_cache: str = field(
+        default="auto",
+        metadata={
+            "group": HOST,
+            "metavar": "N|auto",
+            "help": "experts of each of these layers that are on the GPU as well, the hottest "
+            "ones; auto takes as many as there is room for",
+        },
+    )
+    cpu_experts_stream: str = field(
+        default="auto",
+        metadata={
+            "group": HOST,
+            "metavar": "N|auto",
+            "help": "steps of at least N tokens copy the layer's experts to the GPU and compute "
+            "there; auto measures from how many on that is faster; 0 never does",
+        },
+    )
+    gpu_memory: str | None = field(
+        default=None,
+        metadata={
+            "group": HOST,
+            "metavar": "SIZE",
+            "help": "what weights, caches and all else may take of the GPU's memory, such as "
+            "24GiB; without it, most of what is free",
+        },
+    )
+
+    def offload(self, **settings: Any) -> OffloadConfig | None:
+        """The configuration that the flags describe; None where none is asked for.
+
+        Args:
+            settings: further fields of it.
+
+        Raises:
+            ConfigError: a value that is none, or flags that mean nothing without `--cpu-experts`.
+        """
+        if self.cpu_experts is None:
+            given = (self.cpu_experts_cache, self.cpu_experts_stream, self.gpu_memory)
+            if given != ("auto", "auto", None):
+                raise ConfigError(
+                    "--cpu-experts-cache, --cpu-experts-stream and --gpu-memory are about experts "
+                    "in host memory; give --cpu-experts too"
+                )
+            return None
+        return OffloadConfig(
+            cpu_experts=_count("--cpu-experts", self.cpu_experts),
+            cache_experts=_count("--cpu-experts-cache", self.cpu_experts_cache),
+            stream_min_tokens=_count("--cpu-experts-stream", self.cpu_experts_stream),
+            gpu_memory=None if self.gpu_memory is None else parse_bytes(self.gpu_memory),
+            **settings,
+        )
+
+
+def check_one_gpu(options: OffloadOptions, parallel: ParallelConfig | None) -> None:
+    """Refuses experts in host memory beside several ranks.
+
+    Raises:
+        ConfigError: that, or what `OffloadOptions.offload` refuses.
+    """
+    if options.offload() is not None and parallel is not None:
+        raise ConfigError(
+            "--cpu-experts keeps experts beside one GPU; leave out it or --tensor-parallel-size "
+            "and --data-parallel-size"
+        )
+
+
+def _count(flag: str, text: str) -> CpuExperts:
+    if text == "auto":
+        return "auto"
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"{flag} {text!r} is neither 'auto' nor a number from 0 on")
+    return int(text)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServedModelOptions(ModelOptions):
+class ServedModelOptions(ModelOptions, OffloadOptions):
     """A model that generates text, fused or left as it is."""
 
     level: Literal["auto", "block", "experts", "none"] = field(
@@ -142,6 +234,11 @@ def check_level(options: ServedModelOptions) -> None:
         raise ConfigError(
             "--level none runs plain Transformers, which does not quantise experts; leave out one "
             "of the two"
+        )
+    if options.cpu_experts is not None:
+        raise ConfigError(
+            "--level none runs plain Transformers, which keeps no experts in host memory; leave "
+            "out one of the two"
         )
 
 

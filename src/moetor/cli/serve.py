@@ -14,8 +14,10 @@ from moetor.cli.options import (
     MODEL,
     QUANTIZATION,
     ModelSource,
+    OffloadOptions,
     QuantizationName,
     ServingParallelFlags,
+    check_one_gpu,
 )
 from moetor.engine.config import ENGINE, EngineConfig
 from moetor.parallel.launch import rank_number
@@ -28,7 +30,7 @@ _EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(ModelSource, EngineConfig, ServerConfig, ServingParallelFlags):
+class ServeOptions(ModelSource, EngineConfig, OffloadOptions, ServerConfig, ServingParallelFlags):
     """Serve a model with an OpenAI API.
 
     Point any OpenAI client at http://HOST:PORT/v1. The page at / has a chat and shows how the
@@ -63,7 +65,7 @@ class ServeOptions(ModelSource, EngineConfig, ServerConfig, ServingParallelFlags
     def __post_init__(self) -> None:
         EngineConfig.__post_init__(self)
         ServerConfig.__post_init__(self)
-        self.parallel()  # refuses flags that contradict one another
+        check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
 
 
 def run(options: ServeOptions) -> int:
@@ -110,6 +112,7 @@ def model_source(options: ServeOptions) -> dict[str, Any]:
         "level": options.level,
         "quantization": options.quantization,
         "parallel": options.parallel(),
+        "cpu_experts": options.offload(),
     }
 
 
@@ -123,4 +126,6 @@ def _engine(options: ServeOptions) -> AsyncEngine:
     report = engine.fusion_report
     if report is not None:
         note(f"{len(report.blocks)} MoE blocks, experts by {', '.join(report.kernels) or 'none'}")
+        for line in () if report.offload is None else report.offload.lines():
+            note(line)
     return engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from moetor.engine.memory import free_memory, memory_errors, plan_cache
 from moetor.engine.model import ServedModel
 from moetor.engine.progress import bar
 from moetor.engine.ranks import RankedCore
+from moetor.engine.reserve import settle_offload
 from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.strategy import Strategy
@@ -27,7 +28,9 @@ from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
+from moetor.huggingface.offloading import offload_of
 from moetor.huggingface.parallelism import spread_over, take_balancer
+from moetor.offload_config import CpuExperts, OffloadConfig
 from moetor.parallel.collectives import host_agree
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import ParallelGroups, join_ranks
@@ -71,6 +74,7 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     parallel: ParallelConfig | None = None
+    cpu_experts: CpuExperts | OffloadConfig | None = None
 
 
 def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
@@ -118,6 +122,7 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
             load=ExpertLoad(model, served.device) if config.record_expert_load else None,
             groups=groups,
             balancer=take_balancer(model),
+            offload=offload_of(model),
         )
     without_graphs = _capture(runner, config, groups)
     blocks = BlockManager(
@@ -175,6 +180,8 @@ def _capture(runner: Runner, config: EngineConfig, groups: ParallelGroups | None
         return "enforce_eager was asked for"
     if not runner.strategy.paged:
         return "each sequence has a cache of its own"
+    if not runner.graph_sizes:
+        return f"steps of {runner.stream_min_tokens} tokens copy experts to the GPU"
     reason = ""
     try:
         with bar("capturing CUDA graphs") as progress:
@@ -192,8 +199,34 @@ def _capture(runner: Runner, config: EngineConfig, groups: ParallelGroups | None
     return reason
 
 
+def _settled(source: ModelSource, config: EngineConfig) -> ModelSource:
+    if source.cpu_experts is None:
+        return source
+    if isinstance(source.model, str):
+        settings = (
+            CONFIGS[source.model]()
+            if source.model in CONFIGS
+            else loading.load_config(
+                source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+            )
+        )
+        device = loading.find_device(source.device)
+        dtype = loading.find_dtype(source.dtype) or getattr(settings, "dtype", None)
+    else:
+        settings, device, dtype = source.model.config, source.model.device, source.model.dtype
+    offload = settle_offload(
+        source.cpu_experts,
+        config,
+        settings.get_text_config(decoder=True),
+        dtype or torch.bfloat16,
+        device,
+    )
+    return replace(source, cpu_experts=offload)
+
+
 def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionReport | None]:
     """The model, its tokenizer and what was fused."""
+    source = _settled(source, config)
     if source.parallel is not None and (
         not isinstance(source.model, str) or source.level == "none"
     ):
@@ -232,6 +265,7 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
             kernel=source.kernel,
             for_fusing=source.level != "none",
             sharded=source.parallel is not None and source.quantization is None,
+            cpu_experts=source.cpu_experts,
             **options,
         )
     tokenizer = source.tokenizer
@@ -274,10 +308,12 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             quantization=source.quantization,
             dense=config.fuse_dense,
             parallel=source.parallel,
+            cpu_experts=source.cpu_experts,
         )
-    if source.quantization is not None or source.kernel != "auto":
+    asked = (source.quantization, source.cpu_experts)
+    if any(one is not None for one in asked) or source.kernel != "auto":
         raise ConfigError(
-            "quantization and kernel are those of fusing, and this model is "
+            "quantization, cpu_experts and kernel are those of fusing, and this model is "
             + ("not fused with level 'none'" if source.level == "none" else "fused already")
             + "; leave them out"
         )

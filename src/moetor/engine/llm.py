@@ -15,6 +15,7 @@ from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics,
 from moetor.engine.params import SamplingParams
 from moetor.engine.progress import bar
 from moetor.errors import ConfigError, InputError
+from moetor.offload_config import CpuExperts, OffloadConfig
 from moetor.parallel.config import ParallelConfig
 from moetor.quant_config import QuantConfig
 
@@ -34,6 +35,8 @@ class LLM:
         revision, trust_remote_code: of a checkpoint on the hub.
         parallel: spreads the model over the ranks that a launcher has started, of which each makes
             the same `LLM` and the same calls, and gets all the results.
+        cpu_experts: MoE layers, counted from the last one, whose experts stay in host memory, as
+            `moetor.fuse` takes it; keys, values and activations have room beside them.
         settings: the fields of `EngineConfig`: `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `kv_cache_blocks`, `gpu_memory_utilization`,
             `enable_prefix_caching`, `enforce_eager`, `fuse_dense`, `seed`, `load_format`.
@@ -57,6 +60,7 @@ class LLM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         parallel: ParallelConfig | None = None,
+        cpu_experts: CpuExperts | OffloadConfig | None = None,
         **settings: Any,
     ) -> None:
         source = ModelSource(
@@ -70,6 +74,7 @@ class LLM:
             revision=revision,
             trust_remote_code=trust_remote_code,
             parallel=parallel,
+            cpu_experts=cpu_experts,
         )
         self.engine: Engine = build_engine(source, engine_config(settings))
         self._numbers = itertools.count()

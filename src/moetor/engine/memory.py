@@ -22,7 +22,7 @@ from moetor.errors import ConfigError
 
 # Of a CPU's memory that is free at the start, and at most.
 _CPU_SHARE, _CPU_LIMIT = 0.25, 8 * 2**30
-_DEFAULT_LENGTH = 4096
+DEFAULT_LENGTH = 4096
 # Logits in float32, their sorted copy, its indices and sums.
 _SAMPLING_COPIES = 6
 _GRAPH_BYTES = 32 * 2**20
@@ -60,7 +60,7 @@ def plan_cache(
             f"max_model_len {config.max_model_len} is above the {context} tokens that the model "
             "can attend to; lower it"
         )
-    length = config.max_model_len or context or _DEFAULT_LENGTH
+    length = config.max_model_len or context or DEFAULT_LENGTH
     size = config.block_size
     block_bytes = size * sum(shape.token_bytes for shape in strategy.shapes.values())
     blocks = config.kv_cache_blocks
@@ -142,12 +142,18 @@ def _free_on_gpu(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
-    row_bytes = 4 * served.vocab_size
+    reserve = step_reserve(config, served.vocab_size, graphs=strategy.paged)
+    return int(total * config.gpu_memory_utilization) - outside - peak - reserve
+
+
+def step_reserve(config: EngineConfig, vocab_size: int, *, graphs: bool = True) -> int:
+    """Bytes that sampling and CUDA graphs take."""
+    row_bytes = 4 * vocab_size
     reserve = _SAMPLING_COPIES * config.max_num_seqs * row_bytes
-    if not config.enforce_eager and strategy.paged:
+    if graphs and not config.enforce_eager:
         sizes = graph_sizes(config.max_num_seqs)
         reserve += len(sizes) * _GRAPH_BYTES + sum(sizes) * row_bytes
-    return int(total * config.gpu_memory_utilization) - outside - peak - reserve
+    return reserve
 
 
 @torch.inference_mode()
@@ -155,7 +161,7 @@ def full_step(
     served: ServedModel, strategy: Strategy, config: EngineConfig, context: int | None
 ) -> None:
     """Computes as many tokens as a step may have, in a cache of their own."""
-    length = min(config.max_num_batched_tokens, config.max_model_len or context or _DEFAULT_LENGTH)
+    length = min(config.max_num_batched_tokens, config.max_model_len or context or DEFAULT_LENGTH)
     each = -(-length // config.block_size)
     count = max(1, config.max_num_batched_tokens // length)
     runner = Runner(

@@ -30,6 +30,7 @@ from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs, token_logprob
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
+from moetor.layer.offload import ExpertOffload
 from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
 
@@ -63,6 +64,7 @@ class Runner:
         load: counts what experts are chosen, in every call.
         groups: the ranks that the model is spread over; None for a whole one.
         balancer: moves experts between steps, under EPLB.
+        offload: experts in host memory.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class Runner:
         load: ExpertLoad | None = None,
         groups: ParallelGroups | None = None,
         balancer: ExpertBalancer | None = None,
+        offload: ExpertOffload | None = None,
     ) -> None:
-        self.served, self.strategy, self.load = served, strategy, load
+        self.served, self.strategy, self.load, self.offload = served, strategy, load, offload
         self.lockstep = Lockstep(groups) if groups is not None and groups.config.joint else None
         self._patience = None if groups is None else groups.config.timeout
         self._balancer = balancer
@@ -201,18 +204,28 @@ class Runner:
         self._fetch(launched)
         return launched
 
+    @property
+    def stream_min_tokens(self) -> int | None:
+        """From how many tokens on experts are copied to the GPU, which no graph can hold."""
+        return None if self.offload is None else self.offload.stream_min_tokens
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Batch sizes to capture."""
+        sizes, bound = graph_sizes(self.last_token_P.shape[0] - 1), self.stream_min_tokens
+        return sizes if bound is None else [size for size in sizes if size < bound]
+
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Captures the decoding step in CUDA graphs; from then on it is replayed.
 
         Raises:
             RuntimeError: something in the model cannot be captured.
         """
-        rows = self.last_token_P.shape[0] - 1
         graphs = DecodeGraphs(
             self._decode if self.lockstep is None else self._decode_together,
             self.last_token_P,
             max_blocks=self._max_blocks,
-            sizes=graph_sizes(rows),
+            sizes=self.graph_sizes,
         )
         with torch.inference_mode(), self._recording():
             graphs.capture(progress)
@@ -269,6 +282,8 @@ class Runner:
             return None
         begin = time.perf_counter()
         self.blocks.update(parts)
+        if self.offload is not None:
+            self.offload.step()  # layers cannot, in a graph
         host = host_inputs(parts, self.blocks) if parts else no_inputs()
         found = self.graphs.run(host, 0 if agreed is None else agreed.rows)
         if found is None:

@@ -33,6 +33,7 @@ from moetor.huggingface.loading import (
     model_class,
     resolve,
 )
+from moetor.huggingface.offloading import host_report, plan_offload
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.report_lines import left_alone_report, top_k_of
 from moetor.huggingface.split_experts import SplitExperts
@@ -43,6 +44,8 @@ from moetor.huggingface.stored_quantization import (
 )
 from moetor.kernels.formats import canonical
 from moetor.kernels.select import KernelChoice
+from moetor.layer.offload import MemoryPlan
+from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import QuantizedMethod, make_method, quant_config
 from moetor.quantization.sink import quantized_bytes
@@ -56,6 +59,7 @@ def explain(
     quantization: str | QuantConfig | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    cpu_experts: CpuExperts | OffloadConfig | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> FusionReport:
@@ -69,9 +73,12 @@ def explain(
         quantization: as for `fuse`; the report says what the weights would take.
         dtype, device: for which a kernel is chosen; `auto`: the checkpoint's, and CUDA where there
             is one.
+        cpu_experts: as for `fuse`; the report's `offload` says what would be where. With
+            `gpu_memory` of an `OffloadConfig` for a GPU that need not be here.
 
     Raises:
         CheckpointError: the configuration cannot be read, or no model can be built from it.
+        ConfigError: experts or all else do not fit where `cpu_experts` says, with the numbers.
         FusionError: level `block` and a block is not recognised.
         KernelRefusedError: the kernel is unknown or refuses.
     """
@@ -84,15 +91,29 @@ def explain(
     explainer = _Explainer(level, kernel, quantization, find_device(device), wanted)
     if stored is not None:
         explainer.method = stored.method(kernel)
+    offload = offload_config(cpu_experts)
+    away = None if offload is None else _away(skeleton, offload, explainer)
     lines = [explainer.line(*found) for found in find_blocks(skeleton)]
+    if away is not None:
+        lines = [
+            host_report(one, away, explainer.device) if one.name in away.layers else one
+            for one in lines
+        ]
     lines += [left_alone_report(*found) for found in find_left_alone(skeleton)]
     if stored is not None:
         name = explainer.method.name
         lines = [one if one.level == "none" else replace(one, quantization=name) for one in lines]
-        return FusionReport(lines, weight_bytes=stored.nbytes)
+        return FusionReport(lines, weight_bytes=stored.nbytes, offload=away)
     whole = sum(parameter.nbytes for parameter in skeleton.parameters())
     saved = sum(line.expert_bytes[0] - line.expert_bytes[1] for line in lines if line.expert_bytes)
-    return FusionReport(lines, weight_bytes=whole - saved)
+    return FusionReport(lines, weight_bytes=whole - saved, offload=away)
+
+
+def _away(model: nn.Module, config: OffloadConfig, explainer: _Explainer) -> MemoryPlan:
+    device = explainer.device
+    if config.gpu_memory is not None and config.accelerator == "cuda":
+        device = torch.device("cuda")  # it is asked about, and need not be here
+    return plan_offload(model, config, device, explainer.method, explainer.dtype)[0]
 
 
 def _stored(

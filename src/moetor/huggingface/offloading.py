@@ -66,8 +66,6 @@ def plan_offload(
     device: torch.device,
     method: QuantMethod,
     dtype: torch.dtype,
-    *,
-    look: bool = True,
 ) -> tuple[MemoryPlan, tuple[str, ...]]:
     """Where each layer's experts go, and the paths of the experts modules in host memory; of a
     model on any device, also the meta device.
@@ -76,8 +74,6 @@ def plan_offload(
         device: the accelerator.
         method: that will compute with the experts: it says their format.
         dtype: of unquantised weights.
-        look: whether to look at what memory is free here; without it only `config.gpu_memory`
-            bounds anything.
 
     Raises:
         ConfigError: there is no such accelerator, or too few layers, or too little memory.
@@ -92,9 +88,8 @@ def plan_offload(
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if name not in matrices
     )
-    gpu, host = config.gpu_memory, None
-    if look:
-        gpu, host = _gpu_memory(config, device), free_host_memory()
+    gpu = _gpu_memory(config, device)
+    host = free_host_memory() if config.host_memory is None else config.host_memory
     needs = [LayerNeed(one.path, one.form.num_experts, one.nbytes) for one in found]
     plan = plan_memory(needs, dense, config, gpu_memory=gpu, host_memory=host)
     away = found[len(found) - len(plan.layers) :]
@@ -160,7 +155,8 @@ def _gpu_memory(config: OffloadConfig, device: torch.device) -> int | None:
         return config.gpu_memory
     free, total = torch.cuda.mem_get_info(device)
     ours = torch.cuda.memory_reserved(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    share = torch.cuda.get_per_process_memory_fraction(index)
     return min(int((free + ours) * _SHARE_OF_FREE), int(total * share))
 
 
@@ -242,7 +238,7 @@ def offload_blocks(
         layers.append(experts)
     model.__dict__[_GROUP] = ExpertOffload(layers, device, config, plan.cache_experts)
     for name in plan.layers:
-        reports[places[name]] = _host_report(reports[places[name]], plan)
+        reports[places[name]] = host_report(reports[places[name]], plan, device)
 
 
 def _experts_path(path: str, module: FusedMoEBlock | FusedExperts) -> str:
@@ -256,10 +252,16 @@ def _to_host(experts: Experts, path: str, read: Mapping[str, Tensor]) -> None:
             experts._parameters[name] = nn.Parameter(kept, requires_grad=False)
 
 
-def _host_report(report: BlockReport, plan: MemoryPlan) -> BlockReport:
+def host_report(report: BlockReport, plan: MemoryPlan, device: torch.device) -> BlockReport:
+    """The line of a block whose experts are in host memory.
+
+    Args:
+        device: on which `report` names a kernel.
+    """
     note = "on the host"
     if plan.cache_experts:
-        note += f"; the {plan.cache_experts} hottest experts on the GPU, by {report.kernel}"
+        by = f", by {report.kernel}" if device.type == "cuda" else ""
+        note += f"; the {plan.cache_experts} hottest experts of a layer on the GPU{by}"
     return replace(report, kernel="native", kernel_note=note)
 
 

@@ -37,11 +37,14 @@ class HotExperts:
     Attributes:
         slot_LE: int32, the slot of an expert, or `NOWHERE`.
         score_LE: choices so far, each step's worth `decay` of the next one's.
+        choices, hits: how many there were, and how many of these were of experts in the cache when
+            they were counted.
     """
 
     def __init__(self, num_experts: list[int], slots: int, decay: float) -> None:
         most = max(num_experts)
         self.num_experts, self.decay = num_experts, decay
+        self.choices, self.hits = 0, 0
         self.slot_LE = np.full((len(num_experts), most), NOWHERE, dtype=np.int32)
         self.score_LE = np.zeros((len(num_experts), most))
         self._exists_LE = np.arange(most)[None] < np.array(num_experts)[:, None]
@@ -51,6 +54,8 @@ class HotExperts:
 
     def note(self, counts_LE: npt.NDArray[np.int32]) -> None:
         """Takes in how often each expert was chosen in a step."""
+        self.choices += int(counts_LE.sum())
+        self.hits += int(counts_LE[self.slot_LE != NOWHERE].sum())
         self.score_LE = self.score_LE * self.decay + counts_LE
 
     def moves(self, most: int) -> list[Move]:

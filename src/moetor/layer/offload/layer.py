@@ -46,6 +46,12 @@ class OffloadedLayer:
         if group.streams(hidden_TH.shape[0]):
             return self._streamed(hidden_TH, weights_TK, ids_TK)
         slots_E1, host_E1, _ = self._tables()
+        cached = self.store.cached
+        if cached is not None and cached.config.num_experts == self.num_experts:
+            # All are there, and none ever moves.
+            return cached.run(
+                hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, self.num_experts)
+            )
         on_host = held_by_table(weights_TK, ids_TK, host_E1, self.num_experts)
         join = group.lane.start(
             self.number,
@@ -55,7 +61,6 @@ class OffloadedLayer:
             on_host.topk_weights,
             on_host.topk_ids,
         )
-        cached = self.store.cached
         if cached is None:
             return join()
         slots = cached.config.num_experts

@@ -129,7 +129,7 @@ def plan_memory(
         resident_bytes=sum(need.nbytes for need in needs) - host_bytes,
         cache_bytes=slots * each,
         staging_bytes=_staging_bytes(away),
-        reserve=config.reserve,
+        reserve=config.reserved_bytes,
         gpu_memory=gpu_memory,
         host_bytes=host_bytes,
         host_memory=host_memory,
@@ -165,7 +165,7 @@ def _layers_on_host(
     raise ConfigError(
         f"with the experts of {wanted[-1]} of {len(needs)} MoE layers in host memory the GPU needs "
         f"{_gib(asked)} and {_gib(gpu_memory)} are there ({_gib(dense_bytes)} of weights other "
-        f"than experts, {_gib(config.reserve)} in reserve); {advice}"
+        f"than experts, {_gib(config.reserved_bytes)} in reserve); {advice}"
     )
 
 
@@ -175,7 +175,7 @@ def _fixed_bytes(
     """On the GPU, without the cache, with the last `count` layers' experts elsewhere."""
     here, away = needs[: len(needs) - count], needs[len(needs) - count :]
     resident = sum(need.nbytes for need in here)
-    return dense_bytes + resident + _staging_bytes(away) + config.reserve
+    return dense_bytes + resident + _staging_bytes(away) + config.reserved_bytes
 
 
 def _staging_bytes(away: Sequence[LayerNeed]) -> int:

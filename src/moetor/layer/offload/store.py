@@ -99,6 +99,8 @@ class Staging:
             for rows in made:
                 rows.view(torch.uint8).zero_()
             self._chunks.append((made, with_tensors(store.experts, made, self.count)))
+        if copies is not None:
+            copies.wait_stream(torch.cuda.current_stream(device))  # not zeroed after it is filled
         self._free: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
