@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         verify,
     )
     from moetor.layer import ChunkedRunner, DefaultRunner, MoELayer, MoERunner, SimulatedRouter
+    from moetor.offload_config import OffloadConfig
     from moetor.parallel.config import EplbConfig, ParallelConfig
     from moetor.quant_config import QuantConfig
 
@@ -65,6 +66,7 @@ _HOMES = {
         "SamplingParams",
         "StructuredOutputsParams",
     ),
+    "moetor.offload_config": ("OffloadConfig",),
     "moetor.quant_config": ("QuantConfig",),
     "moetor.huggingface": (
         "BlockReport",
@@ -103,6 +105,8 @@ __all__ = [
     "MoEForMultimodalLM",
     "MoELayer",
     "MoERunner",
+    "OffloadConfig",
+    "OffloadConfig",
     "ParallelConfig",
     "ParallelReport",
     "QuantConfig",
