@@ -106,7 +106,6 @@ __all__ = [
     "MoELayer",
     "MoERunner",
     "OffloadConfig",
-    "OffloadConfig",
     "ParallelConfig",
     "ParallelReport",
     "QuantConfig",
