@@ -174,6 +174,7 @@ def record(
         step()  # kernels are compiled and workspaces made outside of the capture
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
+    # NCCL's watchdog asks for events from another thread meanwhile.
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         filled = step()
     return graph.replay, filled
