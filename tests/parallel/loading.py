@@ -12,6 +12,8 @@ from torch import Tensor
 import moetor
 from moetor.huggingface.checkpoint import CheckpointReader
 from moetor.huggingface.loading import load_model
+from moetor.huggingface.modules import fused_modules
+from moetor.huggingface.trial import relative_error
 from moetor.tools.tiny import logits_of, tiny_inputs
 from parallel.families import MODES, batch, experts_held
 
@@ -85,9 +87,23 @@ def refuse(rank: int, folder: str, **options: Any) -> str:
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
-def refuse_quantised(rank: int, folder: str) -> str:
-    """A format and ranks together."""
-    return refuse(rank, folder, parallel=MODES["tp"], quantization="int8")
+def load_quantised(rank: int, model: str, quantization: str | None, mode: str) -> tuple[float, int]:
+    """A quantised model on this rank against the whole one: the error of its logits, and the bytes
+    of its experts relative to the whole one's, in percent.
+    """
+    given: dict[str, Any] = {"quantization": quantization, "device": "cpu", "dtype": "float32"}
+    whole = moetor.MoEForCausalLM.from_pretrained(model, **given)
+    ours = moetor.MoEForCausalLM.from_pretrained(model, **given, parallel=MODES[mode])
+    ids = torch.arange(3, 40)[None]
+    held = [
+        sum(t.nbytes for t in module.routed_experts.parameters())
+        for m in (ours, whole)
+        for _, module in fused_modules(m)
+    ]
+    half = len(held) // 2
+    assert all(block.quantization for block in ours.fusion_report.blocks)
+    error = relative_error(ours(input_ids=ids).logits, whole(input_ids=ids).logits)
+    return error, round(100 * sum(held[:half]) / sum(held[half:]))
 
 
 def refuse_grid(rank: int, folder: str) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from moetor.errors import UnsupportedError
+from moetor.huggingface.quantized_writing import quantize_checkpoint
 from moetor.tools.tiny import tiny_model
-from parallel.loading import load_both, refuse_grid, refuse_quantised
+from parallel.loading import load_both, load_quantised, refuse_grid
 from parallel.pool import Pool
 
 # Experts one by one under two namings, packed, transposed and interleaved with biases, ungated in
@@ -50,5 +51,25 @@ def test_refused_before_anything_is_read(two: Pool, tmp_path: Path) -> None:
     """The folder does not even exist."""
     for text in two.run(refuse_grid, str(tmp_path / "nowhere")):
         assert text.startswith("ConfigError: tensor_parallel_size=4")
-    for text in two.run(refuse_quantised, str(tmp_path / "nowhere")):
-        assert text.startswith("UnsupportedError: quantization='int8' and parallel")
+
+
+@pytest.mark.parametrize("quantization", ["int8_w8a16", "int4", "mxfp4"])
+@pytest.mark.parametrize("mode", ["tp", "tp_ep", "dp_ep"])
+def test_a_rank_quantises_what_it_reads(quantization: str, mode: str, two: Pool) -> None:
+    for error, percent in two.run(load_quantised, "demo", quantization, mode):
+        # A slice's rows have scales of their own where no group ends.
+        assert error <= (0.1 if (quantization, mode) == ("int8_w8a16", "tp") else 1e-5)
+        assert 45 <= percent <= 55
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("mode", ["tp", "tp_ep"])
+def test_a_rank_keeps_its_part_of_stored_codes(
+    name: str, mode: str, two: Pool, tmp_path: Path
+) -> None:
+    quantize_checkpoint("demo", tmp_path / "out", name)
+    for error, percent in two.run(load_quantised, str(tmp_path / "out"), None, mode):
+        # Activations of int8 and fp8 are rounded, those of a slice by its own largest value.
+        rounded = 0.1 if mode == "tp" else 0.01
+        assert error <= (rounded if name in ("int8", "fp8") else 1e-5)
+        assert 45 <= percent <= 55

@@ -267,7 +267,7 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
             quantization=options.quantization,
             kernel=options.kernel,
             for_fusing=options.peer == "none",
-            sharded=several and options.quantization is None,
+            sharded=several,
             cpu_experts=offload,
             progress=loaded,
         ).requires_grad_(False)

@@ -24,7 +24,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     if parallel is not None:
         device = join_ranks(device)
     # Of several ranks each knows its share of the experts, and reads it, once the model is spread.
-    sharded = parallel is not None and options.quantization is None and options.level != "none"
+    sharded = parallel is not None and options.level != "none"
     report: FusionReport | None = None
     offload = options.offload()
     with progress(f"loading {name}", "tensors") as loaded:

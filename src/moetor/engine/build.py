@@ -264,7 +264,7 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
             quantization=source.quantization,
             kernel=source.kernel,
             for_fusing=source.level != "none",
-            sharded=source.parallel is not None and source.quantization is None,
+            sharded=source.parallel is not None,
             cpu_experts=source.cpu_experts,
             **options,
         )

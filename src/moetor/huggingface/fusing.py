@@ -140,11 +140,6 @@ def fuse(
         raise ConfigError("dense=True joins weights that `parallel` would split; choose one")
     if parallel is not None:
         make_groups(parallel, next(model.parameters()).device)  # refuses before anything is built
-        if options.held:
-            raise ConfigError(
-                "experts that were loaded quantised cannot be spread over ranks; load an "
-                "unquantised checkpoint and let fuse quantise each rank's part"
-            )
     report = _fuse(model, options, parallel, progress)
     return replace(report, dense=fuse_dense(model, verify=bool(verify))) if dense else report
 

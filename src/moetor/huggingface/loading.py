@@ -161,7 +161,8 @@ def load_model(
         for_fusing: whether `fuse` is called next, which alone makes the experts of a quantised
             checkpoint usable.
         sharded: whether `fuse(parallel=...)` is called next, which then reads this rank's share of
-            the experts; until then stand-ins are in their places.
+            the experts, and quantises it; until then stand-ins are in their places. Of a quantised
+            checkpoint they are read whole.
         cpu_experts: which experts are read into host memory, for `fuse` with the same argument.
         progress: called as weights are read.
 
@@ -200,7 +201,8 @@ class LoadOptions:
         quantization: of the experts' weights, as they are read.
         kernel: that is to compute with quantised experts, refused before anything is read.
         fused: whether the model will be fused, which alone makes quantised experts usable.
-        sharded: leave the experts' matrices out, for `read_shares` once the model has been spread.
+        sharded: leave the experts' matrices out, for `fuse` to read and quantise this rank's share
+            once the model has been spread; unless they are quantised in the checkpoint.
         offload: which experts are read into host memory.
     """
 
@@ -239,11 +241,6 @@ def stream_model(
             "with moetor.MoEForCausalLM.from_pretrained, or take a checkpoint in bfloat16, float16 "
             "or float32"
         )
-    if settings is not None and options.sharded:
-        raise UnsupportedError(
-            f"{model!r} is quantised ({settings.get('quant_method')}), which cannot be spread over "
-            "ranks yet; leave parallel None, or take a checkpoint that is not quantised"
-        )
     if settings is not None and options.quantization is not None:
         raise ConfigError(
             f"quantization={options.quantization.name!r} was asked for, and {model!r} is quantised "
@@ -270,7 +267,8 @@ def stream_model(
         withheld, away = None, None
         if options.offload is not None:
             away = _plan_offload(empty, plan, checkpoint, options, dtype)
-        if options.sharded:
+        # Stored codes are read whole by every rank, which then keeps its share of them.
+        if options.sharded and settings is None:
             plan, withheld = withhold(empty, plan, reader, progress)
             sink: PlainSink = WithholdingSink(dict(empty.state_dict()), options.device, withheld)
         else:

@@ -107,7 +107,7 @@ class _Streamed:
         check_request("auto", kernel, quantization)
         where = find_device(str(device))
         if parallel is not None:
-            _check_parallel(parallel, quantization, where)
+            make_groups(parallel, where)  # refuses ranks that do not fit, before anything is read
         options = LoadOptions(
             dtype=dtype if isinstance(dtype, torch.dtype) else find_dtype(dtype),
             device=where,
@@ -193,17 +193,6 @@ class MoEForMultimodalLM(_Streamed):
         "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     )
-
-
-def _check_parallel(
-    parallel: ParallelConfig, quantization: str | QuantConfig | None, device: torch.device
-) -> None:
-    """Refuses ranks that do not fit, before anything is read."""
-    if quantization is not None:
-        raise UnsupportedError(
-            f"quantization={quantization!r} and parallel cannot be had together yet; leave one None"
-        )
-    make_groups(parallel, device)
 
 
 def _bar(label: str, unit: str, *, shown: bool) -> AbstractContextManager[Progress | None]:
