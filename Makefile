@@ -6,11 +6,13 @@
 #   PYTHON       an interpreter of 3.11 or later (the first one found)
 #   CONSTRAINTS  pip constraints; CONSTRAINTS=/dev/null on a machine with a GPU
 #   PIP_ARGS     further arguments of pip install, such as another index
+#   EXTRAS       extras of the package for make test (dev); dev,clients also has heavy clients
 #   TEST_ARGS    arguments of pytest (two processes)
 
 VENV := .venv
 CONSTRAINTS ?= constraints.txt
 PIP_ARGS ?=
+EXTRAS ?= dev
 TEST_ARGS ?= -n 2 --dist loadfile
 
 CANDIDATES := python3 python3.11 python3.12 python3.13 python3.14 python
@@ -46,7 +48,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "Installing the development tools"
-	@$(PIP_INSTALL) --editable '.[dev]'
+	@$(PIP_INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 $(VENV)/bin/python:

@@ -6,7 +6,7 @@ the default, and its metadata the rest:
 - `help`: what the flag does; the default is added to it.
 - `metavar`: the word for the value in the help.
 - `short`: another name of the flag, such as `-tp`.
-- `positional`: the field is the command's argument instead of a flag.
+- `positional`: the field is the command's argument instead of a flag; a list may be several words.
 - `group`: heading under which the help lists the flag.
 - `settings_file`: the value names a YAML file with further flags, which come before the line's own.
 
@@ -101,6 +101,9 @@ def parse_options(
             words = settings_words(parser, options, _read_settings(file), str(file))
             parsed = parser.parse_args([*words, *arguments])
     values = {field.name: getattr(parsed, field.name) for field in dataclasses.fields(options)}
+    for name, value in values.items():
+        if isinstance(value, list):  # words of a positional list, each with its own commas
+            values[name] = tuple(part for word in value for part in word)
     try:
         return options(**values)
     except MoetorError as refusal:
@@ -184,7 +187,9 @@ def _argument(
     if "metavar" in field.metadata:
         settings["metavar"] = field.metadata["metavar"]
     if field.metadata.get("positional"):
-        if not required:
+        if get_origin(hint) is tuple:
+            settings |= {"nargs": "+", "action": "extend"}
+        elif not required:
             settings["nargs"] = "?"
         settings.setdefault("metavar", field.name.upper().replace("_", "-"))
         return [field.name], settings

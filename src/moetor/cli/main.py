@@ -94,6 +94,16 @@ COMMANDS = (
         examples=("moetor verify", "moetor verify ./OLMoE-1B-7B-0924 --dtype bfloat16"),
     ),
     Command(
+        words=("eval",),
+        module="moetor.cli.eval",
+        options="EvalOptions",
+        summary="measure a fused model with tasks of lm_eval",
+        examples=(
+            "moetor eval arc_easy hellaswag --model ./OLMoE-1B-7B-0924 --limit 100",
+            "moetor eval my_task --include-path ./tasks --json",
+        ),
+    ),
+    Command(
         words=("quantize",),
         module="moetor.cli.quantize",
         options="QuantizeOptions",
