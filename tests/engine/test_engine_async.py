@@ -170,9 +170,12 @@ def test_an_add_behind_a_failure_is_not_lost(
 
     async def work() -> None:
         monkeypatch.setattr(core, "add", broken)
-        with engine._work:  # so that both are posted before the thread looks
-            await engine.add_request([5, 6], greedy(), "broken")
+        with engine._loop._work:  # so that both are posted before the thread looks
+            bad = await engine.add_request([5, 6], greedy(), "broken")
             good = await engine.add_request([5, 6], greedy(), "good")
+        last = [output async for output in bad][-1]
+        assert last.error == "RuntimeError: this one cannot be added"
+        assert last.outputs[0].finish_reason == "error"
         assert [output async for output in good][-1].outputs[0].finish_reason == "length"
 
     run(work())
@@ -225,7 +228,7 @@ def test_expert_load_is_counted_when_asked_for() -> None:
 
     async def work() -> None:
         await outputs_of(engine, [5, 6, 7], greedy(4))
-        load = engine.expert_load()
+        load = await engine.expert_load()
         assert engine.fusion_report is not None
         assert len(load) == len(engine.fusion_report.blocks) == 2
         top_k = model.config.num_experts_per_tok
@@ -238,4 +241,4 @@ def test_expert_load_is_counted_when_asked_for() -> None:
 
 def test_expert_load_is_refused_otherwise(engine: AsyncEngine) -> None:
     with pytest.raises(ConfigError, match="record_expert_load"):
-        engine.expert_load()
+        asyncio.run(engine.expert_load())

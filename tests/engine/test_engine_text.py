@@ -22,11 +22,11 @@ def pieces(prompt: str, generated: bytes, *stop: str, include: bool = False) -> 
         since = len(built.text)
         built.extend([token])
         ended = built.find_stop(since) is not None if stop else False
-        found.append(built.news(final=ended))
+        found.append(built.report([], final=ended)[1])
         if ended:
             return [piece for piece in found if piece]
     built.finish()
-    found.append(built.news(final=True))
+    found.append(built.report([], final=True)[1])
     return [piece for piece in found if piece]
 
 

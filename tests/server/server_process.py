@@ -55,11 +55,12 @@ class ServerProcess:
     def idle(self) -> None:
         """Waits until the engine holds nothing; fails after half a minute."""
         end = time.monotonic() + 30
-        while time.monotonic() < end:
-            state = httpx.get(f"{self.url}/health").json()
-            if state["running"] == state["waiting"] == 0 and state["kv_cache_usage"] == 0:
-                return
-            time.sleep(0.02)
+        with httpx.Client(base_url=self.url) as client:
+            while time.monotonic() < end:
+                state = client.get("/health").json()
+                if state["running"] == state["waiting"] == 0 and state["kv_cache_usage"] == 0:
+                    return
+                time.sleep(0.02)
         raise AssertionError(f"requests are left: {state}")
 
 

@@ -105,22 +105,24 @@ def test_the_log_has_no_key_and_no_prompt(http: httpx.Client, server: ServerProc
 
 def test_sigterm_drains_then_ends_what_is_left() -> None:
     server = ServerProcess("--drain-timeout", "0.2", "--log-interval", "0.2")
-    body = {"prompt": "ROMEO:", "max_tokens": 1000, "ignore_eos": True, "n": 4}
+    body = {"prompt": "ROMEO:", "max_tokens": 1000, "ignore_eos": True, "n": 16}
     answers: dict[bool, Any] = {}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
 
-    def ask(stream: bool) -> None:
-        content = {**body, "stream": stream}
-        answers[stream] = httpx.post(server.url + TEXT, json=content, timeout=60)
+        def ask(stream: bool) -> None:
+            answers[stream] = client.post(TEXT, json={**body, "stream": stream})
 
-    threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
-    for thread in threads:
-        thread.start()
-    while httpx.get(f"{server.url}/health").json()["running"] < 8:
-        time.sleep(0.01)
-    time.sleep(0.5)
-    assert server.stop() == 0
-    for thread in threads:
-        thread.join()
+        threads = [threading.Thread(target=ask, args=[stream]) for stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 60
+        while client.get("/health").json()["running"] < 32:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert server.stop() == 0
+        for thread in threads:
+            thread.join()
     assert '"code":"service_unavailable"' in answers[True].text
     assert answers[True].text.endswith("data: [DONE]\n\n")
     assert answers[False].status_code == 503

@@ -154,7 +154,7 @@ class Conversation:
             note(f"/set {name}: {error}")
 
     def _ask(self, question: str) -> None:
-        from moetor.engine.llm import chat_tokens
+        from moetor.engine.chat_template import chat_tokens
 
         said = [*self._all(), {"role": "user", "content": question}]
         try:

@@ -144,7 +144,7 @@ def _prompt(options: GenerateOptions) -> str:
 
 def _tokens(options: GenerateOptions, tokenizer: Any, prompt: str) -> list[int]:
     """The prompt's token ids."""
-    from moetor.engine.llm import chat_tokens
+    from moetor.engine.chat_template import chat_tokens
 
     if not options.chat:
         ids = list(tokenizer(prompt)["input_ids"])

@@ -24,7 +24,7 @@ from moetor.parallel.launch import rank_number
 from moetor.server.config import SERVER, ServerConfig
 
 if TYPE_CHECKING:
-    from moetor.engine import AsyncEngine
+    from moetor.engine import EngineProcess
 
 _EXTRA = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -78,10 +78,7 @@ def run(options: ServeOptions) -> int:
         raise UsageError(
             f"the server needs {missing.name}, which is not installed; pip install 'moetor[serve]'"
         ) from missing
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
-    quiet_transformers()
+    _prepare()
     if rank_number():
         _follow(options)
         return 0
@@ -116,16 +113,22 @@ def model_source(options: ServeOptions) -> dict[str, Any]:
     }
 
 
-def _engine(options: ServeOptions) -> AsyncEngine:
-    from moetor.engine import AsyncEngine
+def _engine(options: ServeOptions) -> EngineProcess:
+    from moetor.engine import EngineProcess
+    from moetor.engine import ModelSource as EngineSource
 
     note(f"loading {options.model}")
-    engine = AsyncEngine.from_model(
-        options.model, config=EngineConfig.of(options), **model_source(options)
-    )
-    report = engine.fusion_report
-    if report is not None:
-        note(f"{len(report.blocks)} MoE blocks, experts by {', '.join(report.kernels) or 'none'}")
-        for line in () if report.offload is None else report.offload.lines():
-            note(line)
+    source = EngineSource(model=options.model, **model_source(options))
+    engine = EngineProcess(source, EngineConfig.of(options), prepare=_prepare)
+    if engine.blocks is not None:
+        kernels = sorted({block["kernel"] for block in engine.blocks if block["kernel"]})
+        note(f"{len(engine.blocks)} MoE blocks, experts by {', '.join(kernels) or 'none'}")
     return engine
+
+
+def _prepare() -> None:
+    """Logging, in the server's process and in the engine's."""
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    quiet_transformers()

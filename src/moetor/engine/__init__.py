@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moetor.engine.aio import AsyncEngine, EngineStoppedError, OutputStream
-    from moetor.engine.build import Engine, ModelSource, build_engine
+    from moetor.engine.aio import AsyncEngine
+    from moetor.engine.build import Engine, build_engine
+    from moetor.engine.client import EngineClient, EngineStoppedError, OutputStream
     from moetor.engine.config import EngineConfig
     from moetor.engine.llm import LLM
     from moetor.engine.outputs import (
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
         RequestOutput,
     )
     from moetor.engine.params import SamplingParams
+    from moetor.engine.process import EngineProcess
+    from moetor.engine.source import ModelSource
     from moetor.engine.structured import StructuredOutputsParams
 
 __all__ = [
@@ -29,7 +32,9 @@ __all__ = [
     "AsyncEngine",
     "CompletionOutput",
     "Engine",
+    "EngineClient",
     "EngineConfig",
+    "EngineProcess",
     "EngineStats",
     "EngineStoppedError",
     "Logprob",
@@ -46,13 +51,15 @@ _HOME_OF = {
     "AsyncEngine": "aio",
     "CompletionOutput": "outputs",
     "Engine": "build",
+    "EngineClient": "client",
     "EngineConfig": "config",
+    "EngineProcess": "process",
     "EngineStats": "outputs",
-    "EngineStoppedError": "aio",
+    "EngineStoppedError": "client",
     "LLM": "llm",
     "Logprob": "outputs",
-    "ModelSource": "build",
-    "OutputStream": "aio",
+    "ModelSource": "source",
+    "OutputStream": "client",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "params",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,21 +20,18 @@ from moetor.engine.ranks import RankedCore
 from moetor.engine.reserve import settle_offload
 from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
+from moetor.engine.source import Fused, ModelSource
 from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
 from moetor.errors import CheckpointError, ConfigError
 from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
 from moetor.huggingface.dummy import CONFIGS, dummy_model
-from moetor.huggingface.fuse_options import FuseLevel
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.offloading import offload_of
 from moetor.huggingface.parallelism import spread_over, take_balancer
-from moetor.offload_config import CpuExperts, OffloadConfig
 from moetor.parallel.collectives import host_agree
-from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import ParallelGroups, join_ranks
-from moetor.quant_config import QuantConfig
 
 _UNCOUNTED = 2**62
 
@@ -58,23 +55,6 @@ class Engine:
     fusion_report: FusionReport | None
     max_model_len: int
     without_graphs: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSource:
-    """Which model, and how it is loaded: the arguments of `LLM`."""
-
-    model: Any
-    tokenizer: Any = None
-    dtype: str = "auto"
-    device: str = "auto"
-    quantization: str | QuantConfig | None = None
-    kernel: str = "auto"
-    level: FuseLevel | Literal["none"] = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    parallel: ParallelConfig | None = None
-    cpu_experts: CpuExperts | OffloadConfig | None = None
 
 
 def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
@@ -163,6 +143,17 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         max_model_len=plan.max_model_len,
         without_graphs=without_graphs,
     )
+
+
+def described(engine: Engine) -> Fused:
+    """What the fusion report says, as plain data."""
+    report = engine.fusion_report
+    if report is None:
+        return Fused(None, [])
+    kernels = ", ".join(report.kernels) or "none"
+    lines = [f"{len(report.blocks)} MoE blocks, experts by {kernels}"]
+    lines += [] if report.offload is None else report.offload.lines()
+    return Fused([asdict(block) for block in report.blocks], lines)
 
 
 def _agreed(free: int, groups: ParallelGroups | None, device: torch.device) -> int:

@@ -16,13 +16,8 @@ import torch
 
 from moetor.engine.grammar import GrammarCompiler, GrammarError
 from moetor.engine.launched import Launched, Started, StepResult
-from moetor.engine.outputs import (
-    CompletionOutput,
-    EngineStats,
-    FinishReason,
-    Logprob,
-    RequestOutput,
-)
+from moetor.engine.news import request_output
+from moetor.engine.outputs import EngineStats, FinishReason, Logprob, RequestOutput
 from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.sequence import Request, Scheduled, Sequence, Step
@@ -116,7 +111,7 @@ class EngineCore:
         self._flying = None
         failed = list(self.requests.values())
         for request in failed:
-            self._fail(request, error)
+            self.fail(request, error)
         return failed
 
     def step(self) -> list[Request]:
@@ -201,14 +196,14 @@ class EngineCore:
         for sequence, error in launched.errors.items():
             request = sequence.request
             if not request.finished:
-                self._fail(request, error)
+                self.fail(request, error)
                 changed[request.request_id] = request
 
     def _lose(self, step: Step, error: Exception, changed: dict[str, Request]) -> None:
         requests = (part.sequence.request for part in step.parts)
         for request in {request.request_id: request for request in requests}.values():
             if not request.finished:
-                self._fail(request, error)
+                self.fail(request, error)
                 changed[request.request_id] = request
 
     def _take(self, launched: Launched, result: StepResult, changed: dict[str, Request]) -> None:
@@ -236,7 +231,7 @@ class EngineCore:
                 try:
                     self._append(sequence, token, result.logprobs.get(sequence))
                 except GrammarError as error:
-                    self._fail(sequence.request, error)
+                    self.fail(sequence.request, error)
                 changed[sequence.request.request_id] = sequence.request
         for request in changed.values():
             if request.finished and request.request_id in self.requests:
@@ -283,7 +278,8 @@ class EngineCore:
                 self._finish(sequence, reason)
         self._close(request)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request with an error and frees what it holds."""
         lines = str(error).strip().splitlines() or [""]
         request.error = f"{type(error).__name__}: {lines[0]}".rstrip(": ")
         self._counts["failed"] += 1
@@ -325,40 +321,4 @@ class EngineCore:
 
     def output(self, request: Request) -> RequestOutput:
         """The request's state now; what is new in it counts as handed out."""
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=request.prompt_ids,
-            outputs=[_completion(sequence) for sequence in request.sequences],
-            finished=request.finished,
-            metrics=request.metrics,
-            prompt_logprobs=request.prompt_logprobs,
-            error=request.error,
-        )
-
-
-def _completion(sequence: Sequence) -> CompletionOutput:
-    ids = sequence.output_ids
-    text, new = "", ""
-    if sequence.text is not None:
-        # The token that ended the text is no part of it.
-        ended = sequence.finish_reason == "stop" and ids[-1] in sequence.ends
-        shown = ids[:-1] if ended and not isinstance(sequence.stop_reason, str) else ids
-        sequence.text.extend(shown[sequence.text.count :])
-        if sequence.finished:
-            sequence.text.finish()
-        text = sequence.text.visible(final=sequence.finished)
-        new = sequence.text.news(final=sequence.finished)
-    made = CompletionOutput(
-        index=sequence.index,
-        text=text,
-        token_ids=ids,
-        cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,
-        logprobs=None if sequence.logprobs is None else list(sequence.logprobs),
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        new_text=new,
-        new_token_ids=ids[sequence.reported :],
-    )
-    sequence.reported = len(ids)
-    return made
+        return request_output(request)

@@ -8,12 +8,14 @@ from collections.abc import Sequence as Items
 from dataclasses import fields
 from typing import Any, Literal
 
-from moetor.engine.build import Engine, ModelSource, build_engine
+from moetor.engine.build import Engine, build_engine
+from moetor.engine.chat_template import chat_tokens
 from moetor.engine.config import EngineConfig
 from moetor.engine.intake import Prompt
 from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from moetor.engine.params import SamplingParams
 from moetor.engine.progress import bar
+from moetor.engine.source import ModelSource
 from moetor.errors import ConfigError, InputError
 from moetor.offload_config import CpuExperts, OffloadConfig
 from moetor.parallel.config import ParallelConfig
@@ -184,24 +186,6 @@ def engine_config(settings: Mapping[str, Any]) -> EngineConfig:
             f"{', '.join(unknown)} is no setting of the engine; there are {', '.join(known)}"
         )
     return EngineConfig(**settings)
-
-
-def chat_tokens(tokenizer: Any, messages: Any, **template: Any) -> list[int]:
-    """A conversation as token ids that end where the answer begins.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-        InputError: the template refuses the messages.
-    """
-    from jinja2 import TemplateError
-
-    if tokenizer is None or tokenizer.chat_template is None:
-        raise ConfigError("the tokenizer has no chat template; use generate() with a text")
-    options = {"add_generation_prompt": True, **template, "tokenize": True, "return_dict": True}
-    try:
-        return list(tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise InputError(f"the chat template refuses the messages: {error}") from error
 
 
 def refused(request_id: str, prompt: Any, reason: str) -> RequestOutput:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moetor.errors import ConfigError
 from moetor.huggingface.modules import fused_modules
 from moetor.layer.context import ForwardContext, forward_context
 from moetor.layer.recording import RoutingRecorder
@@ -51,3 +52,14 @@ class ExpertLoad(RoutingRecorder):
         """Counts the calls inside the `with` block."""
         with forward_context(ForwardContext(recorder=self)):
             yield
+
+
+def expert_counts(load: ExpertLoad | None) -> dict[str, list[int]]:
+    """What `load` has counted.
+
+    Raises:
+        ConfigError: nothing is counted.
+    """
+    if load is None:
+        raise ConfigError("no expert load is counted; set record_expert_load=True")
+    return load.counts()

@@ -92,12 +92,34 @@ class TextBuilder:
         if len(whole) > len(self._before):
             self._take(whole)
 
-    def visible(self, *, final: bool) -> str:
-        """The text without what may be the beginning of a stop string."""
-        return self.text if final or not self._held else self.text[: -self._held]
+    def report(self, tokens: Items[int], *, final: bool) -> tuple[str, str]:
+        """The text of all tokens so far, without what may be the beginning of a stop string, and
+        what of it was not handed out yet.
 
-    def news(self, *, final: bool) -> str:
-        """What of the visible text was not handed out yet."""
-        shown = self.visible(final=final)
+        Args:
+            tokens: all so far, of which those beyond `count` are taken in.
+            final: whether no more will come.
+        """
+        self.extend(tokens[self.count :])
+        if final:
+            self.finish()
+        shown = self.text if final or not self._held else self.text[: -self._held]
         new, self._reported = shown[self._reported :], max(self._reported, len(shown))
-        return new
+        return shown, new
+
+
+class RelayedText:
+    """The text of a sequence that is decoded elsewhere and comes in pieces."""
+
+    def __init__(self) -> None:
+        self._text = self._new = ""
+
+    def add(self, piece: str) -> None:
+        """Appends a piece."""
+        self._text += piece
+        self._new += piece
+
+    def report(self, tokens: Items[int], *, final: bool) -> tuple[str, str]:
+        """The text so far, and what of it was not handed out yet, as of `TextBuilder`."""
+        new, self._new = self._new, ""
+        return self._text, new

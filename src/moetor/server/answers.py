@@ -2,73 +2,91 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from moetor.engine import CompletionOutput, RequestOutput
-from moetor.server.service import Job, Service, failure
+from moetor.server.errors import ApiError
+from moetor.server.protocol import StreamOptions
+from moetor.server.service import Job, unavailable
+from moetor.server.streams import Chunks
 
 
-async def collect(service: Service, job: Job) -> list[RequestOutput]:
-    """The last output of each prompt.
+class Answer(ABC):
+    """Makes an answer of a job's outputs, whole or event by event.
 
-    Raises:
-        ApiError: one of them failed.
-    """
-    choices = Choices(service, job)
-    async for _ in choices.states():
-        pass
-    return choices.last
-
-
-class Choices:
-    """Follows the outputs of a request.
-
-    Attributes:
-        last: output of each prompt, complete when all have finished.
+    Args:
+        frame: fields of every event beside its choices.
+        kinds: the field `object` of a whole answer and of an event.
+        options: of streaming.
     """
 
-    def __init__(self, service: Service, job: Job) -> None:
-        self._service, self._job = service, job
-        self._last: dict[int, RequestOutput] = {}
-        self._started: set[tuple[int, int]] = set()
-        self._finished: set[tuple[int, int]] = set()
+    def __init__(
+        self, frame: dict[str, Any], kinds: tuple[str, str], options: StreamOptions | None
+    ) -> None:
+        self._frame = {**frame, "object": kinds[0]}
+        self._counted = options is not None and bool(options.include_usage)
+        self._chunks = Chunks({**frame, "object": kinds[1]}, counted=self._counted)
 
-    @property
-    def last(self) -> list[RequestOutput]:
-        """The newest output of each prompt."""
-        return [self._last[number] for number in sorted(self._last)]
-
-    async def states(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """Outputs with the number of their prompt.
+    async def whole(self, job: Job) -> dict[str, Any]:
+        """The body, once all is generated.
 
         Raises:
-            ApiError: one of them failed.
+            ApiError: a prompt failed.
         """
-        async with aclosing(self._job.outputs()) as outputs:
-            async for number, output in outputs:
-                self._last[number] = output
-                wrong = failure(output)
-                if wrong is not None:
-                    raise wrong
-                yield number, output
+        outputs = [checked(await stream.last()) for stream in job.streams]
+        return {**self._frame, "choices": self._choices(outputs), "usage": self._usage(outputs)}
 
-    async def news(self) -> AsyncGenerator[tuple[int, RequestOutput, CompletionOutput, bool]]:
-        """Number of the prompt, its output, a choice with something new, and whether it is the
-        choice's first.
+    async def events(self, job: Job) -> AsyncGenerator[bytes]:
+        """The same piece by piece; one that is empty has nothing for the client.
+
+        Raises:
+            ApiError: a prompt failed.
         """
-        async with aclosing(self.states()) as states:
-            async for number, output in states:
+        last: dict[int, RequestOutput] = {}
+        finished: set[tuple[int, int]] = set()
+        async with aclosing(job.outputs()) as outputs:
+            async for number, output in outputs:
+                last[number] = checked(output)
                 for one in output.outputs:
-                    key = number, one.index
-                    if key in self._finished or not (one.new_token_ids or one.finished):
+                    if not one.new_token_ids and not one.finished:
                         continue
                     if one.finished:
-                        self._finished.add(key)
-                    first = key not in self._started
-                    self._started.add(key)
-                    yield number, output, one, first
+                        if (number, one.index) in finished:
+                            continue
+                        finished.add((number, one.index))
+                    first = len(one.new_token_ids) == len(one.token_ids)
+                    yield self._event(number, output, one, first)
+        if self._counted:
+            yield self._chunks.usage(self._usage([last[number] for number in sorted(last)]))
+
+    @abstractmethod
+    def _choices(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """Those of the whole answer."""
+
+    @abstractmethod
+    def _event(
+        self, number: int, output: RequestOutput, one: CompletionOutput, first: bool
+    ) -> bytes:
+        """What is new of one choice, of which `first` says whether there was nothing before."""
+
+    def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        return usage(outputs)
+
+
+def checked(output: RequestOutput) -> RequestOutput:
+    """An output of a request that goes well.
+
+    Raises:
+        ApiError: it does not.
+    """
+    if output.error is not None:
+        raise ApiError(500, f"the engine failed on this request: {output.error}")
+    if any(one.finish_reason == "abort" for one in output.outputs):
+        raise unavailable("the request was ended before it was done: the server is stopping")
+    return output
 
 
 def usage(outputs: Sequence[RequestOutput], *, generated: bool = True) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from moetor import __version__
-from moetor.engine import AsyncEngine
+from moetor.engine import EngineClient
 from moetor.server import chat, completions, experts, page, tokens
 from moetor.server.config import ServerConfig, read_text
 from moetor.server.errors import add_handlers, error_body
@@ -22,7 +21,7 @@ from moetor.server.streams import ClientGoneError
 _CLOSED_REQUEST = 499
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, model: str) -> FastAPI:
+def create_app(engine: EngineClient, config: ServerConfig, model: str) -> FastAPI:
     """The server's application; whoever runs it shuts the engine down.
 
     Args:
@@ -96,8 +95,7 @@ def _add_small(app: FastAPI) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        # In a thread: counting experts waits for the device.
-        text = await asyncio.to_thread(generate_latest, service.metrics.registry)
+        text = service.metrics.text(await experts.expert_load(service.engine))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")

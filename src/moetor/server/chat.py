@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from moetor.engine import CompletionOutput
-from moetor.server.answers import Choices, collect, usage
+from moetor.engine import CompletionOutput, RequestOutput
+from moetor.server.answers import Answer
 from moetor.server.conversation import conversation_tokens
 from moetor.server.errors import refusal
 from moetor.server.forms import chat_form
 from moetor.server.logprobs import chat_logprobs
 from moetor.server.protocol import ChatBody
 from moetor.server.sampling import sampling_params
-from moetor.server.service import Job, Service, request_name
-from moetor.server.streams import event
+from moetor.server.service import Service, request_name
+from moetor.server.streams import quoted
 from moetor.server.tools import Offer, ToolParser, offered_tools
 
 MAX_TOP_LOGPROBS = 20
@@ -81,7 +81,7 @@ def _check(body: ChatBody) -> None:
         )
 
 
-class _Answer:
+class _Answer(Answer):
     """Makes the answer's parts.
 
     Args:
@@ -89,12 +89,12 @@ class _Answer:
     """
 
     def __init__(self, service: Service, body: ChatBody, name: str, offer: Offer | None) -> None:
-        self._service, self._body, self._offer = service, body, offer
+        frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
+        super().__init__(frame, ("chat.completion", "chat.completion.chunk"), body.stream_options)
+        self._body, self._offer = body, offer
         self._parsers: dict[int, ToolParser] = {}
-        self._frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
 
-    async def whole(self, job: Job) -> dict[str, Any]:
-        outputs = await collect(self._service, job)
+    def _choices(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         choices = []
         for one in outputs[0].outputs:
             said, calls = self._parse(one, one.text)
@@ -113,36 +113,35 @@ class _Answer:
                     "stop_reason": one.stop_reason,
                 }
             )
-        kind = {"object": "chat.completion"}
-        return {**self._frame, **kind, "choices": choices, "usage": usage(outputs)}
+        return choices
 
-    async def events(self, job: Job) -> AsyncGenerator[bytes]:
-        options = self._body.stream_options
-        counted = options is not None and options.include_usage
-        frame = {**self._frame, "object": "chat.completion.chunk"}
-        plain = {**frame, "usage": None} if counted else frame
-        choices = Choices(self._service, job)
-        async for _, _, one, first in choices.news():
-            logprobs = self._logprobs(one, one.new_token_ids)
-            said, calls = self._parse(one, one.new_text)
-            if not (first or said or calls or logprobs or one.finished):
-                continue
-            delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            if first or said:
-                delta["content"] = said
-            if calls:
-                delta["tool_calls"] = calls
-            choice = {
-                "index": one.index,
-                "delta": delta,
-                "logprobs": logprobs,
-                "finish_reason": self._reason(one),
-            }
-            if one.finished:
-                choice["stop_reason"] = one.stop_reason
-            yield event({**plain, "choices": [choice]})
-        if counted:
-            yield event({**frame, "choices": [], "usage": usage(choices.last)})
+    def _event(
+        self, number: int, output: RequestOutput, one: CompletionOutput, first: bool
+    ) -> bytes:
+        plain = not (first or one.finished or self._offer) and one.logprobs is None
+        if plain and one.new_text:  # most events; the same in less time
+            return self._chunks.choice(
+                f'{{"index":{one.index},"delta":{{"content":{quoted(one.new_text)}}},'
+                '"logprobs":null,"finish_reason":null}'
+            )
+        logprobs = self._logprobs(one, one.new_token_ids)
+        said, calls = self._parse(one, one.new_text)
+        if not (first or said or calls or logprobs or one.finished):
+            return b""
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if first or said:
+            delta["content"] = said
+        if calls:
+            delta["tool_calls"] = calls
+        choice = {
+            "index": one.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": self._reason(one),
+        }
+        if one.finished:
+            choice["stop_reason"] = one.stop_reason
+        return self._chunks.choice(choice)
 
     def _parse(self, one: CompletionOutput, text: str) -> tuple[str, list[dict[str, Any]]]:
         if self._offer is None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from moetor.engine import CompletionOutput, RequestOutput
-from moetor.server.answers import Choices, collect, usage
+from moetor.server.answers import Answer, usage
 from moetor.server.errors import refusal
 from moetor.server.forms import text_form
 from moetor.server.logprobs import TextLogprobs
 from moetor.server.protocol import CompletionBody
 from moetor.server.sampling import sampling_params
-from moetor.server.service import Job, Service, request_name
-from moetor.server.streams import event
+from moetor.server.service import Service, request_name
+from moetor.server.streams import quoted
 
 DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
@@ -90,7 +90,7 @@ async def _prompts(service: Service, body: CompletionBody) -> list[tuple[list[in
     return made
 
 
-class _Answer:
+class _Answer(Answer):
     """Makes the answer's parts.
 
     Args:
@@ -101,38 +101,38 @@ class _Answer:
     def __init__(
         self, service: Service, body: CompletionBody, name: str, texts: list[str], alone: bool
     ) -> None:
+        frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
+        super().__init__(frame, ("text_completion", "text_completion"), body.stream_options)
         self._service, self._body, self._texts, self._alone = service, body, texts, alone
         self._logprobs: dict[int, TextLogprobs] = {}
-        self._frame = {
-            "id": name,
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": service.names[0],
-        }
 
-    async def whole(self, job: Job) -> dict[str, Any]:
-        outputs = await collect(self._service, job)
+    def _choices(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         choices = []
         for number, output in enumerate(outputs):
             for one in output.outputs:
-                index = number * job.choices + one.index
+                index = self._index(number, one)
                 text, logprobs = self._piece(index, number, output, one, first=True, whole=True)
                 choices.append(_choice(index, text, logprobs, one))
-        return {**self._frame, "choices": choices, "usage": self._usage(outputs)}
+        return choices
 
-    async def events(self, job: Job) -> AsyncGenerator[bytes]:
-        options = self._body.stream_options
-        counted = options is not None and options.include_usage
-        choices = Choices(self._service, job)
-        async for number, output, one, first in choices.news():
-            index = number * job.choices + one.index
-            text, logprobs = self._piece(index, number, output, one, first=first, whole=False)
-            if not text and logprobs is None and not one.finished:
-                continue
-            chunk = {**self._frame, "choices": [_choice(index, text, logprobs, one)]}
-            yield event({**chunk, "usage": None} if counted else chunk)
-        if counted:
-            yield event({**self._frame, "choices": [], "usage": self._usage(choices.last)})
+    def _event(
+        self, number: int, output: RequestOutput, one: CompletionOutput, first: bool
+    ) -> bytes:
+        index = self._index(number, one)
+        if not (first or one.finished or self._alone) and self._body.logprobs is None:
+            if not one.new_text:
+                return b""
+            return self._chunks.choice(  # most events; the same in less time
+                f'{{"index":{index},"text":{quoted(one.new_text)},"logprobs":null,'
+                '"finish_reason":null,"stop_reason":null}'
+            )
+        text, logprobs = self._piece(index, number, output, one, first=first, whole=False)
+        if not text and logprobs is None and not one.finished:
+            return b""
+        return self._chunks.choice(_choice(index, text, logprobs, one))
+
+    def _index(self, number: int, one: CompletionOutput) -> int:
+        return number * (self._body.n or 1) + one.index
 
     def _piece(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from moetor.engine.llm import chat_tokens
+from moetor.engine.chat_template import chat_tokens
 from moetor.errors import ConfigError, InputError
 from moetor.server.errors import refusal
 from moetor.server.protocol import Message

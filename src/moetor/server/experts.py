@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
+from moetor.engine import EngineClient, EngineStoppedError
+
 if TYPE_CHECKING:
     from moetor.server.service import Service
 
 router = APIRouter()
+# Of what the fusion report says of a block.
+_SHOWN = (
+    "family_block",
+    "level",
+    "kernel",
+    "router",
+    "reason",
+    "quantization",
+    "num_experts",
+    "refusals",
+)
 
 
 def balancedness(counts: Sequence[int]) -> float | None:
@@ -23,6 +35,16 @@ def balancedness(counts: Sequence[int]) -> float | None:
     return sum(counts) / len(counts) / most if most else None
 
 
+async def expert_load(engine: EngineClient) -> dict[str, list[int]] | None:
+    """Tokens of each expert by layer; None where they are not counted, or nobody can tell."""
+    if not engine.config.record_expert_load:
+        return None
+    try:
+        return await engine.expert_load()
+    except EngineStoppedError:
+        return None
+
+
 @router.get("/v1/experts/stats")
 async def experts_stats(request: Request) -> dict[str, Any]:
     """Tokens of each expert since the start, the fusion report, and the engine's counters.
@@ -31,23 +53,19 @@ async def experts_stats(request: Request) -> dict[str, Any]:
     """
     service: Service = request.app.state.service
     engine = service.engine
-    layers = []
-    if engine.engine.config.record_expert_load:
-        # On a GPU this waits for the device.
-        load = await asyncio.to_thread(engine.expert_load)
-        layers = [
-            {"layer": layer, "tokens": counts, "balancedness": balancedness(counts)}
-            for layer, counts in load.items()
-        ]
+    load = await expert_load(engine)
+    layers = [
+        {"layer": layer, "tokens": counts, "balancedness": balancedness(counts)}
+        for layer, counts in (load or {}).items()
+    ]
     stats = engine.stats()
-    report = engine.fusion_report
     return {
         "model": service.names[0],
         "time": time.time(),
         "healthy": service.healthy,
-        "recorded": engine.engine.config.record_expert_load,
+        "recorded": engine.config.record_expert_load,
         "layers": layers,
-        "fusion": [] if report is None else [_block(block) for block in report.blocks],
+        "fusion": [_block(block) for block in engine.fused.blocks or []],
         "engine": {
             "running": stats.running,
             "waiting": stats.waiting,
@@ -57,20 +75,10 @@ async def experts_stats(request: Request) -> dict[str, Any]:
             "prefix_hit_tokens": stats.prefix_hit_tokens,
             "prefix_query_tokens": stats.prefix_query_tokens,
             "requests_finished": stats.requests_finished,
-            "max_num_seqs": engine.engine.config.max_num_seqs,
+            "max_num_seqs": engine.config.max_num_seqs,
         },
     }
 
 
-def _block(block: Any) -> dict[str, Any]:
-    return {
-        "layer": block.name,
-        "family_block": block.family_block,
-        "level": block.level,
-        "kernel": block.kernel,
-        "router": block.router,
-        "reason": block.reason,
-        "quantization": block.quantization,
-        "num_experts": block.num_experts,
-        "refusals": [{"kernel": one.kernel, "reason": one.reason} for one in block.refusals],
-    }
+def _block(block: dict[str, Any]) -> dict[str, Any]:
+    return {"layer": block["name"], **{name: block[name] for name in _SHOWN}}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moetor.engine import AsyncEngine, RequestOutput
+from moetor.engine import EngineClient
+from moetor.engine.news import RequestNews
+from moetor.engine.sequence import Request as EngineRequest
 from moetor.server.experts import balancedness
 
 _Buckets = tuple[float, ...]
@@ -33,9 +35,10 @@ class Metrics:
         registry: what `/metrics` prints.
     """
 
-    def __init__(self, engine: AsyncEngine, model: str, *, expert_tokens: bool) -> None:
+    def __init__(self, engine: EngineClient, model: str, *, expert_tokens: bool) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine, model, expert_tokens))
+        self._collector = _EngineCollector(engine, model, expert_tokens)
+        self.registry.register(self._collector)
         self._reasons = Counter(
             "vllm:request_success",
             "Choices that ended, by reason.",
@@ -64,48 +67,58 @@ class Metrics:
         """Choices ended for a reason."""
         self._reasons.labels(self._model, reason).inc(choices)
 
-    def token_times(self, output: RequestOutput, before: dict[int, float]) -> None:
+    def text(self, expert_load: Mapping[str, Sequence[int]] | None) -> bytes:
+        """What `/metrics` answers.
+
+        Args:
+            expert_load: tokens of each expert by layer, where they are counted.
+        """
+        self._collector.expert_load = expert_load
+        return generate_latest(self.registry)
+
+    def token_times(self, news: RequestNews, before: dict[int, float]) -> None:
         """Notes the time between tokens.
 
         Args:
             before: of the request: when each choice had its last token; is brought up to date.
         """
         now = time.monotonic()
-        for one in output.outputs:
-            new = len(one.new_token_ids)
+        for one in news.sequences:
+            new = len(one.token_ids)
             if not new:
                 continue
-            last = before.get(one.index)
+            last = before.get(one.number)
             if last is not None:
                 # Tokens that came together share the time since the one before.
                 for _ in range(new):
                     self._itl.observe((now - last) / new)
-            before[one.index] = now
+            before[one.number] = now
 
-    def finished(self, output: RequestOutput) -> None:
+    def finished(self, request: EngineRequest) -> None:
         """Notes a request that is over."""
-        times = output.metrics
-        self._prompt.observe(len(output.prompt_token_ids))
-        for one in output.outputs:
+        times = request.metrics
+        self._prompt.observe(len(request.prompt_ids))
+        lengths = [one.known - one.prompt_len for one in request.sequences]
+        for one, length in zip(request.sequences, lengths, strict=True):
             self.ended(one.finish_reason or "error", 1)
-            self._generated.observe(len(one.token_ids))
+            self._generated.observe(length)
         if times.first_scheduled_time is not None:
             self._queue.observe(times.first_scheduled_time - times.arrival_time)
         if times.finished_time is None or times.first_token_time is None:
             return
         self._ttft.observe(times.first_token_time - times.arrival_time)
         self._e2e.observe(times.finished_time - times.arrival_time)
-        longest = max(len(one.token_ids) for one in output.outputs)
-        if longest > 1:
+        if max(lengths) > 1:
             decoding = times.finished_time - times.first_token_time
-            self._tpot.observe(decoding / (longest - 1))
+            self._tpot.observe(decoding / (max(lengths) - 1))
 
 
 class _EngineCollector(Collector):
     """Reads the engine's own counters when it is asked."""
 
-    def __init__(self, engine: AsyncEngine, model: str, expert_tokens: bool) -> None:
+    def __init__(self, engine: EngineClient, model: str, expert_tokens: bool) -> None:
         self._engine, self._model, self._expert_tokens = engine, model, expert_tokens
+        self.expert_load: Mapping[str, Sequence[int]] | None = None
 
     def describe(self) -> list[Metric]:
         return []  # nothing is read when the collector is registered
@@ -135,15 +148,15 @@ class _EngineCollector(Collector):
         yield from self._experts()
 
     def _experts(self) -> Iterator[Metric]:
-        report = self._engine.fusion_report
-        if report is not None:
+        blocks = self._engine.fused.blocks
+        if blocks is not None:
             info = GaugeMetricFamily(
                 "moe_kernel_info", "What runs the experts.", labels=["layer", "level", "kernel"]
             )
-            for block in report.blocks:
-                info.add_metric([block.name, block.level, block.kernel or "none"], 1)
+            for block in blocks:
+                info.add_metric([block["name"], block["level"], block["kernel"] or "none"], 1)
             yield info
-        if not self._engine.engine.config.record_expert_load:
+        if self.expert_load is None:
             return
         balance = GaugeMetricFamily(
             "moe_balancedness", "Mean over maximum of the experts' tokens.", labels=["layer"]
@@ -151,7 +164,7 @@ class _EngineCollector(Collector):
         tokens = CounterMetricFamily(
             "moe_expert_tokens", "Tokens of each expert.", labels=["layer", "expert"]
         )
-        for layer, counts in self._engine.expert_load().items():
+        for layer, counts in self.expert_load.items():
             value = balancedness(counts)
             if value is not None:
                 balance.add_metric([layer], value)

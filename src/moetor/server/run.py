@@ -11,7 +11,7 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
-from moetor.engine import AsyncEngine
+from moetor.engine import EngineClient
 from moetor.errors import ConfigError
 from moetor.server.app import create_app
 from moetor.server.config import ServerConfig
@@ -24,7 +24,7 @@ _log = logging.getLogger("moetor.server")
 _LAST_WORDS_S = 5
 
 
-def serve(make_engine: Callable[[], AsyncEngine], config: ServerConfig, model: str) -> None:
+def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: str) -> None:
     """Serves until SIGINT or SIGTERM, then drains.
 
     Args:

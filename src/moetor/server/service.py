@@ -14,8 +14,13 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from moetor.engine import AsyncEngine, EngineStoppedError, RequestOutput, SamplingParams
-from moetor.engine.aio import OutputStream
+from moetor.engine import (
+    EngineClient,
+    EngineStoppedError,
+    OutputStream,
+    RequestOutput,
+    SamplingParams,
+)
 from moetor.engine.grammar import GrammarCompiler
 from moetor.engine.text import decode_function
 from moetor.errors import InputError
@@ -46,30 +51,23 @@ class Job:
         self.streams: list[OutputStream] = []
         self._metrics = metrics
         self._release: Callable[[], None] | None = release
-        self._last: dict[int, RequestOutput] = {}
-        self._times: dict[int, dict[int, float]] = {}
         self._begin = time.monotonic()
+
+    def take(self, stream: OutputStream) -> None:
+        """Adds the next prompt's stream."""
+        times: dict[int, float] = {}
+        stream.watch = lambda news: self._metrics.token_times(news, times)
+        self.streams.append(stream)
 
     async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Outputs as they come, each with the number of its prompt; closing it aborts the rest."""
-        try:
-            if len(self.streams) == 1:
-                async for output in self.streams[0]:
-                    self._note(0, output)
-                    yield 0, output
-            else:
-                async with aclosing(_merged(self.streams)) as merged:
-                    async for number, output in merged:
-                        self._note(number, output)
-                        yield number, output
-        finally:
-            await self.aclose()
-
-    def _note(self, number: int, output: RequestOutput) -> None:
-        self._last[number] = output
-        self._metrics.token_times(output, self._times.setdefault(number, {}))
-        if output.finished:
-            self._metrics.finished(output)
+        if len(self.streams) == 1:
+            async for output in self.streams[0]:
+                yield 0, output
+        else:
+            async with aclosing(_merged(self.streams)) as merged:
+                async for pair in merged:
+                    yield pair
 
     async def aclose(self) -> None:
         """Aborts what has not finished."""
@@ -79,17 +77,20 @@ class Job:
             return
         self._release()
         self._release = None
-        last = self._last.values()
-        left = len(self.streams) - sum(output.finished for output in last)
+        requests = [stream.request for stream in self.streams]
+        for request in requests:
+            if request.finished:
+                self._metrics.finished(request)
+        left = sum(not request.finished for request in requests)
         if left:
             self._metrics.ended("abort", left * self.choices)
         _log.info(
             "request %s: prompts=%d prompt_tokens=%d generated_tokens=%d ended_early=%d "
             "seconds=%.3f",
             self.name,
-            len(self.streams),
-            sum(len(output.prompt_token_ids) for output in last),
-            sum(len(one.token_ids) for output in last for one in output.outputs),
+            len(requests),
+            sum(len(request.prompt_ids) for request in requests),
+            sum(one.known - one.prompt_len for request in requests for one in request.sequences),
             left,
             time.monotonic() - self._begin,
         )
@@ -109,7 +110,7 @@ class Service:
     """One engine behind the endpoints.
 
     Args:
-        engine: as `AsyncEngine` made it.
+        engine: on a thread or as a process.
         config: the server's settings.
         name: of the model, where `config` names none.
 
@@ -119,14 +120,14 @@ class Service:
         draining: whether the server is going down.
     """
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, name: str) -> None:
+    def __init__(self, engine: EngineClient, config: ServerConfig, name: str) -> None:
         self.engine, self.config = engine, config
         self.names = config.served_model_name or (name,)
         self.created = int(time.time())
         self.metrics = Metrics(engine, self.names[0], expert_tokens=config.expert_token_metrics)
         self.draining = False
         self.sequences = 0
-        self._most = engine.engine.config.max_num_seqs + config.max_waiting
+        self._most = engine.config.max_num_seqs + config.max_waiting
         # One thread: a tokenizer's settings are not safe to share, and its work would otherwise
         # hold up every other stream.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="moetor-tokenizer")
@@ -200,7 +201,7 @@ class Service:
         Raises:
             ApiError: one is outside the vocabulary, or there is no tokenizer.
         """
-        size = self.engine.engine.intake.vocab_size
+        size = self.engine.intake.vocab_size
         wrong = next((token for token in ids if token >= size), None)
         if wrong is not None:
             raise refusal(f"token id {wrong} is outside the vocabulary of {size} tokens", param)
@@ -259,7 +260,7 @@ class Service:
         job = Job(name, params.n, self.metrics, lambda: self._release(wanted))
         try:
             for index, prompt in enumerate(prompts):
-                job.streams.append(
+                job.take(
                     await self.engine.add_request(prompt, params, f"{name}-{index}", merge=True)
                 )
         except InputError as error:
@@ -319,15 +320,6 @@ async def _merged(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, 
 def unavailable(message: str) -> ApiError:
     """Status 503."""
     return ApiError(503, message, code="service_unavailable", headers={"Retry-After": "5"})
-
-
-def failure(output: RequestOutput) -> ApiError | None:
-    """The error of a request that did not end well, or None."""
-    if output.error is not None:
-        return ApiError(500, f"the engine failed on this request: {output.error}")
-    if any(one.finish_reason == "abort" for one in output.outputs):
-        return unavailable("the request was ended before it was done: the server is stopping")
-    return None
 
 
 def request_name(prefix: str) -> str:

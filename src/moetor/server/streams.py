@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -21,19 +21,54 @@ class ClientGoneError(Exception):
     """The client closed its connection."""
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+quoted = json.encoder.encode_basestring
+"""A text as JSON has it."""
+
+
 def event(content: dict[str, Any]) -> bytes:
     """One event with `content` as its data."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return _event(_JSON(content))
+
+
+def _event(text: str) -> bytes:
     # A lone surrogate, from a request's own fields, has no UTF-8.
     return f"data: {text}\n\n".encode(errors="replace")
+
+
+class Chunks:
+    """Makes the events of one answer, whose frame is the same in all.
+
+    Args:
+        frame: the fields beside `choices`.
+        counted: whether each event says that usage comes later.
+    """
+
+    def __init__(self, frame: dict[str, Any], *, counted: bool) -> None:
+        self._frame = frame
+        self._head = _JSON(frame)[:-1] + ',"choices":['
+        self._tail = '],"usage":null}' if counted else "]}"
+
+    def choice(self, content: dict[str, Any] | str) -> bytes:
+        """An event with one choice.
+
+        Args:
+            content: the choice, or already the JSON of it.
+        """
+        text = content if isinstance(content, str) else _JSON(content)
+        return _event(self._head + text + self._tail)
+
+    def usage(self, content: dict[str, Any]) -> bytes:
+        """The event that counts the tokens."""
+        return event({**self._frame, "choices": [], "usage": content})
 
 
 class EventStream(Response):
     """Sends events as they are made; when the client is gone or reads nothing, they are closed.
 
     Args:
-        events: without `[DONE]`, which follows the last one. An `ApiError` in it becomes an event
-            with that error.
+        events: without `[DONE]`, which follows the last one; none of an empty one is sent. An
+            `ApiError` in it becomes an event with that error.
         close: called at the end, however it comes.
         write_timeout: seconds that a client may take to read.
         headers: further ones.
@@ -52,6 +87,7 @@ class EventStream(Response):
         self.status_code = 200
         self.background = None
         self._events, self._close, self._write_timeout = events, close, write_timeout
+        self._sending_since: float | None = None
         self.init_headers({"Cache-Control": "no-cache", **(headers or {})})
 
     def init_headers(self, headers: Any = None) -> None:
@@ -61,18 +97,21 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the whole stream."""
-        writing = asyncio.create_task(self._write(send))
-        leaving = asyncio.create_task(_client_gone(receive))
+        tasks = [
+            asyncio.create_task(self._write(send)),
+            asyncio.create_task(_client_gone(receive)),
+            asyncio.create_task(self._too_slow()),
+        ]
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (writing, leaving):
+            for task in tasks:
                 task.cancel()
-            results = await asyncio.gather(writing, leaving, return_exceptions=True)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
             await self._events.aclose()
             await self._close()
         error = results[0]
-        if isinstance(error, Exception) and not isinstance(error, TimeoutError | OSError):
+        if isinstance(error, Exception) and not isinstance(error, OSError):
             raise error
 
     async def _write(self, send: Send) -> None:
@@ -82,18 +121,26 @@ class EventStream(Response):
             "headers": self.raw_headers,
         }
         await send(start)
-        async for piece in self._pieces():
-            async with asyncio.timeout(self._write_timeout):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _pieces(self) -> AsyncIterator[bytes]:
+        now = asyncio.get_running_loop().time
+        body = "http.response.body"
         try:
             async for piece in self._events:
-                yield piece
+                if piece:
+                    self._sending_since = now()
+                    await send({"type": body, "body": piece, "more_body": True})
+                    self._sending_since = None
         except ApiError as error:
-            yield event(error.body())
-        yield DONE
+            await send({"type": body, "body": event(error.body()), "more_body": True})
+        await send({"type": body, "body": DONE, "more_body": False})
+
+    async def _too_slow(self) -> None:
+        """Ends when a piece has waited too long for the client to read."""
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._write_timeout / 4)
+            since = self._sending_since
+            if since is not None and now() - since >= self._write_timeout:
+                return
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -60,9 +60,9 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
     return {
         "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": len(tokenizer),
-        "model_vocab_size": service.engine.engine.intake.vocab_size,
+        "model_vocab_size": service.engine.intake.vocab_size,
         "max_model_len": service.engine.max_model_len,
         "special_tokens": special,
-        "eos_token_ids": sorted(service.engine.engine.intake.ends),
+        "eos_token_ids": sorted(service.engine.intake.ends),
         "chat_template": tokenizer.chat_template,
     }

@@ -1,0 +1,264 @@
+"""What stands between asyncio and an engine that runs elsewhere: on a thread, or as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from moetor.engine.config import EngineConfig
+from moetor.engine.intake import Intake, Prompt
+from moetor.engine.news import Batch, RequestNews, copy_of, request_output, take_news
+from moetor.engine.outputs import EngineStats, RequestOutput
+from moetor.engine.params import SamplingParams
+from moetor.engine.sequence import Request
+from moetor.engine.source import Fused
+from moetor.engine.text import Decode, decode_function
+from moetor.errors import InputError, MoetorError
+
+
+class EngineStoppedError(MoetorError, RuntimeError):
+    """The engine was shut down, or has ended."""
+
+
+class OutputStream(AsyncIterator[RequestOutput]):
+    """The outputs of one request, each with its new state; ends after the finished one.
+
+    Closing it before that aborts the request.
+
+    Args:
+        request: the copy that news bring up to date.
+        abort: ends the request of a name.
+        merge: whether an output that was not read yet becomes one with the next, so that a slow
+            reader costs no memory; what is new in the two is then new in the one.
+
+    Attributes:
+        request: as the last news made it; is not to be changed.
+        watch: is told what is new when it comes, whoever reads when; None for nobody.
+    """
+
+    def __init__(self, request: Request, abort: Callable[[str], None], *, merge: bool) -> None:
+        self.request_id = request.request_id
+        self.request, self._abort, self._merge = request, abort, merge
+        self._ready: deque[RequestOutput] = deque()
+        self._changed = self._done = self._end_alone = False
+        self._waiter: asyncio.Future[None] | None = None
+        self.watch: Callable[[RequestNews], None] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last news have come."""
+        return self.request.finished
+
+    def take(self, news: RequestNews) -> None:
+        """Takes news in, on the event loop's own thread."""
+        take_news(self.request, news)
+        if self.watch is not None:
+            self.watch(news)
+        self._note()
+
+    def fail(self, reason: str) -> None:
+        """Ends it with an error, on the event loop's own thread."""
+        self.request.error = reason
+        for sequence in self.request.sequences:
+            if not sequence.finished:
+                sequence.finish_reason = "error"
+        self._note()
+
+    def _note(self) -> None:
+        self._changed = True
+        if not self._merge and not self._end_alone:
+            self._ready.append(self._output())
+        waiter = self._waiter
+        if waiter is None or waiter.done() or (self._end_alone and not self.finished):
+            return
+        waiter.set_result(None)
+
+    def _output(self) -> RequestOutput:
+        self._changed = False
+        return request_output(self.request)
+
+    async def __anext__(self) -> RequestOutput:
+        if self._done:
+            raise StopAsyncIteration
+        if not self._ready and not self._changed:
+            await self._wait()
+        output = self._ready.popleft() if self._ready else self._output()
+        self._done = output.finished
+        return output
+
+    async def last(self) -> RequestOutput:
+        """Waits for the end, and gives the output then; what came before is part of it."""
+        self._end_alone = True
+        while not self.finished:
+            await self._wait()
+        self._done = True
+        self._ready.clear()
+        return self._output()
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        finally:
+            self._waiter = None
+
+    async def aclose(self) -> None:
+        """Aborts the request unless it has finished."""
+        if not self._done:
+            self._done = True
+            if not self.request.finished:
+                self._abort(self.request_id)
+
+
+class EngineClient(ABC):
+    """Hands requests to an engine, and its news to the streams that wait for them.
+
+    Args:
+        intake: makes requests and refuses bad ones.
+        config: the engine's settings.
+        fused: what the fusion report says.
+
+    Attributes:
+        errors: what ended steps since the start, as text, the last ones.
+    """
+
+    def __init__(self, intake: Intake, config: EngineConfig, fused: Fused) -> None:
+        self.intake, self.config, self.fused = intake, config, fused
+        self.errors: deque[str] = deque(maxlen=100)
+        self._numbers = itertools.count()
+        self._streams: dict[str, OutputStream] = {}
+        self._decoders: dict[bool, Decode] = {}
+        self._stopping = False
+        self._dead: str | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, or None."""
+        return self.intake.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its continuation together, at most."""
+        return self.intake.max_model_len
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine runs and takes requests."""
+        return not self._stopping and self._dead is None and self._alive()
+
+    async def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        merge: bool = False,
+    ) -> OutputStream:
+        """Queues a request; iterate over what this returns for its outputs.
+
+        Args:
+            prompt: text, token ids, or a mapping (see `Prompt`).
+            request_id: None makes one.
+            merge: see `OutputStream`.
+
+        Raises:
+            InputError: the request is refused, or there is one of this name.
+            EngineStoppedError: the engine takes no more requests.
+        """
+        self._check_running()
+        name = request_id if request_id is not None else f"request-{next(self._numbers)}"
+        if name in self._streams:
+            raise InputError(f"there is a request {name!r} under way; choose another id")
+        request = self.intake.request(prompt, params, name)
+        stream = OutputStream(
+            copy_of(request, self._decoder(params.skip_special_tokens)), self._abort, merge=merge
+        )
+        self._streams[name] = stream
+        await self._add(request, stream)
+        return stream
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gives a last output with finish reason `abort`. A request
+        that has finished, or never was, is left alone.
+        """
+        self._abort(request_id)
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Counters since the start, and the state now."""
+
+    @abstractmethod
+    async def expert_load(self) -> dict[str, list[int]]:
+        """Tokens of each expert since the start, by the layer's path.
+
+        Raises:
+            ConfigError: the engine was built without `record_expert_load`.
+            EngineStoppedError: the engine has ended.
+        """
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Stops taking requests, waits `drain_s` seconds for those under way, aborts the rest, and
+        ends the engine.
+        """
+        self._stopping = True
+        loop = asyncio.get_running_loop()
+        end = loop.time() + drain_s
+        while self._streams and self._dead is None and self._alive() and loop.time() < end:
+            await asyncio.sleep(0.01)
+        for name in list(self._streams):
+            self._abort(name)
+        await self._end()
+
+    @abstractmethod
+    async def _add(self, request: Request, stream: OutputStream) -> None:
+        """Hands a request to the engine; news of it may come at once."""
+
+    @abstractmethod
+    def _abort(self, request_id: str) -> None:
+        """Asks the engine to end a request."""
+
+    @abstractmethod
+    async def _end(self) -> None:
+        """Ends the engine when what was asked before is done."""
+
+    @abstractmethod
+    def _alive(self) -> bool:
+        """Whether what runs the engine is still there."""
+
+    def _check_running(self) -> None:
+        if not self.healthy:
+            reason = "was shut down" if self._dead is None else f"has failed ({self._dead})"
+            raise EngineStoppedError(f"the engine {reason} and takes no more requests")
+
+    def _decoder(self, skip_special_tokens: bool) -> Decode | None:
+        if self.tokenizer is None:
+            return None
+        if skip_special_tokens not in self._decoders:
+            self._decoders[skip_special_tokens] = decode_function(
+                self.tokenizer, skip_special_tokens=skip_special_tokens
+            )
+        return self._decoders[skip_special_tokens]
+
+    def _deliver(self, news: Sequence[RequestNews]) -> None:
+        """Hands news to their streams, on the event loop's own thread."""
+        for one in news:
+            stream = self._streams.get(one.request_id)
+            if stream is not None:
+                stream.take(one)
+                if stream.finished:
+                    self._forget(one.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+
+    def _note_batch(self, batch: Batch) -> None:
+        self.errors.extend(batch.errors)
+        if batch.dead is not None:
+            self._dead = batch.dead

@@ -1,0 +1,123 @@
+"""The engine's loop on a thread of its own: what is asked goes in, batches of news come out."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from moetor.engine.build import Engine
+from moetor.engine.news import Batch, RequestNews, news_of
+from moetor.engine.ranks import RankedCore
+from moetor.engine.sequence import Request
+
+
+class EngineLoop:
+    """Takes actions in and makes steps, for as long as there is something to do.
+
+    Args:
+        engine: as `build_engine` made it; nobody else may drive it.
+        emit: called on the loop's thread with what a turn has to tell; must not raise.
+    """
+
+    def __init__(self, engine: Engine, emit: Callable[[Batch], None]) -> None:
+        self.engine = engine
+        self._emit = emit
+        self._work = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._errors: list[str] = []
+        if isinstance(engine.core, RankedCore):
+            engine.core.lead()
+        self.thread = threading.Thread(target=self._run, name="moetor-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self.thread.start()
+
+    def add(self, request: Request) -> None:
+        """Queues a request; one that cannot be queued ends with the error."""
+
+        def begin() -> None:
+            core = self.engine.core
+            try:
+                core.add(request)
+            except Exception as error:
+                core.fail(request, error)
+                self._tell([request])
+
+        self._post(begin)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, of which there are last news then; one that is over is left alone."""
+
+        def end() -> None:
+            request = self.engine.core.abort(request_id)
+            if request is not None:
+                self._tell([request])
+
+        self._post(end)
+
+    def quit(self) -> None:
+        """Ends the thread when what was asked before is done."""
+
+        def end() -> None:
+            raise _QuitError
+
+        self._post(end)
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._work:
+            self._inbox.append(action)
+            self._work.notify()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._turn()
+        except _QuitError:
+            self.engine.core.close()
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+            self._errors.append(text)
+            self._send([], dead=text)
+            self.engine.core.close(error)
+
+    def _turn(self) -> None:
+        """Takes in what was posted, and makes a step."""
+        core = self.engine.core
+        with self._work:
+            while core.idle and not self._inbox and self._work.wait(core.patience):
+                pass
+            actions = list(self._inbox)
+            self._inbox.clear()
+        for action in actions:
+            self._attempt(action)
+        if actions and not core.idle:
+            self._send([])  # a step may take long, and what waits for it is known now
+        if not core.idle:
+            self._attempt(lambda: self._tell(core.step()))
+        elif not actions:
+            self._attempt(core.rest)
+        if core.fatal is not None:
+            raise core.fatal
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except _QuitError:
+            raise
+        except Exception as error:
+            self._errors.append(f"{type(error).__name__}: {error}")
+            self._tell(self.engine.core.fail_all(error))
+
+    def _tell(self, requests: list[Request]) -> None:
+        self._errors += [request.error for request in requests if request.error is not None]
+        self._send([news_of(request) for request in requests])
+
+    def _send(self, news: list[RequestNews], dead: str | None = None) -> None:
+        errors, self._errors = self._errors, []
+        self._emit(Batch(news, self.engine.core.stats(), errors, dead))
+
+
+class _QuitError(Exception):
+    """Ends the thread."""
