@@ -11,14 +11,10 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from moetor import AsyncEngine
-from moetor.engine import (
-    CompletionOutput,
-    EngineConfig,
-    OutputStream,
-    RequestMetrics,
-    RequestOutput,
-)
+from moetor import AsyncEngine, SamplingParams
+from moetor.engine import EngineConfig, OutputStream
+from moetor.engine.news import RequestNews, SequenceNews, copy_of
+from moetor.engine.text import RelayedText
 from moetor.server import ServerConfig, create_app
 from moetor.server.tools import ToolParser
 
@@ -68,23 +64,16 @@ def test_one_call_where_one_is_asked_for() -> None:
     assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"city": "Elsinore"}]
 
 
-def scripted(text: str, size: int) -> list[RequestOutput]:
+def scripted(engine: AsyncEngine, text: str, size: int) -> OutputStream:
     """The outputs of a model that writes `text`."""
+    request = copy_of(engine.intake.request([1, 2], SamplingParams(), "r"), None)
+    request.sequences[0].text = RelayedText()
+    stream = OutputStream(request, lambda _: None, merge=False)
     pieces = [text[place : place + size] for place in range(0, len(text), size)]
-    made = []
     for number, piece in enumerate(pieces, 1):
         reason: Any = "stop" if number == len(pieces) else None
-        one = CompletionOutput(
-            index=0,
-            text="".join(pieces[:number]),
-            token_ids=[5] * number,
-            new_text=piece,
-            new_token_ids=[5],
-            finish_reason=reason,
-        )
-        last = reason is not None
-        made.append(RequestOutput("r", None, [1, 2], [one], last, RequestMetrics(0.0)))
-    return made
+        stream.take(RequestNews("r", [SequenceNews(0, [5], piece, None, reason, None)]))
+    return stream
 
 
 def test_the_client_gets_calls_and_answers_them(
@@ -98,10 +87,7 @@ def test_the_client_gets_calls_and_answers_them(
 
     async def add(prompt: Any, *_: Any, **__: Any) -> OutputStream:
         prompts.append(engine.tokenizer.decode(prompt))
-        stream = OutputStream("r", lambda _: None, merge=False)
-        for output in scripted("I look.\n" + CALL, 7):
-            stream.put(output)
-        return stream
+        return scripted(engine, "I look.\n" + CALL, 7)
 
     async def work() -> None:
         monkeypatch.setattr(engine, "add_request", add)

@@ -234,7 +234,8 @@ class EngineClient(ABC):
 
     def _check_running(self) -> None:
         if not self.healthy:
-            reason = "was shut down" if self._dead is None else f"has failed ({self._dead})"
+            failed = self._dead is not None and not self._stopping
+            reason = f"has failed ({self._dead})" if failed else "was shut down"
             raise EngineStoppedError(f"the engine {reason} and takes no more requests")
 
     def _decoder(self, skip_special_tokens: bool) -> Decode | None:

@@ -84,7 +84,7 @@ class EngineProcess(EngineClient):
         self._stats = told.stats
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connecting: asyncio.Task[None] | None = None
         self._loads: dict[int, asyncio.Future[dict[str, list[int]]]] = {}
         self._load_numbers = itertools.count()
 
@@ -106,7 +106,7 @@ class EngineProcess(EngineClient):
         """
         await self.connect()
         if self._ended:
-            raise EngineStoppedError(f"the engine has ended: {self._dead}")
+            raise EngineStoppedError(f"the engine has ended: {self._dead or 'it was shut down'}")
         number = next(self._load_numbers)
         answer: asyncio.Future[dict[str, list[int]]]
         answer = self._loads[number] = asyncio.get_running_loop().create_future()
@@ -119,20 +119,25 @@ class EngineProcess(EngineClient):
     async def connect(self) -> None:
         """Reads what the process tells on the running event loop from now on."""
         running = asyncio.get_running_loop()
-        if self._loop is running or self._ended:
+        if self._ended:
             return
-        self._loop = running
+        if self._connecting is None or self._connecting.get_loop() is not running:
+            self._connecting = running.create_task(self._connect())
+        # All who ask meanwhile wait for the same connection.
+        await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> None:
         # A transport cannot move from a loop that was closed to another one.
         own = self._socket.dup()
         own.setblocking(False)
-        transport, _ = await running.create_connection(lambda: _Protocol(self), sock=own)
-        self._transport = transport
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_connection(lambda: _Protocol(self), sock=own)
 
     async def _add(self, request: Request, stream: OutputStream) -> None:
         await self.connect()
         if self._ended:  # since this call began
             self._forget(request.request_id)
-            stream.fail(f"the engine has stopped: {self._dead}")
+            stream.fail(f"the engine has stopped: {self._dead or 'it was shut down'}")
             return
         self._send(Add(request))
 
@@ -177,14 +182,15 @@ class EngineProcess(EngineClient):
     def ended(self) -> None:
         """The process is gone: nothing waits for it any more."""
         self._ended = True
-        if self._dead is None:
-            self._dead = self._how_it_ended()
+        why = self._dead or self._how_it_ended()
+        if not self._stopping:
+            self._dead = why
         for name, stream in list(self._streams.items()):
             self._forget(name)
-            stream.fail(f"the engine has stopped: {self._dead}")
+            stream.fail(f"the engine has stopped: {why}")
         for answer in self._loads.values():
             if not answer.done():
-                answer.set_exception(EngineStoppedError(f"the engine has ended: {self._dead}"))
+                answer.set_exception(EngineStoppedError(f"the engine has ended: {why}"))
 
     def _how_it_ended(self) -> str:
         try:
