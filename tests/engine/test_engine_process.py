@@ -99,7 +99,7 @@ def test_it_says_what_the_engine_says(engine: EngineProcess, llm: LLM) -> None:
         assert stats.running == stats.waiting == stats.blocks_used == 0
         assert stats.requests_finished == len(CASES) * len(PROMPTS)
         load = await engine.expert_load()
-        assert len(load) == len(engine.blocks or []) == 4
+        assert len(load) == len(engine.fused.blocks or []) == 4
         assert all(sum(counts) > 100 for counts in load.values())
 
     run(work())

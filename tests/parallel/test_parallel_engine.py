@@ -130,7 +130,7 @@ def served(rank: int, parallel: ParallelConfig) -> Any:
         *_, last = [output async for output in await engine.add_request(PROMPTS[0], params)]
         assert last.outputs[0].text in form.choice
         if parallel.data_parallel_size == 1:
-            counts = list(engine.expert_load().values())
+            counts = list((await engine.expert_load()).values())
             assert {sum(layer) for layer in counts} == {sum(counts[0])}
             assert len(counts[0]) == engine.model_config.num_experts
         await engine.shutdown()

@@ -120,9 +120,8 @@ def _engine(options: ServeOptions) -> EngineProcess:
     note(f"loading {options.model}")
     source = EngineSource(model=options.model, **model_source(options))
     engine = EngineProcess(source, EngineConfig.of(options), prepare=_prepare)
-    if engine.blocks is not None:
-        kernels = sorted({block["kernel"] for block in engine.blocks if block["kernel"]})
-        note(f"{len(engine.blocks)} MoE blocks, experts by {', '.join(kernels) or 'none'}")
+    for line in engine.fused.lines:
+        note(line)
     return engine
 
 

@@ -168,7 +168,7 @@ class Service:
     @property
     def grammars(self) -> GrammarCompiler:
         """For texts that must have a form; its work belongs on the tokenizer's thread."""
-        return self.engine.engine.intake.grammars
+        return self.engine.intake.grammars
 
     async def check_form(self, form: Form | None) -> None:
         """Compiles the form of a text, where it has one.
