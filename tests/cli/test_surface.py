@@ -32,7 +32,12 @@ RANKS: dict[str, object] = {
     "--num-redundant-experts": 0,
     "--parallel-timeout": 25.0,
 }
-PROMPTS_RANKS: dict[str, object] = {**RANKS, "-dp": 1, "--dispatcher": "auto"}
+PROMPTS_RANKS: dict[str, object] = {
+    **RANKS,
+    "-dp": 1,
+    "--dispatcher": "auto",
+    "--dispatch-dtype": "auto",
+}
 OFFLOAD: dict[str, object] = {
     "--cpu-experts": None,
     "--cpu-experts-cache": "auto",

@@ -29,6 +29,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"sequence_parallel": True}, "needs tensor_parallel_size of at least 2"),
     ({"tensor_parallel_size": 2, "dispatcher": "alltoall"}, "every rank has every token"),
+    ({"dispatch_dtype": "fp8"}, "dispatch_dtype='fp8' concerns tokens that travel"),
+    ({"data_parallel_size": 2, "dispatch_dtype": "int3"}, "is not auto or fp8"),
     ({"max_tokens_per_rank": 8}, "every rank has every token"),
     ({"num_redundant_experts": -1}, "must not be negative"),
 ]

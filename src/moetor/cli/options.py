@@ -370,8 +370,17 @@ class ServingParallelFlags(ParallelFlags):
         },
     )
 
+    dispatch_dtype: Literal["auto", "fp8"] = field(
+        default="auto",
+        metadata={
+            "group": PARALLEL,
+            "help": "how they travel; fp8 halves the bytes and rounds the tokens",
+        },
+    )
+
     def _groups_flags(self) -> dict[str, Any]:
-        return {"data_parallel_size": self.data_parallel_size, "dispatcher": self.dispatcher}
+        names = ("data_parallel_size", "dispatcher", "dispatch_dtype")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def processes(self) -> int:

@@ -9,9 +9,11 @@ before every step what it has been asked (`lead`, `follow`).
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import time
 import zlib
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -58,8 +60,16 @@ class _RequestNews:
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What a data-parallel group says after a step."""
+    """What a data-parallel group says after a step.
 
+    Attributes:
+        tokens: int64 [N, 3]: request, sequence and its next token, where that is all there is to
+            say: nearly always, and for hundreds of sequences, so that objects would take too long.
+        news: of the other requests.
+        flying: whether a step is under way.
+    """
+
+    tokens: array[int]
     news: list[_RequestNews]
     flying: bool
     stats: EngineStats
@@ -99,6 +109,9 @@ class RankedCore(EngineCore):
         self._homes: dict[str, int] = {}
         self._sequences = [0] * groups.config.data_parallel_size
         self._told: dict[Sequence, int] = {}
+        self._numbers = itertools.count()
+        self._number_of: dict[str, int] = {}
+        self._by_number: dict[int, Request] = {}
         self._others: list[_Told] = []
         self._digest = self._passes = 0
         self._leads = False
@@ -116,6 +129,8 @@ class RankedCore(EngineCore):
             self._done.append(("add", pickle.dumps(request)))
         home = self._sequences.index(min(self._sequences))
         self._homes[request.request_id] = home
+        number = next(self._numbers)
+        self._number_of[request.request_id], self._by_number[number] = number, request
         self._sequences[home] += len(request.sequences)
         if home == self.groups.data_rank:
             super().add(request)
@@ -182,8 +197,10 @@ class RankedCore(EngineCore):
     def _close(self, request: Request) -> None:
         super()._close(request)
         home = self._homes.pop(request.request_id, None)
-        if home is not None:
-            self._sequences[home] -= len(request.sequences)
+        if home is None:
+            return
+        self._sequences[home] -= len(request.sequences)
+        self._by_number.pop(self._number_of.pop(request.request_id))
 
     def _compare(self) -> None:
         """A tensor-parallel group whose ranks sampled different tokens would go on with caches that
@@ -197,16 +214,51 @@ class RankedCore(EngineCore):
 
     def _exchange(self, changed: list[Request]) -> list[Request]:
         """Tells what became of this group's requests, and hears of the others'."""
-        mine = _Told(
-            [self._news(request) for request in changed],
-            self._flying is not None,
-            super().stats(),
-        )
+        tokens: array[int] = array("q")
+        news = [self._news(request) for request in changed if not self._brief(request, tokens)]
+        mine = _Told(tokens, news, self._flying is not None, super().stats())
         told = gather(mine, self.groups.data)
-        own = self.groups.data_rank
-        self._others = [replace(one, news=[]) for rank, one in enumerate(told) if rank != own]
-        heard = (news for rank, one in enumerate(told) if rank != own for news in one.news)
-        return [self._hear(news) for news in heard if news.request_id in self.requests]
+        told.pop(self.groups.data_rank)
+        heard: dict[int, Request] = {}
+        for one in told:
+            self._hear_tokens(one.tokens, heard)
+            for single in one.news:
+                if single.request_id in self.requests:
+                    request = self._hear(single)
+                    heard[id(request)] = request
+        self._others = [replace(one, tokens=array("q"), news=[]) for one in told]
+        return list(heard.values())
+
+    def _brief(self, request: Request, tokens: array[int]) -> bool:
+        """Adds the request's next tokens to `tokens`, unless there is more to say of it."""
+        if request.finished or request.error is not None:
+            return False
+        number = self._number_of[request.request_id]
+        found: list[int] = []
+        for index, sequence in enumerate(request.sequences):
+            since = self._told.get(sequence, 0)
+            new = sequence.known - sequence.prompt_len - since
+            if not since or new > 1 or sequence.finished or sequence.logprobs is not None:
+                return False
+            if new:
+                found += (number, index, sequence.token_ids[-1])
+        for index in found[1::3]:
+            self._told[request.sequences[index]] += 1
+        tokens.extend(found)
+        return True
+
+    def _hear_tokens(self, tokens: array[int], heard: dict[int, Request]) -> None:
+        for place in range(0, len(tokens), 3):
+            request = self._by_number.get(tokens[place])
+            if request is None:  # aborted meanwhile
+                continue
+            sequence, token = request.sequences[tokens[place + 1]], tokens[place + 2]
+            if sequence.finished:
+                continue
+            if sequence.text is not None and sequence.params.stop:
+                sequence.text.extend([token])
+            sequence.token_ids.append(token)
+            heard[id(request)] = request
 
     def _news(self, request: Request) -> _RequestNews:
         sequences = []

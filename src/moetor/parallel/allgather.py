@@ -29,6 +29,7 @@ class _Gathered(Exchange):
     ) -> None:
         self.dispatcher = dispatcher
         self.tokens, self.top_k = routing.topk_ids.shape
+        self.like = hidden_TH
         missing = rows - self.tokens
         physical_TK = dispatcher.note(routing)
         dropped = dispatcher.experts.placement.num_physical
@@ -38,7 +39,7 @@ class _Gathered(Exchange):
         weights_NK = F.pad(routing.topk_weights, (0, 0, 0, missing))
         # One message instead of two: the weights' bits travel as integers.
         packed = torch.cat((weights_NK.contiguous().view(torch.int32), physical_TK), dim=1)
-        self.hidden = start_all_gather(hidden_TH, dispatcher.group)
+        self.hidden = start_all_gather(dispatcher.wire.pack(hidden_TH), dispatcher.group)
         self.packed = start_all_gather(packed, dispatcher.group)
         self.back: Started | None = None
 
@@ -47,7 +48,8 @@ class _Gathered(Exchange):
         experts = self.dispatcher.experts
         packed = self.packed.wait()
         weights = packed.view(torch.float32)[:, : self.top_k]
-        return self.hidden.wait(), experts.held(weights, packed[:, self.top_k :])
+        hidden = self.dispatcher.wire.unpack(self.hidden.wait(), self.like)
+        return hidden, experts.held(weights, packed[:, self.top_k :])
 
     def send_back(self, out_NH: Tensor) -> None:
         """See `Exchange.send_back`."""

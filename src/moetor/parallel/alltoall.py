@@ -77,7 +77,8 @@ class _Travelling(Exchange):
         weights = packed[:, :top_k].contiguous().view(torch.float32)
         slots = packed[:, top_k:].contiguous()
         here = slots < self.dispatcher.experts.num_slots()
-        return self.hidden.wait(), Routing(torch.where(here, weights, 0.0), slots)
+        hidden = self.dispatcher.wire.unpack(self.hidden.wait(), self.parcel.hidden_TH)
+        return hidden, Routing(torch.where(here, weights, 0.0), slots)
 
     def _sum(self, rows_NH: Tensor, row_MT: Tensor) -> Tensor:
         """The sum over members of the rows that belong to each token, members in order.
@@ -104,7 +105,8 @@ class _Exact(_Travelling):
         self.sent, self.received = torch.stack((counts_M, theirs_M)).tolist()
         token_N = goes_MT.nonzero()[:, 1]
         bits_NX = parcel.routing_bits()[goes_MT]
-        self.hidden = start_all_to_all(parcel.hidden_TH[token_N], group, self.sent, self.received)
+        message_TB = dispatcher.wire.pack(parcel.hidden_TH)
+        self.hidden = start_all_to_all(message_TB[token_N], group, self.sent, self.received)
         self.packed = start_all_to_all(bits_NX, group, self.sent, self.received)
         row = goes_MT.flatten().cumsum(0).view_as(goes_MT) - 1
         self.row_MT = row.clamp(min=0)
@@ -136,8 +138,9 @@ class _Bounded(_Travelling):
         nothing_M = dispatcher.experts.all_num_slots(bits.device)
         packed = nothing_M[:, None, None].expand(members, rows + 1, width).contiguous()
         packed = packed.view(-1, width).index_copy(0, target_MT.flatten(), bits.flatten(0, 1))
-        hidden = hidden_TH.new_zeros((members * (rows + 1), hidden_TH.shape[1]))
-        spread = hidden_TH.expand(members, *hidden_TH.shape).reshape(-1, hidden_TH.shape[1])
+        message_TB = dispatcher.wire.pack(hidden_TH)
+        hidden = message_TB.new_zeros((members * (rows + 1), message_TB.shape[1]))
+        spread = message_TB.expand(members, *message_TB.shape).reshape(-1, message_TB.shape[1])
         hidden = hidden.index_copy(0, target_MT.flatten(), spread)
         self.hidden = start_all_to_all(_cut(hidden, members, rows), dispatcher.group)
         self.packed = start_all_to_all(_cut(packed, members, rows), dispatcher.group)

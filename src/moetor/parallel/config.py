@@ -8,6 +8,7 @@ from typing import Literal
 from moetor.errors import ConfigError
 
 DispatcherName = Literal["auto", "allgather", "alltoall"]
+DispatchDtype = Literal["auto", "fp8"]
 BalancePolicy = Literal["auto", "global", "hierarchical"]
 
 
@@ -86,6 +87,8 @@ class ParallelConfig:
         sequence_parallel: ranks of a tensor-parallel group each run the MoE of a part of the
             tokens: reduce-scatter and all-gather in the place of the all-reduce.
         dispatcher: how tokens reach experts on ranks that do not have them.
+        dispatch_dtype: `fp8` sends tokens as e4m3 codes with a scale for every 128 values, half the
+            bytes, and rounds them so; results return as they are. `auto` rounds nothing.
         max_tokens_per_rank: upper bound of the tokens of one call, to which every rank pads, so
             that nothing depends on the other ranks' counts; needed to capture CUDA graphs of a
             dispatcher. None: counts are exchanged at every call.
@@ -100,6 +103,7 @@ class ParallelConfig:
     expert_parallel_size: int | None = None
     sequence_parallel: bool = False
     dispatcher: DispatcherName = "auto"
+    dispatch_dtype: DispatchDtype = "auto"
     max_tokens_per_rank: int | None = None
     eplb: EplbConfig | None = None
     num_redundant_experts: int = 0
@@ -117,6 +121,8 @@ class ParallelConfig:
             raise ConfigError(
                 f"{me}: dispatcher={self.dispatcher!r} is not one of auto, allgather, alltoall"
             )
+        if self.dispatch_dtype not in ("auto", "fp8"):
+            raise ConfigError(f"{me}: dispatch_dtype={self.dispatch_dtype!r} is not auto or fp8")
         if self.num_redundant_experts < 0:
             raise ConfigError(
                 f"{me}: num_redundant_experts={self.num_redundant_experts} must not be negative"
@@ -153,6 +159,7 @@ class ParallelConfig:
     def _check_nothing_to_dispatch(self) -> None:
         asked = {
             f"dispatcher={self.dispatcher!r}": self.dispatcher != "auto",
+            f"dispatch_dtype={self.dispatch_dtype!r}": self.dispatch_dtype != "auto",
             "max_tokens_per_rank": self.max_tokens_per_rank is not None,
         }
         named = [name for name, given in asked.items() if given]

@@ -18,6 +18,7 @@ from moetor.errors import InputError
 from moetor.kernels.routing import Routing
 from moetor.parallel.collectives import host_agree
 from moetor.parallel.placement import ExpertMap
+from moetor.parallel.wire import PlainWire, Wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -162,6 +163,7 @@ class TokenDispatcher(Dispatcher):
         uniform: the members always have equally many tokens (sequence parallel).
         reduce_group: sum over it after the combine, for a caller that does not.
         load: counts what the router chose.
+        wire: how tokens travel; as they are by default.
     """
 
     communicates = True
@@ -175,7 +177,9 @@ class TokenDispatcher(Dispatcher):
         uniform: bool = False,
         reduce_group: dist.ProcessGroup | None = None,
         load: ExpertLoad | None = None,
+        wire: Wire | None = None,
     ) -> None:
+        self.wire = PlainWire() if wire is None else wire
         self.group = group
         self.experts = experts
         self.max_rows = max_rows

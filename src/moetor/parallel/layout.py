@@ -18,6 +18,7 @@ from moetor.parallel.eplb.load import ExpertLoad
 from moetor.parallel.groups import ParallelGroups
 from moetor.parallel.placement import ExpertMap, ExpertPlacement
 from moetor.parallel.shard import ExpertShard, slice_bounds
+from moetor.parallel.wire import Fp8Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +172,7 @@ def _dispatcher(
         uniform=not config.joint,
         reduce_group=reduce_group,
         load=load,
+        wire=Fp8Wire() if config.dispatch_dtype == "fp8" else None,
     )
     return dispatcher, experts
 

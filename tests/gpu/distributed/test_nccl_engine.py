@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import traceback
@@ -21,10 +22,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 EP: dict[str, Any] = {"enable_expert_parallel": True}
 SPREAD = {
     "tp": ParallelConfig(tensor_parallel_size=2),
+    "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
     "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
     "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
     "dp": ParallelConfig(data_parallel_size=2),
-    "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
     "dp_ep_alltoall": ParallelConfig(data_parallel_size=2, dispatcher="alltoall", **EP),
     "eplb": ParallelConfig(
         data_parallel_size=2,
@@ -40,6 +41,8 @@ PARAMS = [
 ]
 # Sums in another order, with TensorFloat-32 products.
 NEAR = 0.05
+# Seconds after which a rank shows where it stands.
+HANGS = 60
 TOGETHER = 5
 
 
@@ -77,9 +80,11 @@ def _rank(rank: int, folder: str, port: int) -> None:
     )
     settings: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "max_model_len": 128}
     settings["kv_cache_blocks"] = 64
+    faulthandler.dump_traceback_later(HANGS)
     whole = _answers(LLM("demo", device=f"cuda:{rank}", **settings))
     told: dict[str, Any] = {}
     for name, parallel in SPREAD.items():
+        faulthandler.dump_traceback_later(HANGS)
         try:
             llm = LLM("demo", device="cuda", parallel=parallel, **settings)
             assert llm.engine.without_graphs == "", llm.engine.without_graphs
