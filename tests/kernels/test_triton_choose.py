@@ -212,3 +212,17 @@ def test_importing_the_kernels_does_not_import_triton() -> None:
         "assert not [m for m in sys.modules if m.startswith('moetor') and m.endswith('_kernels')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("budget", [1, 10**6, 256 * 2**20, 2**31])
+def test_many_tokens_share_the_padding_of_their_tiles(budget: int) -> None:
+    kernel = TritonKernel()
+    for top_k, config in configs():
+        most = kernel.tokens_within(config, top_k, torch.bfloat16, budget)
+        one = kernel.workspace_bytes_per_token(config, top_k, torch.bfloat16)
+        row = 2 * (2 * config.hidden_size + config.intermediate_size)
+        assert most >= max(1, budget // one)
+        assert most == 1 or most * top_k * row < budget
+    # 128 experts whose last tile of up to 128 rows is half empty.
+    qwen = configs()[0][1]
+    assert kernel.tokens_within(qwen, 8, torch.bfloat16, 256 * 2**20) > 1000

@@ -114,3 +114,10 @@ class ExpertsKernel(ABC):
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
         """Upper bound of the temporary memory of a call, divided by its number of tokens."""
+
+    def tokens_within(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype, budget: int
+    ) -> int:
+        """The most tokens, at least one, of which a call needs at most `budget` bytes of temporary
+        memory."""
+        return max(1, budget // self.workspace_bytes_per_token(config, top_k, dtype))

@@ -212,6 +212,14 @@ class Experts(nn.Module):
         kernel = self.kernel_choice.kernel
         return kernel.workspace_bytes_per_token(self.config, self.top_k, self.dtype)
 
+    def tokens_within(self, budget: int) -> int:
+        """The most tokens, at least one, of which a call needs at most `budget` bytes of temporary
+        memory, on the present device and dtype."""
+        if self.offload is not None:
+            return max(1, budget // max(1, self.offload.workspace_bytes_per_token()))
+        kernel = self.kernel_choice.kernel
+        return kernel.tokens_within(self.config, self.top_k, self.dtype, budget)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts:
         """Moves and casts; experts in host memory stay there, and are not cast.
 

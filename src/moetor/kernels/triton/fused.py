@@ -117,3 +117,9 @@ class TritonKernel(ExpertsKernel):
             self._small.workspace_bytes_per_token(config, top_k, dtype),
             self._large.workspace_bytes_per_token(config, top_k, dtype),
         )
+
+    def tokens_within(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype, budget: int
+    ) -> int:
+        """See `ExpertsKernel`; the large path, which takes all but a few tokens, needs more."""
+        return self._large.tokens_within(config, top_k, dtype, budget)

@@ -24,10 +24,11 @@ from moetor.kernels.triton.choose import (
     activation_constants,
     large_plan,
     next_power_of_2,
+    tile_rows,
     tma_allowed,
 )
 from moetor.kernels.triton.gathered import can_walk, launch_copy, launch_walk_up
-from moetor.kernels.triton.sort import RowTiles, make_row_tiles
+from moetor.kernels.triton.sort import RowTiles, count_bytes, make_row_tiles, most_tiles
 
 # The activation of a first product that ends without one.
 _IDENTITY: ActivationConstants = ("identity", 1.0, None, False, 0.0, None, None)
@@ -310,9 +311,35 @@ class TritonLargeKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """Rows of both products, their maps, copies of a strided routing. A slot may begin a tile
-        of 16 rows; larger tiles are taken only where experts have rows to fill half of them."""
-        widths = 2 * config.hidden_size + config.intermediate_size
-        if config.activation.function is not None:
-            widths += 2 * config.up_size
-        return top_k * (17 * (widths * dtype.itemsize + 4) + 24)
+        """That of one token, which fills its tiles the least, and its part of what many are
+        counted by."""
+        counts = top_k * next_power_of_2(config.num_experts + 1) // 16
+        return _workspace_bytes(config, top_k, dtype, 1) + counts
+
+    def tokens_within(
+        self, config: ExpertsConfig, top_k: int, dtype: torch.dtype, budget: int
+    ) -> int:
+        """See `ExpertsKernel`: many tokens pad their tiles much less than one does."""
+        most = 1
+        while _workspace_bytes(config, top_k, dtype, 2 * most) <= budget:
+            most *= 2
+        step = most // 2
+        while step:
+            if _workspace_bytes(config, top_k, dtype, most + step) <= budget:
+                most += step
+            step //= 2
+        return most
+
+
+def _workspace_bytes(config: ExpertsConfig, top_k: int, dtype: torch.dtype, tokens: int) -> int:
+    """Upper bound of a call's temporary memory: rows of both products, their maps, a strided
+    routing's copies. A batch-invariant call has tiles of 64 rows whatever T is."""
+    slots = tokens * top_k
+    rows = 0
+    for height in {64, tile_rows(config, top_k, tokens)}:
+        rows = max(rows, height * most_tiles(slots, config.num_experts, height))
+    widths = 2 * config.hidden_size + config.intermediate_size
+    if config.activation.function is not None:
+        widths += 2 * config.up_size
+    counts = count_bytes(slots, config.num_experts)
+    return rows * (widths * dtype.itemsize + 4) + 24 * slots + counts

@@ -48,6 +48,13 @@ def most_tiles(slots: int, num_experts: int, rows: int) -> int:
     return slots // rows + min(num_experts, slots)
 
 
+def count_bytes(slots: int, num_experts: int) -> int:
+    """Bytes of the counts that many slots are placed by."""
+    if slots <= _DIRECT:
+        return 0
+    return 4 * next_power_of_2(num_experts + 1) * (-(-slots // _CHUNK) + 1)
+
+
 def make_row_tiles(topk_ids_TK: Tensor, num_experts: int, rows: int, *, pdl: bool) -> RowTiles:
     """Sorts contiguous int32 ids; ids outside [0, num_experts) are dropped slots.
 

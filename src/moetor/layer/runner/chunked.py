@@ -34,8 +34,8 @@ class ChunkedRunner(DefaultRunner):
 
     def chunk_tokens(self, owner: ExpertsOwner) -> int:
         """Tokens per chunk under the budget, on this rank."""
-        per_token = owner.routed_experts.workspace_bytes_per_token() * owner.dispatcher.fan_in
-        return max(1, self.workspace_bytes // per_token)
+        tokens = owner.routed_experts.tokens_within(self.workspace_bytes)
+        return max(1, tokens // owner.dispatcher.fan_in)
 
     def run_experts(
         self,
