@@ -311,10 +311,10 @@ class TritonLargeKernel(ExpertsKernel):
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
-        """That of one token, which fills its tiles the least, and its part of what many are
+        """That of one token, whose slots begin a tile each, and its part of what many tokens are
         counted by."""
         counts = top_k * next_power_of_2(config.num_experts + 1) // 16
-        return _workspace_bytes(config, top_k, dtype, 1) + counts
+        return top_k * (65 * _row_bytes(config, dtype) + 24) + counts
 
     def tokens_within(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype, budget: int
@@ -338,8 +338,13 @@ def _workspace_bytes(config: ExpertsConfig, top_k: int, dtype: torch.dtype, toke
     rows = 0
     for height in {64, tile_rows(config, top_k, tokens)}:
         rows = max(rows, height * most_tiles(slots, config.num_experts, height))
+    counts = count_bytes(slots, config.num_experts)
+    return rows * _row_bytes(config, dtype) + 24 * slots + counts
+
+
+def _row_bytes(config: ExpertsConfig, dtype: torch.dtype) -> int:
+    """Of a row's input, activations, output and slot number."""
     widths = 2 * config.hidden_size + config.intermediate_size
     if config.activation.function is not None:
         widths += 2 * config.up_size
-    counts = count_bytes(slots, config.num_experts)
-    return rows * (widths * dtype.itemsize + 4) + 24 * slots + counts
+    return widths * dtype.itemsize + 4
