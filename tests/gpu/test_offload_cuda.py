@@ -22,6 +22,7 @@ from moetor.kernels.native.kernel import NativeKernel
 from moetor.kernels.routing import Routing
 from moetor.layer.experts import Experts
 from moetor.layer.offload import ExpertOffload
+from moetor.layer.offload.balance import Balance
 from moetor.layer.quantized_experts import make_experts
 from moetor.offload_config import OffloadConfig
 from moetor.tools.tiny.models import tiny_model
@@ -64,7 +65,7 @@ def _free() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("how", ["host", "cached", "copied", "cached and copied"])
+@pytest.mark.parametrize("how", ["host", "cached", "copied", "cached and copied", "all three"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_form(
     case: ExpertsCase, how: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
@@ -72,8 +73,10 @@ def test_every_form(
     monkeypatch.setattr("moetor.layer.offload.store.CHUNK_BYTES", 1)  # one expert a chunk
     drawn = draw(case, torch.float32, rng)
     experts = build(ExpertWeights(**drawn.tensors._asdict()), case)
-    cache = 2 if "cached" in how else 0
-    offload(experts, cache=cache, stream_min_tokens=1 if "copied" in how else 0)
+    cache = {"cached": 2, "cached and copied": 2, "all three": 1}.get(how, 0)
+    group = offload(experts, cache=cache, stream_min_tokens=1 if "copied" in how else 0)
+    if how == "all three":
+        group.balance = Balance(1, ((1, 1.0),), copy_seconds=1.0)
     routing = Routing(drawn.topk_weights.cuda(), drawn.topk_ids.cuda())
     for _ in range(3):
         out = experts.run(drawn.hidden.cuda(), routing)

@@ -21,6 +21,7 @@ from moetor.kernels.native.kernel import NativeKernel
 from moetor.kernels.routing import Routing
 from moetor.layer.experts import Experts
 from moetor.layer.offload import ExpertOffload, LayerNeed, plan_memory
+from moetor.layer.offload.balance import Balance
 from moetor.layer.offload.hot import NOWHERE, HotExperts
 from moetor.layer.offload.store import runs
 from moetor.layer.quantized_experts import make_experts
@@ -57,7 +58,10 @@ def offload(*experts: Experts, cache: int = 0, **settings: object) -> ExpertOffl
     return ExpertOffload(experts, CPU, config, cache)
 
 
-@pytest.mark.parametrize("how", ["host", "cached", "all cached", "copied", "cached and copied"])
+HOW = ["host", "cached", "all cached", "copied", "cached and copied", "half copied", "all three"]
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_form_wherever_its_experts_are(
@@ -66,9 +70,11 @@ def test_every_form_wherever_its_experts_are(
     drawn = draw(case, torch.float32, rng)
     experts = build(drawn, case)
     count = case.config.num_experts
-    cache = {"cached": 2, "all cached": count, "cached and copied": 1}.get(how, 0)
+    cache = {"cached": 2, "all cached": count, "cached and copied": 1, "all three": 1}.get(how, 0)
     monkeypatch.setattr("moetor.layer.offload.store.CHUNK_BYTES", 1)  # one expert a chunk
-    offload(experts, cache=cache, stream_min_tokens=1 if "copied" in how else 0)
+    group = offload(experts, cache=cache, stream_min_tokens=1 if "copied" in how else 0)
+    if how in ("half copied", "all three"):
+        group.balance = Balance(1, ((1, 1.0),), copy_seconds=1.0)
     out = experts.run(drawn.hidden, Routing(drawn.topk_weights, drawn.topk_ids))
     assert_close(out, drawn.expected(case.config))
 
@@ -156,6 +162,24 @@ def test_two_runs_without_a_cache_give_the_same_bits(rng: torch.Generator) -> No
     routing = Routing(drawn.topk_weights, drawn.topk_ids)
     runs = [experts.run(drawn.hidden, routing) for _ in range(2)]
     assert torch.equal(*runs)
+
+
+def test_the_host_and_the_copies_end_together() -> None:
+    host = ((8, 0.004), (16, 0.007), (64, 0.012), (256, 0.028))
+    balance = Balance.of(host, 0.022, top_k=8, experts=128)
+    # With 25 tokens four of five experts are met; the host's part of the time is 27% there.
+    assert balance.min_tokens == 25
+    assert balance.host_seconds(40) == pytest.approx(0.0095)
+    assert balance.host_seconds(1024) == pytest.approx(0.112)
+    for tokens in (25, 64, 200, 1000):
+        copied = balance.copied(tokens, 128)
+        left = balance.host_seconds(tokens) * (128 - copied) / 128
+        assert left == pytest.approx(0.022 * copied / 128, rel=0.05)
+    assert balance.copied(10_000, 128) == 128
+    # A host that is as quick as that is left to do it all.
+    assert Balance.of(((8, 0.001), (64, 0.002)), 0.022, 8, 128).min_tokens is None
+    assert Balance.of(((8, 0.1), (64, 0.5)), 0.022, 4, 4).min_tokens == 2
+    assert Balance(5).copied(5, 128) == 128
 
 
 def test_runs_without_a_gap() -> None:

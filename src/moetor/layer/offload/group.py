@@ -14,12 +14,12 @@ from torch import Tensor
 
 from moetor.errors import UnsupportedError
 from moetor.layer.experts import Experts
+from moetor.layer.offload.balance import Balance, measured_balance
 from moetor.layer.offload.host import check_host
 from moetor.layer.offload.hot import HotExperts, Move
 from moetor.layer.offload.lane import HostLane
 from moetor.layer.offload.layer import OffloadedLayer
 from moetor.layer.offload.store import LayerStore, Staging, page_lock
-from moetor.layer.offload.threshold import measured_threshold
 from moetor.offload_config import OffloadConfig
 
 
@@ -38,7 +38,7 @@ class ExpertOffload:
         cache_experts: slots of each layer.
 
     Attributes:
-        stream_min_tokens: from how many tokens on a call is computed on the GPU; None: never.
+        balance: which part of the experts is copied to the GPU for a call.
 
     Raises:
         ConfigError: host memory cannot be page-locked.
@@ -73,16 +73,21 @@ class ExpertOffload:
         self._staging: dict[tuple[object, ...], Staging] = {}
         for number, experts in enumerate(layers):
             experts.offload = OffloadedLayer(self, self.stores[number], number)
-        self.stream_min_tokens = self._threshold()
+        self.balance = self._balance()
 
-    def _threshold(self) -> int | None:
+    def _balance(self) -> Balance:
         asked = self.config.stream_min_tokens
         if asked != "auto":
-            return asked or None
+            return Balance(asked or None)
         if self.device.type != "cuda":
-            return None
+            return Balance(None)
         store = self.stores[0]
-        return measured_threshold(store, self.staging(store), self.device)
+        return measured_balance(store, self.staging(store), self.device)
+
+    @property
+    def stream_min_tokens(self) -> int | None:
+        """From how many tokens on experts are copied to the GPU; None: never."""
+        return self.balance.min_tokens
 
     def staging(self, store: LayerStore) -> Staging:
         """Chunks for experts of this layer's form, made when they are first asked for."""
@@ -93,12 +98,11 @@ class ExpertOffload:
         return self._staging[key]
 
     def streams(self, tokens: int) -> bool:
-        """Whether a call of so many tokens is computed on the GPU. A captured graph holds none
-        such: the cache may hold other experts when it is replayed.
+        """Whether experts are copied to the GPU for a call of so many tokens. A captured graph
+        holds no such call: the cache may hold other experts when it is replayed.
         """
-        if self.stream_min_tokens is None or tokens < self.stream_min_tokens:
-            return False
-        return not self.capturing
+        least = self.balance.min_tokens
+        return least is not None and tokens >= least and not self.capturing
 
     @property
     def capturing(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetor.kernels.routing import Routing
+from moetor.layer.offload.lane import Join
 from moetor.layer.offload.store import LayerStore
 from moetor.parallel.placement import held_by_table
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 class OffloadedLayer:
     """Splits a call's slots: those of cached experts on the GPU, the others on the host at the same
-    time; or, with many tokens, all on the GPU, to which the experts are copied chunk by chunk.
+    time; with many tokens, part of the others or all of them are computed on the GPU too, to which
+    their experts are copied chunk by chunk.
 
     Args:
         number: of the layer in its group.
@@ -53,7 +55,15 @@ class OffloadedLayer:
                 hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, self.num_experts)
             )
         on_host = held_by_table(weights_TK, ids_TK, host_E1, self.num_experts)
-        join = group.lane.start(
+        join = self._start(hidden_TH, on_host)
+        if cached is None:
+            return join()
+        slots = cached.config.num_experts
+        made_TH = cached.run(hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, slots))
+        return made_TH.add_(join())
+
+    def _start(self, hidden_TH: Tensor, on_host: Routing) -> Join:
+        return self.group.lane.start(
             self.number,
             self.host_weights,
             self.config,
@@ -61,11 +71,6 @@ class OffloadedLayer:
             on_host.topk_weights,
             on_host.topk_ids,
         )
-        if cached is None:
-            return join()
-        slots = cached.config.num_experts
-        made_TH = cached.run(hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, slots))
-        return made_TH.add_(join())
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, host's experts and places of those that are not in the cache, by expert id."""
@@ -73,14 +78,21 @@ class OffloadedLayer:
         return slots_E1, host_E1, place_E1
 
     def _streamed(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        slots_E1, _, place_E1 = self._tables()
+        """The first of the experts that are not in the cache are copied, the host has the rest."""
+        slots_E1, host_E1, place_E1 = self._tables()
+        absent = self.group.hot.absent(self.number)
+        wanted = absent[: self.group.balance.copied(hidden_TH.shape[0], len(absent))]
+        place_TK = place_E1[ids_TK.long()]
+        join: Join | None = None
+        if len(wanted) < len(absent):
+            copied_TK = place_TK < len(wanted)
+            host_TK = torch.where(copied_TK, self.num_experts, host_E1[ids_TK.long()])
+            join = self._start(hidden_TH, Routing(weights_TK, host_TK))
         sum_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
         cached = self.store.cached
         if cached is not None:
             slots = cached.config.num_experts
             sum_TH += cached.run(hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, slots))
-        place_TK = place_E1[ids_TK.long()]
-        wanted = self.group.hot.absent(self.number)
         staging = self.group.staging(self.store)
         for start, experts in staging.chunks(self.store, wanted):
             count = min(staging.count, len(wanted) - start)
@@ -91,6 +103,8 @@ class OffloadedLayer:
                 torch.where(inside_TK, slot_TK, staging.count),
             )
             sum_TH += experts.run(hidden_TH, part)
+        if join is not None:
+            sum_TH += join()
         return sum_TH.to(hidden_TH.dtype)
 
     def workspace_bytes_per_token(self) -> int:
