@@ -18,11 +18,12 @@ from moetor.bench.generation import (
     TextBackend,
     Workload,
     decode_bytes,
+    host_decode_bytes,
     measure_latency,
     measure_throughput,
 )
 from moetor.cli.main import main
-from moetor.errors import MoetorError
+from moetor.errors import KernelRefusedError, MoetorError
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.tools.tiny.models import tiny_config, tiny_model
 
@@ -109,6 +110,23 @@ def test_bytes_of_a_step() -> None:
     for batch in (1, 3):
         left = layers * config.num_experts * expert * unmet**batch
         assert decode_bytes(model, batch) == pytest.approx(total - embedding - left)
+        assert host_decode_bytes(model, batch) == 0
+
+
+def test_bytes_of_a_step_with_experts_in_host_memory() -> None:
+    plain, model = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    moetor.fuse(plain)
+    beside = moetor.OffloadConfig(cpu_experts=1, cache_experts=2, accelerator="cpu")
+    try:
+        moetor.fuse(model, cpu_experts=beside)
+    except KernelRefusedError as refused:
+        pytest.skip(str(refused))
+    config = model.config
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * 4
+    met = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** 3
+    on_host = met * (config.num_experts - 2) * expert
+    assert host_decode_bytes(model, 3) == pytest.approx(on_host)
+    assert decode_bytes(model, 3) == pytest.approx(decode_bytes(plain, 3) - on_host)
 
 
 def test_the_built_in_configuration_is_qwen3_30b_a3b() -> None:

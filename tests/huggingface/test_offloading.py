@@ -118,6 +118,8 @@ def test_a_live_model(seed: int) -> None:
     assert [one.offload is None for one in experts_of(model)] == [True, False]
     with pytest.raises(FusionError, match="host memory"):
         moetor.unfuse(model)
+    with pytest.raises(ConfigError, match="no other weights"):
+        model.load_state_dict(model.state_dict())
 
 
 def experts_of(model: Any) -> list[Any]:
@@ -128,6 +130,8 @@ def test_experts_alone(seed: int) -> None:
     model = QWEN3.build(seed=5)
     wanted = logits(model, seed)
     report = moetor.fuse(model, level="experts", cpu_experts=beside_cpu(cpu_experts=2))
+    with pytest.raises(ConfigError, match="no other weights"):
+        model.load_state_dict(model.state_dict())
     assert [block.level for block in report.blocks] == ["experts"] * 2
     found = logits(model, seed)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))

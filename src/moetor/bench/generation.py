@@ -398,9 +398,10 @@ def measure_throughput(
 
 
 def decode_bytes(model: Any, batch_size: int) -> float:
-    """Bytes of weights that a decoding step reads at least: all of them once, but of the routed
-    experts those that `batch_size` tokens meet on average if each is equally likely, and of the
-    input embedding nothing. Keys and values come on top.
+    """Bytes of weights that a decoding step reads at least on the model's device: all of them once,
+    but of the routed experts those that `batch_size` tokens meet on average if each is equally
+    likely, and of the input embedding nothing. Keys and values come on top. Of a layer with experts
+    in host memory, those that are cached count.
 
     Args:
         model: a `PreTrainedModel`, fused, so that its layers say what they are; of a spread one the
@@ -411,8 +412,7 @@ def decode_bytes(model: Any, batch_size: int) -> float:
     for layer in model.modules():
         if not isinstance(layer, MoELayer):
             continue
-        config = layer.config
-        met = 1.0 - (1.0 - config.router.top_k / config.router.num_experts) ** batch_size
+        met = _met(layer, batch_size) * (1.0 - _on_host(layer))
         for parameter in layer.routed_experts.parameters():
             routed.add(id(parameter))
             needed += met * _local_bytes(parameter)
@@ -423,6 +423,30 @@ def decode_bytes(model: Any, batch_size: int) -> float:
         if id(parameter) not in routed:
             needed += _local_bytes(parameter)
     return needed
+
+
+def host_decode_bytes(model: Any, batch_size: int) -> float:
+    """The same of host memory, where experts are computed there and not cached on the GPU."""
+    needed = 0.0
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            size = sum(map(_local_bytes, layer.routed_experts.parameters()))
+            needed += _met(layer, batch_size) * _on_host(layer) * size
+    return needed
+
+
+def _met(layer: MoELayer, batch_size: int) -> float:
+    """The part of a layer's experts that so many tokens meet."""
+    router = layer.config.router
+    return float(1.0 - (1.0 - router.top_k / router.num_experts) ** batch_size)
+
+
+def _on_host(layer: MoELayer) -> float:
+    """The part of them that the host computes, if each is equally likely to be cached."""
+    offload = layer.routed_experts.offload
+    if offload is None:
+        return 0.0
+    return 1.0 - min(offload.group.cache_experts, offload.num_experts) / offload.num_experts
 
 
 def _local_bytes(parameter: Tensor) -> int:

@@ -350,12 +350,17 @@ def _latency(
     options: LatencyOptions, backends: list[TextBackend], model: Any, vocabulary: int
 ) -> dict[str, Any]:
     from moetor.bench.ceilings import measure_ceilings
-    from moetor.bench.generation import decode_bytes, measure_latency
+    from moetor.bench.generation import decode_bytes, host_decode_bytes, measure_latency
     from moetor.bench.generation_report import latency_dict, latency_table
 
     sizes = tuple(dict.fromkeys(options.batch_size))
     ceilings = measure_ceilings(model.device.type, model.dtype)
     floors = {size: decode_bytes(model, size) / ceilings.read_bytes_per_s for size in sizes}
+    if any(host_decode_bytes(model, size) for size in sizes):
+        # A layer's host part and the layers around it wait for each other.
+        host = measure_ceilings("cpu", model.dtype)
+        for size in sizes:
+            floors[size] += host_decode_bytes(model, size) / host.read_bytes_per_s
     rows = []
     with progress("measuring", "batches") as measured:
         total, done = len(sizes) * len(backends) * (options.rounds + 1), 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -235,6 +235,8 @@ def offload_blocks(
         experts = fused[path].routed_experts
         _to_host(experts, path, {} if held is None else held.tensors)
         fused[path].let_go_of_weights()
+        own = experts if isinstance(fused[path], FusedMoEBlock) else fused[path]
+        own.register_load_state_dict_pre_hook(_refuse_to_load)
         layers.append(experts)
     model.__dict__[_GROUP] = ExpertOffload(layers, device, config, plan.cache_experts)
     for name in plan.layers:
@@ -250,6 +252,13 @@ def _to_host(experts: Experts, path: str, read: Mapping[str, Tensor]) -> None:
         if parameter is not None:
             kept = read.get(f"{path}.{name}", parameter.detach()).to("cpu").contiguous()
             experts._parameters[name] = nn.Parameter(kept, requires_grad=False)
+
+
+def _refuse_to_load(*_: object) -> NoReturn:
+    raise ConfigError(
+        "experts in host memory have copies on the GPU, and no other weights can be loaded into "
+        "them; load the model again"
+    )
 
 
 def host_report(report: BlockReport, plan: MemoryPlan, device: torch.device) -> BlockReport:

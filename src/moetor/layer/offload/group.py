@@ -112,7 +112,8 @@ class ExpertOffload:
     @property
     def moves(self) -> bool:
         """Whether the cache changes."""
-        return self.cache_experts > 0 and self.config.moves_per_step > 0
+        some = 0 < self.cache_experts < max(self.hot.num_experts)
+        return some and self.config.moves_per_step > 0
 
     def count(self, layer: int, ids_TK: Tensor) -> None:
         """Notes a layer's choices."""
