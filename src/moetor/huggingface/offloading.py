@@ -236,7 +236,7 @@ def offload_blocks(
         _to_host(experts, path, {} if held is None else held.tensors)
         fused[path].let_go_of_weights()
         own = experts if isinstance(fused[path], FusedMoEBlock) else fused[path]
-        own.register_load_state_dict_pre_hook(_refuse_to_load)
+        own.register_load_state_dict_pre_hook(_refuse_to_load)  # type: ignore[no-untyped-call]
         layers.append(experts)
     model.__dict__[_GROUP] = ExpertOffload(layers, device, config, plan.cache_experts)
     for name in plan.layers:
