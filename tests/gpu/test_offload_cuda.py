@@ -109,6 +109,23 @@ def test_as_all_on_the_gpu(quantization: str | None, copied: bool, rng: torch.Ge
         close(experts.run(drawn.hidden.cuda(), routing), wanted)
 
 
+@pytest.mark.parametrize("share", ["auto", 0.5, 1.0])
+def test_experts_that_the_gpu_reads_in_host_memory(
+    share: float | str, rng: torch.Generator
+) -> None:
+    case, drawn = big(rng)
+    weights = ExpertWeights(**drawn.tensors._asdict())
+    moved = build(weights, case).cuda()
+    experts = build(weights, case)
+    group = offload(experts, cache=3, direct_share=share)
+    assert 0 < group.direct_share <= 1
+    for tokens in (1, 2, 3, 24):
+        routing = Routing(drawn.topk_weights[:tokens].cuda(), drawn.topk_ids[:tokens].cuda())
+        hidden = drawn.hidden[:tokens].cuda()
+        for _ in range(3):
+            close(experts.run(hidden, routing), moved.run(hidden, routing))
+
+
 def test_a_captured_graph_follows_the_cache(rng: torch.Generator) -> None:
     """Replayed with other tokens and other choices, while experts come into the cache."""
     case, drawn = big(rng, torch.float32)
