@@ -6,12 +6,15 @@ import asyncio
 from typing import Any
 
 import pytest
+import torch
 
+import moetor
 from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams, StructuredOutputsParams
 from moetor.engine import EngineConfig, ModelSource, build_engine
 from moetor.engine.ranks import RankedCore
 from moetor.errors import ParallelError
 from moetor.parallel.config import EplbConfig
+from moetor.tools.tiny import tiny_model
 from parallel.pool import Pool, RankError
 
 PROMPTS = ["ROMEO:", "To be, or not to be", "KING HENRY:\nOnce more", "a"]
@@ -156,6 +159,41 @@ def test_rank_0_leads(name: str, two: Pool) -> None:
     assert tokens == [*expected, expected[0][:5]]
 
 
+def family(rank: int, name: str, parallel: ParallelConfig) -> tuple[Any, Any, str]:
+    """In a worker: a family's tiny model, spread and whole, for prompts of different lengths."""
+    rng = torch.Generator().manual_seed(8)
+    prompts = [torch.randint(3, 40, (n,), generator=rng).tolist() for n in (5, 19, 1, 33, 2)]
+    params = [
+        SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (9, 3, 12, 1, 6)
+    ]
+    answers = []
+    for config in (parallel, None):
+        model = tiny_model(name)
+        moetor.fuse(model, verify=False, parallel=config)
+        llm = LLM(model, level="none", max_num_seqs=2, max_num_batched_tokens=8, kv_cache_blocks=32)
+        outputs = llm.generate(prompts, params)
+        assert not any(output.error for output in outputs)
+        answers.append([output.outputs[0].token_ids for output in outputs])
+    return *answers, llm.engine.strategy.name
+
+
+# Latent attention, states beside the cache, sliding windows; one that goes sequence by sequence.
+@pytest.mark.parametrize(
+    ("name", "mode", "strategy"),
+    [
+        ("deepseek_v3", "dp_ep", "paged"),
+        ("qwen3_next", "dp_ep", "paged and states"),
+        ("qwen3_next", "tp_ep", "paged and states"),
+        ("gpt_oss", "dp_ep_alltoall", "paged"),
+        ("switch_transformers", "tp_ep", "own cache"),
+    ],
+)
+def test_families(name: str, mode: str, strategy: str, two: Pool) -> None:
+    for ours, whole, used in two.run(family, name, CONFIGS[mode]):
+        assert ours == whole
+        assert used == strategy
+
+
 def split_apart(rank: int) -> None:
     """In a worker: one rank takes in a token that the other did not sample."""
     llm = LLM("demo", dtype="float32", device="cpu", parallel=CONFIGS["tp"])
@@ -174,9 +212,6 @@ def test_ranks_that_sample_differently_find_out(two: Pool) -> None:
 
 def own_caches(rank: int, parallel: ParallelConfig) -> None:
     """In a worker: a model that is not cached in blocks."""
-    import moetor
-    from moetor.tools.tiny import tiny_model
-
     model = tiny_model("switch_transformers")
     moetor.fuse(model, parallel=parallel)
     build_engine(ModelSource(model=model, level="none"), EngineConfig())

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import moetor
+from huggingface.custom_models import tiny_custom
 from moetor.errors import ParallelError
 from moetor.huggingface.trial import relative_error
 from moetor.tools.tiny import FAMILIES, logits_of, tiny_inputs, tiny_model
-from parallel.families import MODES, Told, try_family
+from parallel.families import MODES, Told, experts_held, try_family
 from parallel.pool import Pool, RankError
 
 # float32 sums in another order; recurrent and scaled models carry the difference further.
@@ -93,6 +94,26 @@ def test_another_revision_on_a_rank_is_found_by_all(two: Pool) -> None:
         assert answer[0] is ParallelError
         assert "disagree on the model's weights" in answer[1]
         assert "the model's configuration" not in answer[1]
+
+
+def custom(rank: int, style: str, mode: str) -> tuple[float, int, int]:
+    """In a worker: a model from somebody's own file, every expert a module; error, weights here."""
+    whole, spread = tiny_custom(style), tiny_custom(style)
+    moetor.fuse(whole)
+    report = moetor.fuse(spread, parallel=MODES[mode])
+    assert {block.level for block in report.blocks} == {"block"}
+    drawn = torch.Generator().manual_seed(rank if MODES[mode].joint else 0)
+    ids = torch.randint(0, 61, (2, 5 + (rank if MODES[mode].joint else 0)), generator=drawn)
+    error = relative_error(spread(ids).logits, whole(ids).logits)
+    return error, experts_held(spread), experts_held(whole)
+
+
+@pytest.mark.parametrize("mode", ["tp", "tp_ep", "dp_ep"])
+@pytest.mark.parametrize("style", ["mixtral", "grok", "deepseek"])
+def test_experts_that_are_modules_of_their_own(style: str, mode: str, two: Pool) -> None:
+    told = two.run(custom, style, mode)
+    assert max(error for error, _, _ in told) <= FLOAT32_ERROR
+    assert sum(held for _, held, _ in told) == told[0][2]
 
 
 def quantised(rank: int) -> float:

@@ -132,3 +132,24 @@ def test_the_server_says_that_a_rank_is_gone(number: int, timeout: float) -> Non
         body["stream"] = False
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 503
         assert time.monotonic() - begin < LIMIT
+
+
+def test_ranks_that_disagree_do_not_start() -> None:
+    """Both say so; neither waits for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = str(free.getsockname()[1])
+    started = []
+    for rank, dtype in (("0", "float32"), ("1", "bfloat16")):
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting}
+        flags = ["--device", "cpu", "--port", "0", "-tp", "2", "--dtype", dtype]
+        command = [sys.executable, "-m", "moetor", "serve", *flags]
+        environment = {**os.environ, **places, **meet}
+        started.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    for process in started:
+        _, said = process.communicate(timeout=2 * LIMIT)
+        assert process.returncode == 1
+        assert "the ranks disagree on the model's" in said.splitlines()[-1]
