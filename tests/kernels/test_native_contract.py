@@ -256,9 +256,12 @@ def test_accepts_and_runs_what_it_accepts() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("isa", [1, 2, 3])
+@pytest.mark.parametrize("weights", [0, 2, 5])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_workspace_bound_holds(case: Case) -> None:
+def test_workspace_bound_holds(case: Case, weights: int, isa: int) -> None:
     config = case.config
+    columns = config.transposed and weights == 0
     arguments = native_library.Arguments(
         tokens=case.T,
         top_k=case.K,
@@ -266,9 +269,14 @@ def test_workspace_bound_holds(case: Case) -> None:
         hidden_size=case.H,
         intermediate_size=case.I,
         threads=torch.get_num_threads(),
-        gate_up_columns=config.transposed,
-        down_columns=config.transposed,
+        gate_up_columns=columns,
+        down_columns=columns,
         weight_on_input=config.weight_on_input,
+        dtype=native_library.DTYPE_CODES[case.dtype],
+        isa=isa,
+        weights=weights,
+        group=32 if weights == 2 else 0,
+        round_inputs=weights == 5,
     )
     bound = NativeKernel().workspace_bytes_per_token(config, case.K, case.dtype)
     assert native_library.load().workspace_bytes(arguments) <= bound * max(case.T, 256)

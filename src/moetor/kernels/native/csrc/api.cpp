@@ -55,8 +55,6 @@ int moetor_experts(const MoetorExperts* args) {
   if (!sort_slots(*args, plan)) return kBadExpertId;
   if (args->tokens == 0) return kOk;
   if (args->isa == kIsaAvx2) return moetor_run_avx2(args, &plan, start_team);
-  // Other inputs are not rounded to bfloat16: they keep the plain instructions.
-  if (args->isa == kIsaAvx512Bf16 && args->dtype == kBfloat16 && args->weights == kPlain)
-    return moetor_run_avx512_bf16(args, &plan, start_team);
+  if (paired(*args)) return moetor_run_avx512_bf16(args, &plan, start_team);
   return moetor_run_avx512(args, &plan, start_team);
 }

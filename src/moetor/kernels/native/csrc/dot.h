@@ -5,6 +5,8 @@
 // depend neither on the other tokens nor on how the work was cut. Rows may even be computed twice.
 #pragma once
 
+#include <immintrin.h>
+
 #include "rows.h"
 
 namespace {

@@ -20,11 +20,13 @@ namespace {
 constexpr int64_t kTaskBytes = 512 * 1024;  // weights of one first-phase task: they stay in the second-level cache
 constexpr int64_t kSpan = 4096;  // the second product sums its reduction axis in spans of this: rounding, and caches
 
-template <class V, class D>
+// L: how inputs are laid out.
+template <class V, class D, class L = Steps<V, kSplit<D> && !kPaired<V>>>
 class Experts {
  public:
-  using Input = typename V::Input;  // what weights are multiplied with
-  Experts(const MoetorExperts& args, const Plan& plan) : a(args), p(plan) {
+  using Input = typename L::Input;
+  Experts(const MoetorExperts& args, const Plan& plan)
+      : a(args), p(plan), ldx_(L::width(args.hidden_size)), ldh_(L::width(args.intermediate_size)) {
     const int64_t I = a.intermediate_size, H = a.hidden_size, threads = max64(1, a.threads);
     const int64_t active = max64(1, p.num_active);
     const bool busy = p.num_slots >= 8 * active;  // enough tokens an expert to be bound by arithmetic
@@ -103,11 +105,9 @@ class Experts {
     return a.gate_up_columns ? ceil_div(slots, up_together_)
                              : ceil_div(Blocks(slots).count, up_together_ / V::kMaxTokens);
   }
-  // Quantised weights are widened in their own order, whatever the dtype of the inputs.
-  bool split_for(bool columns) const { return kSplit<D> && !kPaired<V> && !columns && a.weights == kPlain; }
   // The activations of an expert's slots from `slot` on.
   Input* activations(int64_t expert, int64_t slot) const {
-    return reinterpret_cast<Input*>(p.h) + (p.offsets[expert] + slot) * p.ldh;
+    return reinterpret_cast<Input*>(p.h) + (p.offsets[expert] + slot) * ldh_;
   }
 
   Weights up_weights(int64_t expert, int64_t i) const {  // gate row (or column) i
@@ -150,26 +150,33 @@ class Experts {
     const int64_t position = p.offsets[task.expert] + slot;
     const D* from = static_cast<const D*>(a.hidden) + p.token[position] * a.hidden_size;
     const float factor = a.weight_on_input ? a.topk_weights[p.order[position]] : 1.0f;
-    pack_row<V>(block, tokens, token, 0, from, a.hidden_size, factor, split_for(a.gate_up_columns));
-    if constexpr (!kPaired<V>)
+    a.gate_up_columns ? L::Columns::put(block, tokens, token, 0, from, a.hidden_size, factor)
+                      : L::put(block, tokens, token, 0, from, a.hidden_size, factor);
+    if constexpr (kSame<Input, float>)
       if (a.round_inputs) round_row<V>(block, tokens, token, a.hidden_size);
   }
 
-  // Copies the inputs of a task into the thread's own memory, unless its last task had the same ones.
-  Input* pack(const UpTask& task, const Blocks& blocks, Cursor& at) const {
-    auto* packed = reinterpret_cast<Input*>(p.packed + at.thread * p.packed_floats);
+  // Copies the inputs of a task into the thread's own memory, unless its last task had the same ones: a row of `width`
+  // elements each, by put(slot, block, tokens, token).
+  template <class X, class Put>
+  X* pack(const UpTask& task, const Blocks& blocks, Cursor& at, int64_t width, const Put& put) const {
+    auto* packed = reinterpret_cast<X*>(p.packed + at.thread * p.packed_floats);
     if (at.packed_expert == task.expert && at.packed_first == task.first) return packed;
     at.packed_expert = task.expert;
     at.packed_first = task.first;
     for (int64_t slot = 0; a.gate_up_columns && slot < task.tokens; ++slot)
-      pack_input(task, task.first + slot, packed + slot * p.ldx, 1, 0);
+      put(task.first + slot, packed + slot * width, 1, 0);
     for (int64_t block = task.top; block < task.bottom; ++block) {
       const int64_t first = blocks.first(block);
       const int tokens = blocks.size(block);
-      for (int n = 0; n < tokens; ++n)
-        pack_input(task, first + n, packed + (first - task.first) * p.ldx, tokens, n);
+      for (int n = 0; n < tokens; ++n) put(first + n, packed + (first - task.first) * width, tokens, n);
     }
     return packed;
+  }
+  Input* pack(const UpTask& task, const Blocks& blocks, Cursor& at) const {
+    return pack<Input>(task, blocks, at, ldx_, [&](int64_t slot, Input* block, int tokens, int token) {
+      pack_input(task, slot, block, tokens, token);
+    });
   }
 
   // Activations [i, i + count) from the two sums, which are destroyed, into place `token` of a block of `tokens`. i is a
@@ -191,7 +198,8 @@ class Experts {
       }
     }
     activate<V>(a, gate, up, count, gate);
-    pack_row<V>(block, tokens, token, i, gate, count, 1.0f, split_for(a.down_columns));
+    a.down_columns ? L::Columns::put(block, tokens, token, i, gate, count, 1.0f)
+                   : L::put(block, tokens, token, i, gate, count, 1.0f);
   }
 
   void up_rows(const UpTask& task, Cursor& at) const {
@@ -213,12 +221,12 @@ class Experts {
           else if (period == 1 && part + 1 < parts_)
             ahead = {here.at + to_up, here.stride, 1, 0};
           dot_panel_of<V, D>(tokens, here.at + part * to_up, here.stride, rows, a.hidden_size,
-                             packed + (first - task.first) * p.ldx, tile[part], ahead);
+                             packed + (first - task.first) * ldx_, tile[part], ahead);
         }
         Input* h = activations(task.expert, first);
         const bool in_rows = a.down_columns;
         for (int n = 0; n < tokens; ++n)
-          finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows, in_rows ? h + n * p.ldh : h,
+          finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows, in_rows ? h + n * ldh_ : h,
                     in_rows ? 1 : tokens, in_rows ? 0 : n);
       }
     }
@@ -232,10 +240,10 @@ class Experts {
     const Input* packed = pack(task, blocks, at);
     const Weights w = up_weights(task.expert, task.begin);
     const int tokens = static_cast<int>(task.tokens);
-    column_strip<V, D>(w.at, w.stride, H, a.interleaved ? 2 * width : width, packed, p.ldx, tokens, sums,
+    column_strip<V, D>(w.at, w.stride, H, a.interleaved ? 2 * width : width, packed, ldx_, tokens, sums,
                        two_strips ? w.at + a.intermediate_size : at.next.at);
     if (two_strips)
-      column_strip<V, D>(w.at + a.intermediate_size, w.stride, H, width, packed, p.ldx, tokens,
+      column_strip<V, D>(w.at + a.intermediate_size, w.stride, H, width, packed, ldx_, tokens,
                          sums + kStripColumns / 2, at.next.at);
     int64_t block = 0;
     for (int s = 0; s < tokens; ++s) {
@@ -319,7 +327,7 @@ class Experts {
     for (int64_t first = 0; first < slots; first += down_together_) {
       const int tokens = static_cast<int>(min64(down_together_, slots - first));
       column_strip<V, D>(w.at, w.stride, a.intermediate_size, end - begin,
-                         activations(expert, first), p.ldh, tokens, sums,
+                         activations(expert, first), ldh_, tokens, sums,
                          first + down_together_ < slots ? w.at : after);
       for (int s = 0; s < tokens; ++s)
         finish_down(sums + s * kStripStride, expert, first + s, begin, end - begin, true);
@@ -328,6 +336,7 @@ class Experts {
 
   const MoetorExperts& a;
   const Plan& p;
+  const int64_t ldx_, ldh_;  // elements from one token's inputs to the next's
   int64_t parts_, up_together_, down_together_;
   int64_t up_width_, chunks_, up_tasks_;  // activations of one task; tasks per group of slots; tasks
   int64_t down_width_, down_tasks_;

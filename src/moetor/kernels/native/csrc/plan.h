@@ -12,10 +12,13 @@ constexpr int kGroup = 32;        // rows are padded to this many floats; output
 constexpr int kTogether = 96;     // tokens that pass over a task's weights together, at most
 constexpr int kStripColumns = 4096;  // the wider, the longer the runs of memory that are read at a time
 constexpr int kStripStride = kStripColumns + 16;
-constexpr int64_t kWidenedFloats = 96 * 1024;   // a panel of codes, widened: two fit into a second-level cache
+constexpr int64_t kWidenedBytes = 384 * 1024;  // a panel of codes, widened: two fit into a second-level cache
+constexpr int64_t kRoundedDepth = 65536;  // sums of so many products of bytes fit into 32 bits
 constexpr int64_t kInputsTogether = 1 << 20;  // bytes of their inputs: half of a second-level cache
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Bytes of a row of `size` inputs that are bytes: 64 for its scale and its sum, and whole vectors.
+inline int64_t rounded_width(int64_t size) { return 64 + round_up(size, 64); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -26,6 +29,13 @@ inline int64_t tokens_together(int64_t size, int64_t block) {
   return block * max64(1, min64(kTogether / block, fit));
 }
 
+// Whether a call runs on products of bfloat16 pairs, or of bytes. Inputs in other dtypes are not rounded to bfloat16.
+inline bool paired(const MoetorExperts& a) {
+  if (a.isa != kIsaAvx512Bf16 || a.dtype != kBfloat16) return false;
+  const bool whole = a.weights == kInt8Row && max64(a.hidden_size, a.intermediate_size) <= kRoundedDepth;
+  return a.round_inputs == 0 || whole;
+}
+
 struct Plan {
   int32_t* order;    // [R] slots t * K + k, by expert, ascending within one; dropped slots last
   int32_t* token;    // [R] the token of each
@@ -33,6 +43,7 @@ struct Plan {
   int32_t* active;   // [E] the experts with slots, ascending
   int64_t num_active, num_slots;  // num_slots: those that are not dropped
   float* h;          // [R, ldh] the activations, in expert order and in blocks (see pack_row)
+  int8_t* rounded;   // the activations as bytes, where products are of bytes
   float* out;        // [T, ldo] the weighted sum
   float* packed;     // [threads, packed_floats] a thread's packed inputs
   float* strips;     // [threads, strip_floats] a thread's column sums (columns form); of codes, the scales and zero
@@ -50,26 +61,29 @@ inline Plan make_plan(const MoetorExperts& a) {
     at += round_up(bytes, 64);
     return start;
   };
-  p.ldx = round_up(a.hidden_size, kGroup);
-  p.ldh = round_up(a.intermediate_size, kGroup);
+  const bool bytes = paired(a) && a.round_inputs;
+  const int64_t pad = a.weights == kPlain ? kGroup : 4 * kGroup;
+  p.ldx = round_up(a.hidden_size, pad);
+  p.ldh = round_up(a.intermediate_size, pad);
   p.ldo = round_up(a.hidden_size, kGroup) + 16;  // an odd number of cache lines: 8 KB apart, rows would share a set
   p.order = reinterpret_cast<int32_t*>(take(4 * slots));
   p.token = reinterpret_cast<int32_t*>(take(4 * slots));
   p.offsets = reinterpret_cast<int64_t*>(take(8 * (a.num_experts + 2)));
   p.active = reinterpret_cast<int32_t*>(take(4 * a.num_experts));
   p.h = reinterpret_cast<float*>(take(4 * slots * p.ldh));
+  p.rounded = reinterpret_cast<int8_t*>(take(bytes ? slots * rounded_width(a.intermediate_size) : 0));
   p.out = reinterpret_cast<float*>(take(4 * a.tokens * p.ldo));
   const int64_t together = min64(slots, kTogether);
-  p.packed_floats = together * p.ldx;
+  p.packed_floats = (together + bytes) * p.ldx;  // one more row, from which bytes are made
   p.packed = reinterpret_cast<float*>(take(4 * a.threads * p.packed_floats));
   if (a.gate_up_columns || a.down_columns) {
     p.strip_floats = together * kStripStride;
     p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   } else if (a.weights != kPlain) {
-    const int64_t depth = round_up(max64(a.hidden_size, a.intermediate_size), kGroup);
-    p.scale_floats = kGroup * round_up(a.group == 0 ? 1 : ceil_div(depth, a.group) + 1, 16);
-    const bool widen = slots > a.num_experts && kGroup * depth <= kWidenedFloats;
-    p.widened_floats = widen ? kGroup * depth : 0;
+    const int64_t depth = max64(p.ldx, p.ldh), bytes_each = paired(a) ? 2 : 4;
+    p.scale_floats = kGroup * round_up(a.group == 0 ? 1 : depth / kGroup + 1, 16);
+    const bool widen = slots > a.num_experts && kGroup * depth * bytes_each <= kWidenedBytes;
+    p.widened_floats = widen && !bytes ? kGroup * depth * bytes_each / 4 : 0;
     p.strip_floats = 4 * p.scale_floats + 2 * p.widened_floats;
     p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   }

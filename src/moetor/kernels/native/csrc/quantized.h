@@ -1,155 +1,17 @@
-// The experts with quantised weights: codes of one byte or half a byte, widened in registers as they are read.
-//
-// A weight is scale * code, or scale * (code - zero), in float32; a sum adds weight * input in the order of the plain
-// kernel. So a token's bits depend neither on the other tokens nor on how the work was cut.
+// The experts with quantised weights, and the entry of one instruction set.
 #pragma once
 
+#include "codes.h"
 #include "experts.h"
 
 namespace {
 
-constexpr int kCodes = 32;  // codes that are widened together
-template <int kind>
-constexpr int kStepBytes = kind == kInt8 || kind == kInt8Row ? 32 : 16;
-
-// Sixteen numbers that the codes of half a byte stand for: their values, less 8 where there are no zero points, or twice
-// their e2m1 numbers.
-template <int kind>
-inline const float* nibble_table() {
-  alignas(64) static const float plain[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  alignas(64) static const float centred[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  alignas(64) static const float e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
-  return kind == kInt4 ? centred : kind == kE2m1 ? e2m1 : plain;
-}
-
-// Rows of one expert's matrix, and their scales and zero points as floats.
-struct CodeRows {
-  const uint8_t* at;
-  int64_t stride;  // bytes
-  const float *scale, *zero;
-  int64_t groups;     // floats from a row's scales to those of the next
-  int64_t per_group;  // steps of 32 codes that share a scale
-};
-
-// 32 weights of a row, from the codes at `from` in the group `group`.
-template <class V, int kind>
-inline __attribute__((always_inline)) void widen_codes(const uint8_t* from, const CodeRows& w, int64_t group, int r,
-                                                       typename V::Reg* to) {
-  constexpr int kRegs = kCodes / V::kWidth;
-  if (kind == kInt8Row) return V::widen_bytes(from, to);  // its scale is the same for all: it waits for the sum
-  const auto scale = V::set(w.scale[r * w.groups + group]);
-  if (kind == kInt8) {
-    V::widen_bytes(from, to);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRegs; ++i) to[i] = V::mul(to[i], scale);
-    return;
-  }
-  // Sixteen numbers are scaled, not thirty-two weights: the same products, found in a table.
-  typename V::Reg table[16 / V::kWidth];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16 / V::kWidth; ++i) {
-    table[i] = V::load(nibble_table<kind>() + i * V::kWidth);
-    if (kind == kInt4Zero) table[i] = V::sub(table[i], V::set(w.zero[r * w.groups + group]));
-    table[i] = V::mul(table[i], scale);
-  }
-  V::widen_nibbles(from, table, to);
-}
-
-// One step of 32 codes of R rows for N inputs.
-template <class V, int kind, int R, int N>
-inline __attribute__((always_inline)) void code_step(const uint8_t* from, int64_t stride, const CodeRows& w,
-                                                     int64_t group, const float* x, typename V::Reg (&sum)[R][N]) {
-  constexpr int W = V::kWidth, kStep = 2 * W, kRegs = kCodes / W;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    typename V::Reg weight[kRegs];
-    widen_codes<V, kind>(from + r * stride, w, group, r, weight);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRegs; ++i)
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n)
-        sum[r][n] = V::fma(weight[i], V::load(x + (i / 2 * N + n) * kStep + i % 2 * W), sum[r][n]);
-  }
-}
-
-// tile[n][r] = x[n] . w[r] for R rows and N inputs of `size` values.
-template <class V, int kind, int R, int N>
-inline void code_block(const CodeRows& w, int64_t size, const float* x, float* tile, const uint8_t* ahead) {
-  constexpr int kBytes = kStepBytes<kind>;
-  constexpr bool kWhole = kBytes == 16;  // packed codes fill whole steps
-  typename V::Reg sum[R][N];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) sum[r][n] = V::zero();
-  const int64_t steps = kWhole ? ceil_div(size, kCodes) : size / kCodes;
-  int64_t group = 0, left = w.per_group;
-  for (int64_t s = 0; s < steps; ++s) {
-    if (s * kBytes % kCacheLine == 0)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kBytes, _MM_HINT_T0);
-    code_step<V, kind, R, N>(w.at + s * kBytes, w.stride, w, group, x + s * N * kCodes, sum);
-    if (--left == 0) {
-      left = w.per_group;
-      ++group;
-    }
-  }
-  if (!kWhole && steps * kCodes < size) {  // a row of bytes may end within a step
-    uint8_t rest[R * kCodes] = {};
-    for (int r = 0; r < R; ++r) memcpy(rest + r * kCodes, w.at + r * w.stride + steps * kCodes, size - steps * kCodes);
-    code_step<V, kind, R, N>(rest, kCodes, w, group, x + steps * N * kCodes, sum);
-  }
-  store_sums<V, R, N>(sum, tile);
-}
-
-// The same for up to 32 rows; `next` is what is read after them.
-template <class V, int kind, int N>
-void code_panel(const CodeRows& w, int rows, int64_t size, const float* x, float* tile, const uint8_t* next) {
-  constexpr int R = V::rows(N);
-  if (rows < R) {  // fewer rows than a block has: each one alone, R times over
-    for (int r = 0; r < rows; ++r) {
-      const CodeRows one{w.at + r * w.stride, 0, w.scale + r * w.groups, w.zero + r * w.groups, 0, w.per_group};
-      code_block<V, kind, R, N>(one, size, x, tile + r, one.at);
-    }
-    return;
-  }
-  for (int top = 0; top < rows; top += R) {
-    const int r = top + R <= rows ? top : rows - R;  // the last block may step back
-    const CodeRows here{w.at + r * w.stride,   w.stride, w.scale + r * w.groups,
-                        w.zero + r * w.groups, w.groups, w.per_group};
-    code_block<V, kind, R, N>(here, size, x, tile + r, top + 2 * R <= rows ? here.at + R * w.stride : next);
-  }
-}
-
-template <class V, int kind, int N = 1>
-inline void code_panel_of(int tokens, const CodeRows& w, int rows, int64_t size, const float* x, float* tile,
-                          const uint8_t* next) {
-  if (tokens == N) return code_panel<V, kind, N>(w, rows, size, x, tile, next);
-  if constexpr (N < V::kMaxTokens) code_panel_of<V, kind, N + 1>(tokens, w, rows, size, x, tile, next);
-}
-
-// Widens up to 32 rows into floats, `stride` from row to row: the weights that `code_step` has in its registers.
-template <class V, int kind>
-void widen_panel(const CodeRows& w, int rows, int64_t size, float* to, int64_t stride) {
-  constexpr int kBytes = kStepBytes<kind>, kRegs = kCodes / V::kWidth;
-  for (int r = 0; r < rows; ++r)
-    for (int64_t s = 0; s * kCodes < size; ++s) {
-      const uint8_t* from = w.at + r * w.stride + s * kBytes;
-      uint8_t rest[kCodes] = {};
-      if (kBytes == kCodes && (s + 1) * kCodes > size) {  // a row of bytes may end within a step
-        memcpy(rest, from, size - s * kCodes);
-        from = rest;
-      }
-      typename V::Reg weight[kRegs];
-      widen_codes<V, kind>(from, w, s / w.per_group, r, weight);
-      for (int i = 0; i < kRegs; ++i) V::store(to + r * stride + s * kCodes + i * V::kWidth, weight[i]);
-    }
-}
-
 template <class V, class D, int kind>
-class QuantizedExperts : public Experts<V, D> {
-  using Base = Experts<V, D>;
+class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
+  using C = Codes<V, kind>;
+  using Base = Experts<V, D, typename C::Layout>;
+  using Input = typename C::Input;
+  using Wide = typename C::Wide;
   using typename Base::Blocks;
   using typename Base::Cursor;
   using typename Base::UpTask;
@@ -170,7 +32,7 @@ class QuantizedExperts : public Experts<V, D> {
       const UpTask now = at.task;
       task = this->take();
       this->seek(at, task);
-      up(now, at);
+      up(now, at, task);
     }
     if (team > 1) GOMP_barrier();
     if (a.round_inputs) {
@@ -180,7 +42,11 @@ class QuantizedExperts : public Experts<V, D> {
     while (task < this->up_tasks_ + this->down_tasks_) {
       const int64_t now = task - this->up_tasks_;
       task = this->take();
-      this->down(now, [&](int64_t n, int64_t begin, int64_t end) { add(p.active[n], begin, end, at.thread); });
+      this->down(now, [&](int64_t n, int64_t begin, int64_t end) {
+        const uint8_t* then = n + 1 < p.num_active ? row_of(second_product(), p.active[n + 1], begin)
+                                                   : start_of(at, task, 0);
+        add(p.active[n], begin, end, at.thread, then);
+      });
     }
   }
 
@@ -200,7 +66,23 @@ class QuantizedExperts : public Experts<V, D> {
             a.down_stride, a.hidden_size, a.intermediate_size, a.down_scale_type};
   }
 
-  // `count` scales or zero points from place `from` on, as floats.
+  // Groups of a row.
+  int64_t groups_in(const Matrix& m) const {
+    const int64_t multiple = max64(a.group, kStepBytes<kind> == 16 ? kCodes : 1);
+    return a.group == 0 ? 1 : round_up(m.depth, multiple) / a.group;
+  }
+  static const uint8_t* row_of(const Matrix& m, int64_t expert, int64_t row) {
+    return static_cast<const uint8_t*>(m.values) + expert * m.expert_stride + row * m.stride;
+  }
+  // Where the first product (0: gate, 1: up) or, after it, the second one begins to read for a task that the cursor is at.
+  const uint8_t* start_of(const Cursor& at, int64_t task, int part) const {
+    if (task < this->up_tasks_)
+      return row_of(first_product(), at.task.expert, at.task.begin + part * a.intermediate_size);
+    const int64_t row = (task - this->up_tasks_) * this->down_width_;
+    return row_of(second_product(), p.active[0], row < a.hidden_size ? row : 0);
+  }
+
+  // `count` scales or zero points from place `from` on, as floats; the first is for place `from`.
   static void widen_scales(const void* scales, int32_t type, int64_t from, int64_t count, float factor, float* to) {
     switch (type) {
       case kScaleFloat32: return widen_row<V>(to, static_cast<const float*>(scales) + from, count, factor);
@@ -216,66 +98,107 @@ class QuantizedExperts : public Experts<V, D> {
     }
   }
 
+  // Fetches the scales and zero points of `rows` rows: a stream of their own, too short for the processor to notice.
+  void fetch_scales(const Matrix& m, int64_t expert, int64_t row, int64_t rows) const {
+    static constexpr int64_t kSizes[] = {4, 2, 2, 1};
+    const int64_t each = groups_in(m) * kSizes[m.scale_type];
+    const int64_t from = (expert * m.rows + row) * each, to = from + rows * each;
+    for (int64_t at = from; at < to; at += kCacheLine) {
+      _mm_prefetch(static_cast<const char*>(m.scales) + at, _MM_HINT_T0);
+      if (kind == kInt4Zero) _mm_prefetch(static_cast<const char*>(m.zeros) + at, _MM_HINT_T0);
+    }
+  }
+
+  // Scales of groups become scales of steps of 32 codes, in place.
+  static void repeat_scales(float* scales, int64_t groups, int64_t times) {
+    for (int64_t g = groups - 1; g >= 0; --g)
+      for (int64_t i = 0; i < times; ++i) scales[g * times + i] = scales[g];
+  }
+
   // Rows [row, row + rows) of an expert's matrix; their scales go into the thread's own memory, of which each of two
   // parts has a half.
   CodeRows code_rows(const Matrix& m, int64_t expert, int64_t row, int rows, int thread, int part) const {
-    const int64_t multiple = max64(a.group, kStepBytes<kind> == 16 ? kCodes : 1);
-    const int64_t groups = a.group == 0 ? 1 : round_up(m.depth, multiple) / a.group;
+    const int64_t groups = groups_in(m);
     const int64_t from = (expert * m.rows + row) * groups, count = rows * groups;
     float* scale = p.strips + thread * p.strip_floats + 2 * part * p.scale_floats;
     float* zero = scale + p.scale_floats;
     const float factor = kind == kE2m1 ? 0.5f : 1.0f;  // its table holds twice the numbers
     widen_scales(m.scales, m.scale_type, from, count, factor, scale);
     if (kind == kInt4Zero) widen_scales(m.zeros, m.scale_type, from, count, 1.0f, zero);
-    const auto* at = static_cast<const uint8_t*>(m.values) + expert * m.expert_stride + row * m.stride;
-    return {at, m.stride, scale, zero, groups, a.group == 0 ? INT64_MAX : a.group / kCodes};
+    const int64_t times = a.group / kCodes;
+    const bool repeat = C::kEveryStep && times > 1;
+    if (repeat) repeat_scales(scale, count, times);
+    if (repeat && kind == kInt4Zero) repeat_scales(zero, count, times);
+    const uint8_t* at = row_of(m, expert, row);
+    const int64_t per_group = a.group == 0 ? INT64_MAX : repeat ? 1 : times;
+    return {at, m.stride, scale, zero, repeat ? groups * times : groups, per_group, at + rows * m.stride, at};
   }
 
-  // tile[n][r] = x[n] . w[r]; from `widened` where that holds the rows as floats. Both ways make the same bits.
-  void dot(const CodeRows& w, const float* widened, int tokens, int rows, int64_t size, const float* x, float* tile,
-           const uint8_t* next) const {
-    if (widened == nullptr)
-      code_panel_of<V, kind>(tokens, w, rows, size, x, tile, next);
-    else
-      dot_panel_of<V, float>(tokens, widened, round_up(size, kCodes), rows, size, x, tile, {widened, 0, 1, 0});
-    if (kind != kInt8Row) return;
+  // tile[n][r] = x[n] . w[r]; from `wide` where that holds the rows widened. Both ways make the same bits.
+  static void dot(const CodeRows& w, const Wide* wide, int tokens, int rows, int64_t size, const Input* x, float* tile) {
+    wide == nullptr ? C::dot(tokens, w, rows, size, x, tile) : C::dot_wide(tokens, wide, w, rows, size, x, tile);
+    if (!C::kBytes && kind != kInt8Row) return;
     for (int n = 0; n < tokens; ++n)
       for (int r = 0; r < rows; ++r) tile[n * kTile + r] *= w.scale[r];
   }
 
   // Where rows that several blocks of tokens pass over are widened once, or null where they are widened in passing.
-  float* widened(const CodeRows& w, int64_t passes, int rows, int64_t size, int thread, int part) const {
-    const int64_t stride = round_up(size, kCodes);
-    if (passes < 2 || p.widened_floats < kPanel * stride) return nullptr;
+  Wide* widened(const CodeRows& w, int64_t passes, int rows, int64_t size, int thread, int part) const {
+    if (passes < 2 || p.widened_floats == 0) return nullptr;
     float* to = p.strips + thread * p.strip_floats + p.strip_floats - (2 - part) * p.widened_floats;
-    widen_panel<V, kind>(w, rows, size, to, stride);
-    return to;
+    C::widen(w, rows, size, reinterpret_cast<Wide*>(to));
+    return reinterpret_cast<Wide*>(to);
   }
 
-  void up(const UpTask& task, Cursor& at) const {
+  // The inputs of a task; as bytes, by way of a row of floats, where products are of bytes.
+  Input* inputs(const UpTask& task, const Blocks& blocks, Cursor& at) const {
+    if constexpr (C::kBytes) {
+      float* row = p.packed + (at.thread + 1) * p.packed_floats - p.ldx;
+      const int64_t width = C::width(a.hidden_size);
+      return this->template pack<Input>(task, blocks, at, width, [&](int64_t slot, Input* block, int tokens, int token) {
+        this->pack_input(task, slot, row, 1, 0);
+        C::round(row, a.hidden_size, block, tokens, token);
+      });
+    } else {
+      return this->pack(task, blocks, at);
+    }
+  }
+  // The activations of an expert's slots from `slot` on, as the second product wants them.
+  const Input* activations_of(int64_t expert, int64_t slot) const {
+    if constexpr (C::kBytes)
+      return reinterpret_cast<Input*>(p.rounded) + (p.offsets[expert] + slot) * C::width(a.intermediate_size);
+    else
+      return this->activations(expert, slot);
+  }
+
+  void up(const UpTask& task, Cursor& at, int64_t next_task) const {
     const Blocks blocks(this->slots_of(task.expert));
     const Matrix m = first_product();
     alignas(64) float tile[2][V::kMaxTokens * kTile] = {};
-    const float* packed = this->pack(task, blocks, at);
+    const Input* packed = inputs(task, blocks, at);
+    const int64_t width = C::width(a.hidden_size);
     for (int64_t i = task.begin; i < task.end; i += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, task.end - i));
       CodeRows parts[2]{};
-      const float* wide[2]{};
+      const Wide* wide[2]{};
       for (int part = 0; part < this->parts_; ++part) {
-        parts[part] = code_rows(m, task.expert, i + part * a.intermediate_size, rows, at.thread, part);
-        wide[part] = widened(parts[part], task.bottom - task.top, rows, a.hidden_size, at.thread, part);
+        CodeRows& w = parts[part];
+        w = code_rows(m, task.expert, i + part * a.intermediate_size, rows, at.thread, part);
+        w.end = row_of(m, task.expert, task.end + part * a.intermediate_size);
+        w.then = start_of(at, next_task, part);
+        fetch_scales(m, task.expert, i + kPanel + part * a.intermediate_size, kPanel);
+        wide[part] = widened(w, task.bottom - task.top, rows, a.hidden_size, at.thread, part);
       }
       for (int64_t block = task.top; block < task.bottom; ++block) {
         const int64_t first = blocks.first(block);
         const int tokens = blocks.size(block);
-        const float* x = packed + (first - task.first) * p.ldx;
-        for (int part = 0; part < this->parts_; ++part) {
-          const uint8_t* next = part + 1 < this->parts_ ? parts[1].at : parts[0].at + rows * m.stride;
-          dot(parts[part], wide[part], tokens, rows, a.hidden_size, x, tile[part], next);
-        }
-        float* h = p.h + (p.offsets[task.expert] + first) * p.ldh;
+        const Input* x = packed + (first - task.first) * width;
+        for (int part = 0; part < this->parts_; ++part)
+          dot(parts[part], wide[part], tokens, rows, a.hidden_size, x, tile[part]);
+        auto* h = this->activations(task.expert, first);
         for (int n = 0; n < tokens; ++n)
-          this->finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows, h, tokens, n);
+          this->finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows,
+                          C::kBytes ? h + n * this->ldh_ : h, C::kBytes ? 1 : tokens, C::kBytes ? 0 : n);
       }
     }
   }
@@ -283,25 +206,32 @@ class QuantizedExperts : public Experts<V, D> {
   void round_activations(int64_t expert) const {
     const Blocks blocks(this->slots_of(expert));
     for (int64_t block = 0; block < blocks.count; ++block)
-      for (int n = 0; n < blocks.size(block); ++n)
-        round_row<V>(p.h + (p.offsets[expert] + blocks.first(block)) * p.ldh, blocks.size(block), n,
-                     a.intermediate_size);
+      for (int n = 0; n < blocks.size(block); ++n) {
+        const int64_t first = blocks.first(block), size = a.intermediate_size;
+        if constexpr (C::kBytes)
+          C::round(this->activations(expert, first + n), size, const_cast<Input*>(activations_of(expert, first)),
+                   blocks.size(block), n);
+        else if constexpr (kSame<Input, float>)
+          round_row<V>(this->activations(expert, first), blocks.size(block), n, size);
+      }
   }
 
-  // Adds an expert's share of the output's columns [begin, end).
-  void add(int64_t expert, int64_t begin, int64_t end, int thread) const {
+  // Adds an expert's share of the output's columns [begin, end); `then` is what is read after it.
+  void add(int64_t expert, int64_t begin, int64_t end, int thread, const uint8_t* then) const {
     const Blocks blocks(this->slots_of(expert));
     const Matrix m = second_product();
     alignas(64) float tile[V::kMaxTokens * kTile] = {};
     for (int64_t row = begin; row < end; row += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, end - row));
-      const CodeRows w = code_rows(m, expert, row, rows, thread, 0);
-      const float* wide = widened(w, blocks.count, rows, a.intermediate_size, thread, 0);
+      CodeRows w = code_rows(m, expert, row, rows, thread, 0);
+      w.end = row_of(m, expert, end);
+      w.then = then;
+      fetch_scales(m, expert, row + kPanel, kPanel);
+      const Wide* wide = widened(w, blocks.count, rows, a.intermediate_size, thread, 0);
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t first = blocks.first(block);
         const int tokens = blocks.size(block);
-        const float* x = p.h + (p.offsets[expert] + first) * p.ldh;
-        dot(w, wide, tokens, rows, a.intermediate_size, x, tile, w.at + rows * m.stride);
+        dot(w, wide, tokens, rows, a.intermediate_size, activations_of(expert, first), tile);
         for (int n = 0; n < tokens; ++n) this->finish_down(tile + n * kTile, expert, first + n, row, rows, true);
       }
     }

@@ -3,6 +3,7 @@
 
 #include <string.h>
 
+#include "element.h"
 #include "plan.h"
 
 namespace {
@@ -47,6 +48,19 @@ inline void pack_row(X* block, int tokens, int token, int64_t begin, const D* fr
     V::store(to + W, b);
   }
 }
+
+// Inputs as the dot products with plain weights want them.
+template <class V, bool split = false>
+struct Steps {
+  using Input = typename V::Input;
+  using Columns = Steps<V>;  // the same for weights in columns form
+  // Elements of a row of `size`.
+  static int64_t width(int64_t size) { return round_up(size, kGroup); }
+  template <class D>
+  static void put(Input* block, int tokens, int token, int64_t begin, const D* from, int64_t count, float factor) {
+    pack_row<V>(block, tokens, token, begin, from, count, factor, split);
+  }
+};
 
 // to[0..count) = from[0..count) * factor; both may be written past their end, up to a multiple of 32.
 template <class V, class D>
