@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from moetor.bench.generation import EngineBackend, decode_bytes
 from moetor.engine import EngineConfig, ModelSource, build_engine
 from moetor.engine import build as building
+from moetor.engine.graphs import DecodeGraphs
 
 PHASES: dict[str, float] = {}
 
@@ -51,10 +53,42 @@ def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return call
 
 
-def profile(backend: EngineBackend, batch: int, prompt: int, vocabulary: int, out: Path) -> None:
+def busy_share(events: Any) -> tuple[float, float]:
+    """Microseconds from the first kernel's start to the last one's end, and how many of them some
+    kernel was running: launches that overlap count once.
+    """
+    device = torch.autograd.DeviceType.CUDA
+    times = sorted(
+        (e.time_range.start, e.time_range.end) for e in events if e.device_type == device
+    )
+    busy, end = 0.0, times[0][0]
+    for start, stop in times:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return end - times[0][0], busy
+
+
+def report(found: Any, steps: int, title: str, path: Path, shown: int) -> dict[str, Any]:
+    """Writes the kernels of a profile and prints the longest."""
+    table = sorted(found.key_averages(), key=lambda row: -row.device_time_total)
+    span, busy = busy_share(found.events())
+    total = sum(row.device_time_total for row in table)
+    lines = [
+        f"{title}: {span / steps:.0f} us a step, a kernel running in {busy / span:.1%} of it; "
+        f"{total / steps:.0f} us of kernels"
+    ]
+    for row in table[:60]:
+        each = row.device_time_total / steps
+        lines.append(f"{each:9.1f} us  {row.count / steps:7.1f} x  {row.key[:110]}")
+    path.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[:shown]), flush=True)
+    return {"span_us": span / steps, "busy": busy / span, "kernels_us": total / steps}
+
+
+def profile(backend: EngineBackend, batch: int, prompt: int, out: Path) -> dict[str, Any]:
     """Kernel times of some decoding steps."""
     engine = backend._engine
-    ids = torch.randint(0, vocabulary, (batch, prompt))
+    ids = torch.randint(0, engine.served.vocab_size, (batch, prompt))
     requests = backend._add(ids, 64)
     while min(r.sequences[0].known for r in requests) < prompt + 8:
         engine.core.step()
@@ -64,36 +98,77 @@ def profile(backend: EngineBackend, batch: int, prompt: int, vocabulary: int, ou
         for _ in range(steps):
             engine.core.step()
         synchronize()
-    table = sorted(found.key_averages(), key=lambda row: -row.device_time_total)
-    total = sum(row.device_time_total for row in table)
-    lines = [f"batch {batch}: {total / steps:.0f} us of kernels a step"]
-    for row in table[:40]:
-        each = row.device_time_total / steps
-        lines.append(f"{each:9.1f} us  {row.count / steps:7.1f} x  {row.key[:110]}")
-    (out / f"profile-{batch}.txt").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[:16]), flush=True)
     while not engine.core.idle:
         engine.core.step()
+    return report(found, steps, f"batch {batch}", out / f"profile-{batch}.txt", 20)
 
 
-def check(backend: EngineBackend) -> None:
-    """The same texts without graphs and with them, batches of several sizes."""
+def profile_prompts(backend: EngineBackend, prompts: torch.Tensor, out: Path) -> dict[str, Any]:
+    """Kernel times of the steps that compute prompts."""
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        backend.generate(prompts, 1)
+        synchronize()
+    return report(found, 1, "prompts", out / "profile-prompts.txt", 24)
+
+
+def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
+    """The same texts without graphs and with them. Where a token differs, the logits up to then
+    say whether two tokens were as good as tied: their difference beside that of the two ways.
+    """
     runner = backend._engine.core.runner
-    vocabulary = backend._engine.served.vocab_size
+    graphs = runner.graphs
+    if graphs is None:
+        return []
+    logits: list[torch.Tensor] = []
+
+    def kept(function: Callable[..., Any], rows: Callable[[Any], torch.Tensor]) -> Any:
+        def call(*args: Any) -> Any:
+            answer = function(*args)
+            logits.append(rows(answer).float().clone())
+            return answer
+
+        return call
+
+    rows, forward = [], runner.forward
     for size in (1, 5):
-        prompts = torch.randint(0, vocabulary, (size, 40))
-        graphs, runner.graphs = runner.graphs, None
+        prompts = torch.randint(0, backend._engine.served.vocab_size, (size, 40))
         found = []
         for way in (None, graphs):
+            logits.clear()
             runner.graphs = way
-            requests = backend._add(prompts, 12)
+            runner.forward = kept(forward, lambda answer: answer.merged())
+            if way is not None:
+                way.run = kept(DecodeGraphs.run.__get__(way), lambda answer: answer[0])
+            requests = backend._add(prompts, tokens)
             while not backend._engine.core.idle:
                 backend._engine.core.step()
             synchronize()
-            backend._check(requests, 12)
-            found.append([request.sequences[0].output_ids for request in requests])
-            print(f"batch {size} {'with' if way else 'without'} graphs: done", flush=True)
-        print(f"batch {size}: equal {found[0] == found[1]}", flush=True)
+            backend._check(requests, tokens)
+            ids = torch.tensor([request.sequences[0].output_ids for request in requests])
+            found.append((ids, torch.stack(logits[-tokens:])))
+        runner.forward = forward
+        del graphs.run
+        (eager, ours), (replayed, theirs) = found
+        same = (eager == replayed).cumprod(1).sum(1)
+        row: dict[str, Any] = {
+            "batch": size,
+            "equal tokens": same.tolist(),
+            "first differences": [],
+        }
+        for sequence, first in enumerate(same.tolist()):
+            if first < tokens:
+                a, b = ours[first, sequence], theirs[first, sequence]
+                top = a.topk(2).values
+                row["first differences"].append(
+                    {"margin": float(top[0] - top[1]), "deviation": float((a - b).abs().max())}
+                )
+        both = int(same.min())
+        row["largest deviation of equal texts"] = float((ours[:both] - theirs[:both]).abs().max())
+        row["logits' deviation"] = float(ours.std())
+        print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
@@ -105,7 +180,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="1,8,32,128,256")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--profile", default="1,32")
+    parser.add_argument("--profile", default="1,8,32,128,256")
+    parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--fuse-dense", action="store_true")
     parser.add_argument("--prefill", default="16x2048")
     given = parser.parse_args()
@@ -122,7 +198,7 @@ def main() -> None:
             ModelSource(model=given.model, device=given.device),
             EngineConfig(
                 max_num_seqs=max(sizes),
-                max_num_batched_tokens=max(8192, max(sizes)),
+                max_num_batched_tokens=max(given.step_tokens, max(sizes)),
                 max_model_len=max(given.prompt + given.new, length + 1),
                 gpu_memory_utilization=0.95,
                 enable_prefix_caching=False,
@@ -136,7 +212,7 @@ def main() -> None:
         flush=True,
     )
     backend = EngineBackend("moetor", engine)
-    check(backend)
+    record: dict[str, Any] = {"phases": PHASES, "check": check(backend)}
     vocabulary = engine.served.vocab_size
     rows = []
     print("batch   TTFT ms  TPOT ms   tok/s  decode tok/s   floor ms at 4.25 TB/s")
@@ -155,13 +231,16 @@ def main() -> None:
         )
     prompts = torch.randint(0, vocabulary, (count, length))
     backend.generate(prompts, 1)
-    seconds = backend.generate(prompts, 1).total
+    seconds = statistics.median(backend.generate(prompts, 1).total for _ in range(3))
     print(f"prefill {given.prefill}: {count * length / seconds:.0f} tok/s", flush=True)
     stats = engine.core.stats()
     print(f"steps {stats.steps}, by graph {stats.graph_steps}")
-    for size in map(int, given.profile.split(",")):
-        profile(backend, size, given.prompt, vocabulary, given.out)
-    record = {"phases": PHASES, "rows": rows, "prefill": count * length / seconds}
+    record |= {"rows": rows, "prefill": count * length / seconds}
+    record["profiles"] = {
+        size: profile(backend, size, given.prompt, given.out)
+        for size in map(int, given.profile.split(","))
+    }
+    record["profiles"]["prompts"] = profile_prompts(backend, prompts, given.out)
     record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     (given.out / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
 
