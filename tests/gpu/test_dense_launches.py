@@ -18,11 +18,13 @@ from kernels.dense_cases import (
     check_few_rows,
     check_norm,
     check_rotate,
+    check_some_rows,
 )
 from moetor.kernels import dense
 from moetor.kernels.attention import paged_attention as attention_in_torch
 from moetor.kernels.dense import Norm
 from moetor.kernels.triton import dense as launches
+from moetor.kernels.triton import rows as rows_launches
 from moetor.kernels.triton.attention import attention_refusal, paged_attention
 from moetor.tools.tiny.calls import tiny_inputs
 from moetor.tools.tiny.models import tiny_model
@@ -95,8 +97,8 @@ def test_launches(dtype: torch.dtype, rng: torch.Generator) -> None:
             check_rotate(launches.rotate, form, normed, dtype, rng, "cuda")
     check_cache(launches.write_to_cache, dtype, rng, "cuda")
     for rows in (1, 2, 3, 4):
-        check_few_rows(launches.few_rows, rows, dtype, rng, "cuda")
-        check_few_rows(launches.few_rows, rows, dtype, rng, "cuda", (130, 2048))
+        check_few_rows(rows_launches.few_rows, rows, dtype, rng, "cuda")
+        check_few_rows(rows_launches.few_rows, rows, dtype, rng, "cuda", (130, 2048))
     check_activation(launches.gated_activation, dtype, rng, "cuda", 1500)
 
 
@@ -111,10 +113,11 @@ def test_the_gpu_is_used_and_agrees(rng: torch.Generator) -> None:
     assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_weights_asked_for_ahead(rng: torch.Generator) -> None:
+def test_products_on_tensor_cores(rng: torch.Generator) -> None:
     for size in ((130, 2048), (64, 4096), (24, 2880)):
-        plan = launches.RowsPlan(4, 1024, 4, 1, ahead=True)
-        check_few_rows(launches.few_rows, 1, torch.bfloat16, rng, "cuda", size, plan)
+        for rows in (2, 8, 31, 64, 200):
+            for dtype in (torch.bfloat16, torch.float16):
+                check_some_rows(rows_launches.some_rows, rows, dtype, rng, "cuda", size)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetor.config import Activation
 from moetor.kernels.dense import CacheSlots, Norm, RotaryForm
-from moetor.kernels.triton.dense import RowsPlan
+from moetor.kernels.triton.rows import RowsPlan
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 FORMS = (
@@ -181,6 +181,25 @@ def check_few_rows(
         assert_near(few_rows(x, weight, bias, None, tried), product, dtype)
         gate, up = product.chunk(2, dim=1)
         assert_near(few_rows(x, weight, bias, Activation(), tried), F.silu(gate) * up, dtype)
+
+
+def check_some_rows(
+    some_rows: Callable[..., Tensor],
+    rows: int,
+    dtype: torch.dtype,
+    rng: torch.Generator,
+    device: str = "cpu",
+    size: tuple[int, int] = (26, 40),
+    plan: RowsPlan | None = None,
+) -> None:
+    """The same without an activation, also of rows that lie apart and of a transposed weight."""
+    outputs, depth = size
+    x = random(rows, depth + 8, dtype=dtype, rng=rng, device=device)[:, :depth]
+    weight = random(outputs, depth, dtype=dtype, rng=rng, device=device) / depth**0.5
+    bias = random(outputs, dtype=dtype, rng=rng, device=device)
+    product = x.double() @ weight.double().T
+    assert_near(some_rows(x, weight, None, plan), product, dtype)
+    assert_near(some_rows(x, weight.T.contiguous().T, bias, plan), product + bias.double(), dtype)
 
 
 def check_activation(

@@ -29,6 +29,7 @@ from kernels.dense_cases import (  # noqa: E402
     check_few_rows,
     check_norm,
     check_rotate,
+    check_some_rows,
 )
 from moetor.errors import InputError  # noqa: E402
 from moetor.kernels import dense  # noqa: E402
@@ -100,7 +101,7 @@ def test_norm_refuses() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 def test_tiles_of_few_rows(gated: bool, itemsize: int) -> None:
     """What a program sums at once stays in its registers, whatever the size."""
-    from moetor.kernels.triton.dense import rows_plan
+    from moetor.kernels.triton.rows import rows_plan
 
     for outputs in (8, 128, 2048, 5120, 151936):
         for depth in (64, 2048, 2880, 7168):
@@ -120,6 +121,7 @@ def main(seed: int) -> None:
     """What runs in that process; the interpreter does not round to bfloat16 as a GPU does."""
     from interpreted import allow_loop_bounds
     from moetor.kernels.triton import dense as launches
+    from moetor.kernels.triton import rows as rows_launches
 
     allow_loop_bounds()
     rng = torch.Generator().manual_seed(seed)
@@ -131,7 +133,9 @@ def main(seed: int) -> None:
                 check_rotate(launches.rotate, form, normed, dtype, rng)
         check_cache(launches.write_to_cache, dtype, rng)
         for rows in (1, 3, 4):
-            check_few_rows(launches.few_rows, rows, dtype, rng)
+            check_few_rows(rows_launches.few_rows, rows, dtype, rng)
+        for rows in (2, 17, 70) if dtype == torch.float16 else ():
+            check_some_rows(rows_launches.some_rows, rows, dtype, rng)
         check_activation(launches.gated_activation, dtype, rng)
 
 
@@ -148,16 +152,18 @@ class Launches:
 def test_a_copy_of_a_weight_is_not_read_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are read while the launch before is running, and that may be the one that copies."""
     import moetor.kernels.triton as room
-    from moetor.kernels.triton import dense as launches
+    from moetor.kernels.triton import rows
 
     noted = Launches()
-    monkeypatch.setattr(room, "dense_kernels", SimpleNamespace(few_rows=noted), raising=False)
-    monkeypatch.setattr(launches, "overlap", lambda tensor: True)
+    kernels = SimpleNamespace(few_rows=noted, some_rows=noted)
+    monkeypatch.setattr(room, "rows_kernels", kernels, raising=False)
+    monkeypatch.setattr(rows.support, "overlap", lambda tensor: True)
     x, weight = torch.randn(2, 8), torch.randn(6, 8)
-    launches.few_rows(x, weight, None, None)
-    launches.few_rows(x, weight.T.contiguous().T, None, None)
-    assert [options["PDL"] for options in noted.options] == [True, False]
-    assert ["launch_pdl" in options for options in noted.options] == [True, False]
+    for other in (weight, weight.T.contiguous().T):
+        rows.few_rows(x, other, None, None)
+        rows.some_rows(x, other, None)
+    assert [options["PDL"] for options in noted.options] == [True, True, False, False]
+    assert ["launch_pdl" in options for options in noted.options] == [True, True, False, False]
 
 
 if __name__ == "__main__":

@@ -135,10 +135,17 @@ def main(seed: int) -> None:
             plans = [replace(plan, rows=16, keys=16)]
             if max(case.new) == 1:
                 plans += [replace(plan, splits=4, keys=16), replace(plan, heads=1)]
+                plans += [replace(plan, splits=4, keys=16, least=n) for n in (32, 4096)]
             for tried in plans:
                 found = run_attention(plan=tried, decode=max(case.new) == 1, **options)
                 error = largest_error(found, oracle)
                 assert error < LIMITS[dtype], (case.id, dtype, tried, error)
+            # Singles and the others apart, each with its own schedule, into one tensor.
+            out = torch.full_like(oracle, torch.nan, dtype=dtype)
+            for tried, only in ((replace(plan, rows=16, keys=16, splits=2), "singles"),
+                                (replace(plan, rows=16, keys=16), "longer")):  # fmt: skip
+                run_attention(plan=tried, decode=only == "singles", only=only, out=out, **options)
+            assert largest_error(out, oracle) < LIMITS[dtype], (case.id, dtype)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from moetor.config import Activation
 from moetor.errors import InputError
 from moetor.kernels.activations import activate
 from moetor.kernels.triton import support
-from moetor.kernels.triton.dense import FEW_OUTPUTS
+from moetor.kernels.triton.rows import FEW_OUTPUTS
 
 # A product with one row, and one with few outputs and few rows (a router's), are bound by latency,
 # which torch's own products do not hide; beyond that these are nearer to the memory's rate.
@@ -190,9 +190,9 @@ def linear(
 ) -> Tensor:
     """`x @ weight.T + bias`, [..., H] to [..., N]: by vector sums for a few rows on a GPU."""
     if weight.dtype == x.dtype and _few(x, weight.shape[0], in_torch):
-        from moetor.kernels.triton import dense
+        from moetor.kernels.triton import rows
 
-        return dense.few_rows(x, weight, bias, None)
+        return rows.few_rows(x, weight, bias, None)
     return F.linear(x, weight, bias)
 
 
@@ -201,9 +201,9 @@ def linear_float32(
 ) -> Tensor:
     """The same product in float32, whatever the dtypes."""
     if _few(x, weight.shape[0], in_torch):
-        from moetor.kernels.triton import dense
+        from moetor.kernels.triton import rows
 
-        return dense.few_rows(x, weight, bias, None, dtype=torch.float32)
+        return rows.few_rows(x, weight, bias, None, dtype=torch.float32)
     return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
@@ -228,10 +228,10 @@ def gated_linear(
         activation: a named one; a callable is called between the products.
     """
     if activation.function is None and _launches(x, in_torch):
-        from moetor.kernels.triton import dense
+        from moetor.kernels.triton import dense, rows
 
         if _few(x, gate_up.shape[0], in_torch):
-            return dense.few_rows(x, gate_up, bias, activation)
+            return rows.few_rows(x, gate_up, bias, activation)
         return dense.gated_activation(F.linear(x, gate_up, bias), activation)
     return activate(F.linear(x, gate_up, bias), activation)
 

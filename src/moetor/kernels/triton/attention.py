@@ -7,6 +7,7 @@ Hq and Hkv heads, G = Hq / Hkv, D width of queries and keys, Dv of values.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from moetor.kernels.attention import check_paged
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import next_power_of_2
 
+Only = Literal["all", "singles", "longer"]
 _MAX_WIDTH = 1024
 # Largest tile of partial results that the combining launch holds, in elements.
 _COMBINE = 8192
@@ -32,6 +34,7 @@ class AttentionPlan:
         heads: query heads of a program, a divisor of G.
         keys: BN.
         splits: of a sequence's keys, a power of two; 1 for none.
+        least: keys of a split, at least; a multiple of `keys`.
         warps, stages: of a program.
         overlap: starts while the launch before ends.
     """
@@ -42,6 +45,7 @@ class AttentionPlan:
     splits: int
     warps: int
     stages: int
+    least: int = 16
     overlap: bool = False
 
 
@@ -160,6 +164,8 @@ def paged_attention(
     window: int | None = None,
     chunk: int | None = None,
     sinks: Tensor | None = None,
+    only: Only = "all",
+    out: Tensor | None = None,
 ) -> Tensor:
     """As `moetor.kernels.attention.paged_attention`, without reading a length on the host.
 
@@ -171,6 +177,8 @@ def paged_attention(
     Args:
         query: [T, Hq, D]; any strides of the first two axes, as for the caches.
         max_query_len: the most new tokens of any sequence. 1 takes the path for decoding.
+        only: leaves out sequences with more new tokens than one, or with one.
+        out: written in place of a new tensor.
 
     Returns:
         [T, Hq, Dv]; rows that belong to no sequence are not written.
@@ -218,7 +226,7 @@ def paged_attention(
     return run_attention(
         query, key_cache, value_cache, block_table, seq_lens, query_start, plan,
         decode=max_query_len == 1, scale=scale, softcap=softcap, window=window, chunk=chunk,
-        sinks=sinks,
+        sinks=sinks, only=only, out=out,
     )  # fmt: skip
 
 
@@ -237,13 +245,16 @@ def run_attention(
     window: int | None,
     chunk: int | None,
     sinks: Tensor | None,
+    only: Only = "all",
+    out: Tensor | None = None,
 ) -> Tensor:
     """The launches, on inputs that are known to be right."""
     from moetor.kernels.triton import attention_kernels
 
     (tokens, heads, width), sequences = query.shape, seq_lens.shape[0]
     kv_heads, value_width = key_cache.shape[2], value_cache.shape[3]
-    out = query.new_empty((tokens, heads, value_width))
+    if out is None:
+        out = query.new_empty((tokens, heads, value_width))
     if tokens == 0 or sequences == 0:
         return out
     group = heads // kv_heads
@@ -259,7 +270,9 @@ def run_attention(
         "WINDOW": window is not None,
         "CHUNK": chunk is not None,
         "SINKS": sinks is not None,
+        "ONLY": only,
         "SPLITS": plan.splits,
+        "LEAST": plan.least,
         "BN": plan.keys,
         "PDL": plan.overlap,
     }

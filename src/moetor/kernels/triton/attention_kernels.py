@@ -29,9 +29,23 @@ def _first_key(position, window, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _part(low, high, SPLITS: tl.constexpr, BN: tl.constexpr):
-    """Keys of one split: whole tiles, so that all splits but the last are equally long."""
-    return tl.cdiv(tl.cdiv(high - low, SPLITS), BN) * BN
+def _part(low, high, SPLITS: tl.constexpr, BN: tl.constexpr, LEAST: tl.constexpr):
+    """Keys of one split: whole tiles, so that all splits but the last are equally long, and LEAST
+    of them at least."""
+    return tl.maximum(tl.cdiv(tl.cdiv(high - low, SPLITS), BN) * BN, LEAST)
+
+
+@triton.jit
+def _finish(best, total, acc, sinks, head_q, real, at, columns, dv, out, SINKS: tl.constexpr):
+    """Rows that have seen all their keys."""
+    if SINKS:
+        sink = tl.load(sinks + head_q, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(best, sink)
+        fade = tl.exp2(best - top)
+        total = total * fade + tl.exp2(sink - top)
+        acc = acc * fade[:, None]
+    y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + at[:, None] + dv[None, :], y.to(out.dtype.element_ty), mask=columns)
 
 
 @triton.jit
@@ -46,6 +60,18 @@ def _rows(base, slot, inside, d, LAST: tl.constexpr, WIDTH: tl.constexpr):
             other=0.0,
         )
     return x
+
+
+@triton.jit
+def _other(count, ONLY: tl.constexpr):
+    """Whether a sequence with `count` new tokens is none of those that are asked for."""
+    if ONLY == "singles":
+        other = count != 1
+    elif ONLY == "longer":
+        other = count <= 1
+    else:
+        other = count == 0
+    return other
 
 
 # Tables and lengths come at any place of a buffer; none of them may cause another compilation.
@@ -92,7 +118,9 @@ def attend(
     SINKS: tl.constexpr,
     SP: tl.constexpr,
     DECODE: tl.constexpr,
+    ONLY: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     BM: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
@@ -105,10 +133,13 @@ def attend(
 
     With DECODE a sequence has at most one new token, and the first axis of the grid is the
     sequence; else it counts blocks of BQ tokens, whose sequence is found by `query_start`.
+    ONLY leaves out sequences with more tokens than one, or with one.
+
+    Lengths and tables are read before the launches before have ended: they are inputs of a step,
+    which nothing in it writes.
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(1) // GROUPS
     split = tl.program_id(2)
     if DECODE:
@@ -124,21 +155,26 @@ def attend(
         begin_q = tl.load(query_start + seq)
         block_q = tl.program_id(0) - (begin_q // BQ + seq)
     count_q = tl.load(query_start + seq + 1) - begin_q
-    if block_q * BQ >= count_q:
-        return
     length = tl.load(seq_lens + seq)
+    low = _first_key(length - count_q + block_q * BQ, window, WINDOW, CHUNK)
+    high = tl.minimum(length - count_q + (block_q + 1) * BQ, length)
+    whole = True
+    if SPLITS > 1:
+        part = _part(low, high, SPLITS, BN, LEAST)
+        whole = part >= high - low
+        low = low + split * part
+        high = tl.minimum(low + part, high)
+    keys = key_cache + head.to(tl.int64) * stride_kh
+    values = value_cache + head.to(tl.int64) * stride_vh
+    table = block_table + seq * stride_table
+    if PDL:
+        gdc_wait()
+    if (block_q * BQ >= count_q) | (low >= high) | _other(count_q, ONLY):
+        return
     r = tl.arange(0, BM)
     token = block_q * BQ + r // HG
     real = (r < BQ * HG) & (token < count_q)
     position = length - count_q + token
-    low = _first_key(length - count_q + block_q * BQ, window, WINDOW, CHUNK)
-    high = tl.minimum(length - count_q + (block_q + 1) * BQ, length)
-    if SPLITS > 1:
-        part = _part(low, high, SPLITS, BN)
-        low = low + split * part
-        if low >= high:
-            return
-        high = tl.minimum(low + part, high)
     head_q = tl.program_id(1) * HG + r % HG
     row = (begin_q + token).to(tl.int64)
     d1, d2, dv = tl.arange(0, D1), tl.arange(0, D2), tl.arange(0, DVP)
@@ -158,13 +194,11 @@ def attend(
     acc = tl.zeros((BM, DVP), tl.float32)
     if WINDOW or CHUNK:
         row_low = _first_key(position, window, WINDOW, CHUNK)
-    keys = key_cache + head.to(tl.int64) * stride_kh
-    values = value_cache + head.to(tl.int64) * stride_vh
     n = tl.arange(0, BN)
     for key0 in tl.range(low, high, BN, num_stages=STAGES):
         key = key0 + n
         inside = key < high
-        block = tl.load(block_table + seq * stride_table + key // BS, mask=inside, other=0)
+        block = tl.load(table + key // BS, mask=inside, other=0)
         block = block.to(tl.int64)
         at_k = block * stride_kb + (key % BS) * stride_kt
         k1 = _rows(keys, at_k, inside, d1, D, D1)
@@ -190,21 +224,17 @@ def attend(
         acc = tl.dot(power.to(v.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
         best = top
     columns = real[:, None] & (dv[None, :] < DV)
+    at = (row * HQ + head_q) * DV
     if SPLITS > 1:
-        place = (row * HQ + head_q) * SPLITS + split
-        tl.store(part_out + place[:, None] * DV + dv[None, :], acc, mask=columns)
-        tl.store(part_max + place, best, mask=real)
-        tl.store(part_sum + place, total, mask=real)
+        if whole:
+            _finish(best, total, acc, sinks, head_q, real, at, columns, dv, out, SINKS)
+        else:
+            place = (row * HQ + head_q) * SPLITS + split
+            tl.store(part_out + place[:, None] * DV + dv[None, :], acc, mask=columns)
+            tl.store(part_max + place, best, mask=real)
+            tl.store(part_sum + place, total, mask=real)
     else:
-        if SINKS:
-            sink = tl.load(sinks + head_q, mask=real, other=0.0).to(tl.float32) * LOG2E
-            top = tl.maximum(best, sink)
-            fade = tl.exp2(best - top)
-            total = total * fade + tl.exp2(sink - top)
-            acc = acc * fade[:, None]
-        y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        at = out + (row * HQ + head_q) * DV
-        tl.store(at[:, None] + dv[None, :], y.to(out.dtype.element_ty), mask=columns)
+        _finish(best, total, acc, sinks, head_q, real, at, columns, dv, out, SINKS)
 
 
 @triton.jit(
@@ -225,23 +255,28 @@ def combine_splits(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
+    ONLY: tl.constexpr,
     SPLITS: tl.constexpr,
+    LEAST: tl.constexpr,
     BN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One sequence's new token, one head: its splits in their order."""
+    """One sequence's new token, one head: its splits in their order. A single one has written the
+    result itself."""
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     seq = tl.program_id(0)
     head = tl.program_id(1)
     begin_q = tl.load(query_start + seq)
-    if tl.load(query_start + seq + 1) == begin_q:
-        return
+    none = _other(tl.load(query_start + seq + 1) - begin_q, ONLY)
     LOG2E: tl.constexpr = 1.4426950408889634
     high = tl.load(seq_lens + seq)
     low = _first_key(high - 1, window, WINDOW, CHUNK)
-    part = tl.maximum(_part(low, high, SPLITS, BN), 1)
+    part = _part(low, high, SPLITS, BN, LEAST)
+    if PDL:
+        gdc_wait()
+    if none | (part >= high - low):
+        return
     split = tl.arange(0, SPLITS)
     used = split * part < high - low
     row = begin_q.to(tl.int64) * HQ + head

@@ -100,9 +100,7 @@ class SmallPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LargePlan:
-    """Both products of the large path; they share `rows`. `pdl` as in `SmallPlan`, for the sort
-    and the sum: a product that starts early holds shared memory that the one before it could use.
-    """
+    """Both products of the large path; they share `rows`. `pdl` as in `SmallPlan`."""
 
     up: Tile
     down: Tile

@@ -1,6 +1,6 @@
-"""Launches around attention and experts: norms, rotary positions, products with few rows.
+"""Launches around attention and experts: norms, rotary positions, activations.
 
-Shape letters: T tokens, H hidden, N outputs, I intermediate, D width of a head, R rotated part of
+Shape letters: T tokens, H hidden, I intermediate, D width of a head, R rotated part of
 it, HB heads of a program.
 """
 
@@ -13,7 +13,7 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, unuse
     gdc_wait,
 )
 
-from moetor.kernels.triton.device_code import activate_gated
+from moetor.kernels.triton.device_code import activate_gated, range_to_cache
 
 
 @triton.jit
@@ -26,17 +26,27 @@ def add_rms_norm(
     stride_x,
     stride_residual,
     eps,
+    rows,
+    ahead,
+    ahead_count,
     H: tl.constexpr,
     HP: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """total = x + residual, rounded as it is stored; out = norm(total) * (weight + OFFSET)."""
+    """total = x + residual, rounded as it is stored; out = norm(total) * (weight + OFFSET).
+
+    AHEAD programs more ask for the `ahead_count` elements from `ahead` on.
+    """
     if PDL:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
+    if AHEAD > 0 and row >= rows:
+        range_to_cache(ahead, ahead_count, tl.program_id(0) - rows, tl.num_programs(0) - rows)
+        return
     h = tl.arange(0, HP)
     inside = h < H
     if HAS_WEIGHT:
@@ -144,6 +154,8 @@ def rotate_and_cache(
     value_out,
     slots,
     eps,
+    ahead,
+    ahead_count,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -173,19 +185,28 @@ def rotate_and_cache(
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     CACHED: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A token's query heads into a tensor, its key and value heads into their slot.
 
     Programs of the second axis take HB query heads each, then HB key heads, then HB value heads.
+    AHEAD programs more on that axis ask for the `ahead_count` elements from `ahead` on.
     """
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     QB: tl.constexpr = (HQ + HB - 1) // HB
     KB: tl.constexpr = (HKV + HB - 1) // HB
+    if AHEAD > 0:
+        FIRST: tl.constexpr = QB + (2 * KB if CACHED else KB)
+        if block >= FIRST:
+            part = tl.program_id(0) * AHEAD + block - FIRST
+            range_to_cache(ahead, ahead_count, part, tl.num_programs(0) * AHEAD)
+            return
+    if PDL:
+        gdc_wait()
     lane = tl.arange(0, HB)
     cos += token * stride_cos
     sin += token * stride_cos
@@ -264,91 +285,6 @@ def write_to_cache(
     v = tl.load(value + token * stride_vt + head[:, None] * stride_vh + dv[None, :], mask=inside)
     to = value_cache + block * stride_vb + place * stride_vs
     tl.store(to + head[:, None] * stride_vo + dv[None, :], v, mask=inside)
-
-
-@triton.jit
-def _to_cache(pointers):
-    """Asks for the cache lines of these addresses, and does not wait for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def few_rows(
-    x,
-    weight,
-    bias,
-    out,
-    up_offset,
-    stride_x,
-    stride_n,
-    T: tl.constexpr,
-    TP: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr,
-    ACT: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-    LINES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out[T, BN columns] = x @ weight.T + bias in float32 vector sums, weights read once.
-
-    With GATED, activation(gate) * up of the rows n and n + up_offset / stride_n of the weight.
-    The first weights are on their way before the launch before has ended, and with LINES (cache
-    lines of a row of the weight, as a power of two) the others are on their way to the cache.
-    """
-    if PDL:
-        gdc_launch_dependents()
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    if PDL and LINES > 0:
-        PER_LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        line = tl.minimum(tl.arange(0, LINES) * PER_LINE, H - 1)
-        row_of = tl.minimum(n, N - 1).to(tl.int64)[:, None] * stride_n
-        _to_cache(weight + row_of + line[None, :])
-    k = tl.arange(0, BK)
-    t = tl.arange(0, TP)
-    pointers = weight + n.to(tl.int64)[:, None] * stride_n + k[None, :]
-    inputs = x + t[:, None] * stride_x + k[None, :]
-    EVEN: tl.constexpr = H % BK == 0 and N % BN == 0
-    acc = tl.zeros((TP, BN, BK), tl.float32)
-    acc_up = tl.zeros((TP, BN, BK), tl.float32)
-    for k0 in tl.range(0, H, BK, num_stages=STAGES):
-        if EVEN:
-            w = tl.load(pointers + k0, eviction_policy="evict_first")
-            if GATED:
-                v = tl.load(pointers + k0 + up_offset, eviction_policy="evict_first")
-        else:
-            inside = (n[:, None] < N) & (k[None, :] < H - k0)
-            w = tl.load(pointers + k0, mask=inside, other=0.0)
-            if GATED:
-                v = tl.load(pointers + k0 + up_offset, mask=inside, other=0.0)
-        if PDL and k0 == 0:
-            gdc_wait()
-        row = tl.load(inputs + k0, mask=(t[:, None] < T) & (k[None, :] < H - k0), other=0.0)
-        row32 = row.to(tl.float32)[:, None, :]
-        acc += w.to(tl.float32)[None, :, :] * row32
-        if GATED:
-            acc_up += v.to(tl.float32)[None, :, :] * row32
-    y = tl.sum(acc, axis=2)
-    if HAS_BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        z = tl.sum(acc_up, axis=2)
-        if HAS_BIAS:
-            z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        y = activate_gated(y, z, ACT)
-    inside = (t[:, None] < T) & (n[None, :] < N)
-    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

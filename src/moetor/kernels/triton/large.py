@@ -183,6 +183,7 @@ def launch_up(
         PDL=plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **support.chained(plan.pdl),
     )
 
 
@@ -237,6 +238,7 @@ def launch_down(
         PDL=plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **support.chained(plan.pdl),
     )
 
 

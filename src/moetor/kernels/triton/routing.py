@@ -85,6 +85,7 @@ def run_route(
     if tokens == 0:
         return Routing(weights_TK, ids_TK, identity_T)
     padded = next_power_of_2(config.num_logits)
+    pdl = support.overlap(logits_TN)
     with support.on_device_of(logits_TN):
         routing_kernels.route_tokens[(tokens,)](
             logits_TN,
@@ -113,7 +114,9 @@ def run_route(
             MIN=float(config.renormalize_min),
             FACTOR=float(config.scaling_factor),
             ROUND=_rounded(config, dtype),
+            PDL=pdl,
             num_warps=1 if padded * next_power_of_2(config.num_groups) <= 1024 else 4,
+            **support.chained(pdl),
         )
     return Routing(weights_TK, ids_TK, identity_T)
 

@@ -8,7 +8,7 @@ Shape letters: T tokens, K top_k, N logits (experts and identity experts), G gro
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
-from moetor.kernels.triton.device_code import soft_cap
+from moetor.kernels.triton.device_code import chain, soft_cap
 
 
 @triton.jit
@@ -101,11 +101,13 @@ def route_tokens(
     MIN: tl.constexpr,
     FACTOR: tl.constexpr,
     ROUND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One token's K weights and ids; the formula is that of `moetor.config.RouterConfig`.
 
     ROUND is the dtype that the weights are rounded to, or None. Equal scores: the smaller id wins.
     """
+    chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, NP)
     inside = n < N

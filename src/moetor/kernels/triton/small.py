@@ -91,6 +91,7 @@ def _launch_up(
         STAGES=plan.up.stages,
         PDL=plan.pdl,
         num_warps=plan.up.warps,
+        **support.chained(plan.pdl),
     )
 
 

@@ -8,9 +8,6 @@ weight matrix that one program owns (BN), BK its depth per step.
 
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
-from triton.language.extra.cuda import (  # type: ignore[import-not-found, unused-ignore]
-    gdc_launch_dependents,
-)
 
 from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
 
@@ -43,8 +40,7 @@ def small_up(
     PDL: tl.constexpr,
 ):
     """act[slot, BN columns] = activation(W1[expert of slot] @ hidden[token of slot]), float32."""
-    if PDL:
-        gdc_launch_dependents()  # itself it was launched after all before it, so that ids are there
+    chain(PDL)
     # The slot runs fastest: programs that share an expert's rows run side by side, and all but the
     # first find them in the cache.
     slot = tl.program_id(0) % slots

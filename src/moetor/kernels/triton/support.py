@@ -53,6 +53,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
+def overlap(tensor: Tensor) -> bool:
+    """Whether a launch may start while the one before it ends (compute capability 9.0)."""
+    return tensor.is_cuda and device_of(tensor).capability >= (9, 0)
+
+
 def chained(pdl: bool) -> dict[str, bool]:
     """The launch option of a kernel that begins with `device_code.chain`."""
     return {"launch_pdl": True} if pdl else {}
@@ -183,3 +188,9 @@ def output_stride(weight_EXY: Tensor, *, transposed: bool) -> tuple[int, int, in
 def flat(bias: Tensor | None, otherwise: Tensor) -> Tensor:
     """A contiguous bias, or any tensor in its place where there is none."""
     return otherwise if bias is None else bias.contiguous()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., H] as [T, H] with a contiguous last axis; a copy only where a view cannot do."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,125 @@
+"""Products of a few rows with a weight that is read once: by vector sums, or on tensor cores.
+
+Shape letters: T tokens, H hidden, N outputs; BT, BN and BK of a tile.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+import triton  # type: ignore[import-not-found, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
+from triton.language.extra.cuda import (  # type: ignore[import-not-found, unused-ignore]
+    gdc_launch_dependents,
+    gdc_wait,
+)
+
+from moetor.kernels.triton.device_code import activate_gated
+
+
+@triton.jit
+def few_rows(
+    x,
+    weight,
+    bias,
+    out,
+    up_offset,
+    stride_x,
+    stride_n,
+    T: tl.constexpr,
+    TP: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[T, BN columns] = x @ weight.T + bias in float32 vector sums, weights read once.
+
+    With GATED, activation(gate) * up of the rows n and n + up_offset / stride_n of the weight.
+    The first weights are on their way before the launch before has ended.
+    """
+    if PDL:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    t = tl.arange(0, TP)
+    pointers = weight + n.to(tl.int64)[:, None] * stride_n + k[None, :]
+    inputs = x + t[:, None] * stride_x + k[None, :]
+    EVEN: tl.constexpr = H % BK == 0 and N % BN == 0
+    acc = tl.zeros((TP, BN, BK), tl.float32)
+    acc_up = tl.zeros((TP, BN, BK), tl.float32)
+    for k0 in tl.range(0, H, BK, num_stages=STAGES):
+        if EVEN:
+            w = tl.load(pointers + k0, eviction_policy="evict_first")
+            if GATED:
+                v = tl.load(pointers + k0 + up_offset, eviction_policy="evict_first")
+        else:
+            inside = (n[:, None] < N) & (k[None, :] < H - k0)
+            w = tl.load(pointers + k0, mask=inside, other=0.0)
+            if GATED:
+                v = tl.load(pointers + k0 + up_offset, mask=inside, other=0.0)
+        if PDL and k0 == 0:
+            gdc_wait()
+        row = tl.load(inputs + k0, mask=(t[:, None] < T) & (k[None, :] < H - k0), other=0.0)
+        row32 = row.to(tl.float32)[:, None, :]
+        acc += w.to(tl.float32)[None, :, :] * row32
+        if GATED:
+            acc_up += v.to(tl.float32)[None, :, :] * row32
+    y = tl.sum(acc, axis=2)
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        z = tl.sum(acc_up, axis=2)
+        if HAS_BIAS:
+            z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        y = activate_gated(y, z, ACT)
+    inside = (t[:, None] < T) & (n[None, :] < N)
+    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def some_rows(
+    x,
+    weight,
+    bias,
+    out,
+    tokens,
+    stride_x,
+    stride_n,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[BT rows, BN columns] = x @ weight.T + bias on tensor cores."""
+    if PDL:
+        gdc_launch_dependents()
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    if PDL:
+        gdc_wait()
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    k = tl.arange(0, BK)
+    real = (t < tokens)[:, None]
+    inputs = x + t.to(tl.int64)[:, None] * stride_x + k[None, :]
+    pointers = weight + n.to(tl.int64)[None, :] * stride_n + k[:, None]
+    EVEN: tl.constexpr = H % BK == 0 and N % BN == 0
+    acc = tl.zeros((BT, BN), tl.float32)
+    for k0 in tl.range(0, H, BK, num_stages=STAGES):
+        if EVEN:
+            a = tl.load(inputs + k0, mask=real, other=0.0)
+            b = tl.load(pointers + k0)
+        else:
+            a = tl.load(inputs + k0, mask=real & (k[None, :] < H - k0), other=0.0)
+            b = tl.load(pointers + k0, mask=(n[None, :] < N) & (k[:, None] < H - k0), other=0.0)
+        acc = tl.dot(a, b, acc)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = out + t.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=real & (n < N)[None, :])
