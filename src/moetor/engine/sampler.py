@@ -14,6 +14,8 @@ from torch import Tensor
 
 from moetor.engine.grammar_masks import allowed_tokens
 from moetor.engine.sequence import Scheduled, Sequence
+from moetor.kernels.triton import support
+from moetor.kernels.triton.draw import draw
 
 _MASK = 2**64 - 1
 # How many of the likeliest tokens are looked at before the whole vocabulary is sorted.
@@ -61,6 +63,8 @@ class Sampler:
         self._counts_PV: Tensor | None = None
         self._prompt_PV: Tensor | None = None
         self._holders: dict[int, Sequence] = {}
+        # On a GPU a sort of the vocabulary takes longer than the model.
+        self._in_one_launch = support.device_refusal(device.type) is None
 
     @staticmethod
     def plain(parts: Items[Scheduled]) -> bool:
@@ -205,12 +209,23 @@ class Sampler:
         # The largest is taken off first: a tiny temperature would make infinities otherwise.
         scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / heat
         chosen = [row for row, p in enumerate(params) if p.truncated]
+        draws = [uniform(part.sequence.seed, part.position) for part in parts]
+        if chosen and self._in_one_launch:
+            size = scaled_RV.shape[1]
+            return draw(
+                scaled_RV,
+                self._tensor(
+                    [p.top_k if 0 < p.top_k < size else size for p in params], torch.int32
+                ),
+                self._tensor([p.top_p for p in params], torch.float32),
+                self._tensor([p.min_p for p in params], torch.float32),
+                self._tensor(draws, torch.float32),
+            )
         if chosen:
             rows = self._tensor(chosen)
             some = self._truncated(scaled_RV[rows], [parts[row] for row in chosen])
             scaled_RV = scaled_RV.index_copy(0, rows, some)
         sums_RV = scaled_RV.softmax(-1).cumsum(-1)
-        draws = [uniform(part.sequence.seed, part.position) for part in parts]
         # Below the last sum, so that the token found has a probability.
         place_R1 = self._tensor(draws, torch.float32)[:, None] * sums_RV[:, -1:]
         found = torch.searchsorted(sums_RV, place_R1, right=True)[:, 0]
@@ -224,8 +239,7 @@ class Sampler:
         top_k = self._tensor([p.top_k if p.top_k > 0 else size for p in params])[:, None]
         top_p = self._tensor([p.top_p for p in params], torch.float32)[:, None]
         min_p = self._tensor([p.min_p for p in params], torch.float32)[:, None]
-        # Sorting a whole vocabulary is slow on a CPU, and reading whether a part of it is enough is
-        # slow on a GPU.
+        # Sorting a whole vocabulary is slow on a CPU.
         ordered, order, enough = scaled_RV, scaled_RV, False
         if self._device.type == "cpu" and size > _CANDIDATES:
             ordered, order = scaled_RV.topk(_CANDIDATES, dim=-1)
