@@ -21,7 +21,6 @@ import torch
 from moetor.bench.generation import EngineBackend, decode_bytes
 from moetor.engine import EngineConfig, ModelSource, build_engine
 from moetor.engine import build as building
-from moetor.engine.graphs import DecodeGraphs
 
 PHASES: dict[str, float] = {}
 
@@ -113,11 +112,12 @@ def profile_prompts(backend: EngineBackend, prompts: torch.Tensor, out: Path) ->
 
 
 def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
-    """The same texts without graphs and with them. Where a token differs, the logits up to then
-    say whether two tokens were as good as tied: their difference beside that of the two ways.
+    """The same texts without graphs, with those of decoding steps, and with those of prompts too.
+    Where a token differs, the logits up to then say whether two tokens were as good as tied: their
+    difference beside that of the two ways.
     """
     runner = backend._engine.core.runner
-    graphs = runner.graphs
+    graphs, prompt_graphs = runner.graphs, runner.prompt_graphs
     if graphs is None:
         return []
     logits: list[torch.Tensor] = []
@@ -131,15 +131,16 @@ def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
         return call
 
     rows, forward = [], runner.forward
+    runner.forward = kept(forward, lambda answer: answer.merged())
+    graphs.run = kept(graphs.run, lambda answer: answer[0])
+    if prompt_graphs is not None:
+        prompt_graphs.run = kept(prompt_graphs.run, lambda answer: answer[0])
     for size in (1, 5):
         prompts = torch.randint(0, backend._engine.served.vocab_size, (size, 40))
         found = []
-        for way in (None, graphs):
+        for ways in ((None, None), (graphs, None), (graphs, prompt_graphs)):
             logits.clear()
-            runner.graphs = way
-            runner.forward = kept(forward, lambda answer: answer.merged())
-            if way is not None:
-                way.run = kept(DecodeGraphs.run.__get__(way), lambda answer: answer[0])
+            runner.graphs, runner.prompt_graphs = ways
             requests = backend._add(prompts, tokens)
             while not backend._engine.core.idle:
                 backend._engine.core.step()
@@ -147,28 +148,38 @@ def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
             backend._check(requests, tokens)
             ids = torch.tensor([request.sequences[0].output_ids for request in requests])
             found.append((ids, torch.stack(logits[-tokens:])))
-        runner.forward = forward
-        del graphs.run
-        (eager, ours), (replayed, theirs) = found
-        same = (eager == replayed).cumprod(1).sum(1)
-        row: dict[str, Any] = {
-            "batch": size,
-            "equal tokens": same.tolist(),
-            "first differences": [],
-        }
-        for sequence, first in enumerate(same.tolist()):
-            if first < tokens:
-                a, b = ours[first, sequence], theirs[first, sequence]
-                top = a.topk(2).values
-                row["first differences"].append(
-                    {"margin": float(top[0] - top[1]), "deviation": float((a - b).abs().max())}
-                )
-        both = int(same.min())
-        row["largest deviation of equal texts"] = float((ours[:both] - theirs[:both]).abs().max())
-        row["logits' deviation"] = float(ours.std())
-        print(row, flush=True)
-        rows.append(row)
+        for name, other in zip(("graphs", "graphs of prompts too"), found[1:], strict=True):
+            rows.append({"batch": size, "with": name} | compare(found[0], other))
+            print(rows[-1], flush=True)
+    runner.forward = forward
+    del graphs.run
+    if prompt_graphs is not None:
+        del prompt_graphs.run
     return rows
+
+
+Texts = tuple[torch.Tensor, torch.Tensor]
+"""Tokens [B, N], and the logits [N, B, V] that they were taken from."""
+
+
+def compare(eager: Texts, replayed: Texts) -> dict[str, Any]:
+    """Where two ways differ, and how much."""
+    (ids, ours), (other_ids, theirs) = eager, replayed
+    same = (ids == other_ids).cumprod(1).sum(1)
+    differences = []
+    for sequence, first in enumerate(same.tolist()):
+        if first < ids.shape[1]:
+            a, b = ours[first, sequence], theirs[first, sequence]
+            top = a.topk(2).values
+            deviation = float((a - b).abs().max())
+            differences.append({"margin": float(top[0] - top[1]), "deviation": deviation})
+    both = int(same.min())
+    return {
+        "equal tokens": same.tolist(),
+        "first differences": differences,
+        "largest deviation of equal texts": float((ours[:both] - theirs[:both]).abs().max()),
+        "standard deviation of logits": float(ours.std()),
+    }
 
 
 def main() -> None:
@@ -182,7 +193,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--profile", default="1,8,32,128,256")
     parser.add_argument("--step-tokens", type=int, default=8192)
-    parser.add_argument("--fuse-dense", action="store_true")
+    parser.add_argument("--fuse-dense", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--prefill", default="16x2048")
     given = parser.parse_args()
     sizes = [int(size) for size in given.sizes.split(",")]

@@ -72,7 +72,7 @@ TEXT_BENCH: dict[str, object] = {
     "--gpu-memory-utilization": 0.9,
     "--enable-prefix-caching": False,
     "--enforce-eager": False,
-    "--fuse-dense": False,
+    "--fuse-dense": "auto",
     "--record-expert-load": False,
     "--json": None,
     "--debug": False,

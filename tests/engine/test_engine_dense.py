@@ -17,7 +17,10 @@ from engine.engine_cases import (
     run_staggered,
 )
 from engine.test_engine_families import TIGHT
+from moetor.engine import EngineConfig, build
 from moetor.engine.cache import EngineCache
+from moetor.errors import ConfigError, FusionMismatchError
+from moetor.huggingface.dense_fusing import is_dense_fused
 from moetor.kernels.dense import CacheSlots
 from moetor.tools.tiny import FAMILIES
 
@@ -41,7 +44,7 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(EngineCache, "write_target", counted)
     for settings in ({}, TIGHT):
-        engine = make_engine(model, fuse_dense=True, **settings)
+        engine = make_engine(model, fuse_dense="on", **settings)
         reports.append(engine.fusion_report)
         done = run_staggered(engine, prompts, [greedy()] * len(prompts), every=3)
         got = {key: output.outputs[0].token_ids for key, output in done.items()}
@@ -52,3 +55,27 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
     assert second is None  # the model is fused already
     fused = any(part.kind == "attention" and part.done for part in first.dense)
     assert any(target is not None for target in targets) == fused
+
+
+def test_what_nobody_asked_for_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU dense parts are fused by themselves; a mismatch there is a warning."""
+
+    def mismatch(model: object) -> None:
+        raise FusionMismatchError("logits differ")
+
+    model = make_model("qwen3_moe", 3)
+    assert not make_engine(model).fusion_report
+    assert not is_dense_fused(model)
+    monkeypatch.setattr(build, "fuse_dense", mismatch)
+    with pytest.raises(FusionMismatchError):
+        make_engine(model, fuse_dense="on")
+    monkeypatch.setattr(EngineConfig, "fuses_dense", lambda *_: True)
+    with pytest.warns(UserWarning, match="dense parts are not fused: logits differ"):
+        engine = make_engine(model, level="auto", fuse_dense="auto")
+    assert engine.fusion_report is not None
+    assert [part.reason for part in engine.fusion_report.dense] == ["logits differ"]
+
+
+def test_a_setting_that_is_none_of_them() -> None:
+    with pytest.raises(ConfigError, match="auto, on, off"):
+        EngineConfig(fuse_dense=True)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from engine.engine_cases import (
     random_prompts,
     run_staggered,
 )
-from moetor.engine import SamplingParams, graphs
+from moetor.engine import SamplingParams, graphs, prompt_graphs
 
 
 def rerun(
@@ -88,3 +88,55 @@ def test_sizes_reach_the_greatest_batch(most: int) -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == most
     assert all(after <= 2 * before for before, after in pairwise(sizes))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gemma4", "llama4", "deepseek_v3"])
+def test_steps_with_prompts_are_replayed_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in parts, beside texts that grow, in graphs with room for more tokens and sequences
+    than there are."""
+    monkeypatch.setattr(graphs, "record", rerun)
+    monkeypatch.setattr(prompt_graphs, "_SIZES", (16, 24, 4096))
+    model = make_model(name, 3)
+    prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
+    wanted = [own_tokens(name, model, prompt) for prompt in prompts]
+    engine = make_engine(model, max_num_seqs=4, max_num_batched_tokens=21)
+    runner = engine.core.runner
+    runner.capture()
+    runner.capture_prompts(21)
+    assert runner.prompt_graphs is not None
+    assert runner.prompt_graphs._sizes == [16, 21]
+    assert runner.cache is not None
+    for blocks in runner.cache.blocks.values():
+        blocks.keys[0] = 3.0
+        blocks.values[0] = -5.0
+    engine.core._overlap = True
+    done = run_staggered(engine, prompts, [greedy() for _ in prompts], every=1)
+    assert [done[str(i)].outputs[0].token_ids for i in range(5)] == wanted
+    stats = engine.core.stats()
+    assert stats.graph_steps == stats.steps
+    assert_empty(engine)
+
+
+def test_what_a_graph_of_prompts_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the prompt's own tokens, drawn tokens, and steps beyond the largest graph."""
+    monkeypatch.setattr(graphs, "record", rerun)
+    model = make_model("qwen3_moe", 3)
+    prompts = random_prompts(model, (11, 30, 9), seed=5)
+    params = [
+        SamplingParams(max_tokens=5, temperature=0, prompt_logprobs=1, ignore_eos=True),
+        SamplingParams(max_tokens=5, seed=4, ignore_eos=True),
+        SamplingParams(max_tokens=5, temperature=0, logprobs=2, ignore_eos=True),
+    ]
+    found = []
+    for captured in (False, True):
+        engine = make_engine(model)
+        if captured:
+            monkeypatch.setattr(prompt_graphs, "_SIZES", (16,))
+            engine.core.runner.capture()
+            engine.core.runner.capture_prompts(64)
+            engine.core._overlap = True
+        done = run_staggered(engine, prompts, params, every=2)
+        found.append([done[str(i)].outputs[0].token_ids for i in range(3)])
+        assert done["0"].prompt_logprobs is not None
+        assert len(done["0"].prompt_logprobs) == 11
+    assert found[0] == found[1]

@@ -183,25 +183,6 @@ def check_few_rows(
         assert_near(few_rows(x, weight, bias, Activation(), tried), F.silu(gate) * up, dtype)
 
 
-def check_some_rows(
-    some_rows: Callable[..., Tensor],
-    rows: int,
-    dtype: torch.dtype,
-    rng: torch.Generator,
-    device: str = "cpu",
-    size: tuple[int, int] = (26, 40),
-    plan: RowsPlan | None = None,
-) -> None:
-    """The same without an activation, also of rows that lie apart and of a transposed weight."""
-    outputs, depth = size
-    x = random(rows, depth + 8, dtype=dtype, rng=rng, device=device)[:, :depth]
-    weight = random(outputs, depth, dtype=dtype, rng=rng, device=device) / depth**0.5
-    bias = random(outputs, dtype=dtype, rng=rng, device=device)
-    product = x.double() @ weight.double().T
-    assert_near(some_rows(x, weight, None, plan), product, dtype)
-    assert_near(some_rows(x, weight.T.contiguous().T, bias, plan), product + bias.double(), dtype)
-
-
 def check_activation(
     gated_activation: Callable[..., Tensor],
     dtype: torch.dtype,

@@ -131,10 +131,10 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
                 f"--peer {self.peer} runs the whole model on one device, and several ranks were "
                 "asked for; leave out one of the two"
             )
-        if self.fuse_dense:
+        if self.fuse_dense == "on":
             raise InputError(
-                "--fuse-dense joins what several ranks split: dense parts are joined, or split by "
-                "Transformers' plan, not both; leave out one of the two"
+                "--fuse-dense on joins what several ranks split: dense parts are joined, or split "
+                "by Transformers' plan, not both; leave out one of the two"
             )
         if self.backend == "generate" and self.data_parallel_size > 1:
             raise InputError(
@@ -295,7 +295,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
-            dense=options.fuse_dense,
+            dense=options.parallel() is None and options.fuses_dense(model.device.type),
             parallel=options.parallel(),
             cpu_experts=_offload(options, model.config),
             progress=fused,

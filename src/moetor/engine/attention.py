@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moetor.engine.cache import Batch, EngineCache, LayerBlocks, active_cache, tokens_first
 from moetor.engine.latent import LatentForm, latent_blocks
 from moetor.errors import UnsupportedError
+from moetor.kernels.triton.attention import Only
 
 NAME = "moetor_paged"
 
@@ -162,8 +163,11 @@ def attend(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores)
         return out_THD
     for row in range(batch.num_decodes, len(batch.lens)):
         last = first + batch.query_lens[row]
+        if last == first:
+            continue
         out_THD[first:last] = _attend_prompt(query_THD[first:last], blocks, batch, row, scores)
         first = last
+    out_THD[first:] = 0  # tokens that belong to no sequence
     return out_THD
 
 
@@ -173,7 +177,14 @@ def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores:
 
     decodes, table, lens = batch.num_decodes, batch.block_table_SM, batch.seq_lens_S
 
-    def part(query: Tensor, rows: slice, starts: Tensor, longest: int) -> Tensor:
+    def part(
+        query: Tensor,
+        rows: slice,
+        starts: Tensor,
+        longest: int,
+        only: Only = "all",
+        out: Tensor | None = None,
+    ) -> Tensor:
         return paged_attention(
             query,
             blocks.keys,
@@ -187,8 +198,14 @@ def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores:
             window=scores.window,
             chunk=scores.chunk,
             sinks=scores.sinks_H,
+            only=only,
+            out=out,
         )
 
+    if batch.padded:
+        whole = (query_THD, slice(None), batch.query_start_S1)
+        out = part(*whole, longest=1, only="singles")
+        return part(*whole, batch.max_query_len, only="longer", out=out)
     if batch.max_query_len > 1 and _only_new_keys(batch, scores):
         keys_TD, values_TD = _new_keys(blocks, batch)
         prompts = _attend_fresh(query_THD[decodes:], keys_TD, values_TD, batch, scores)

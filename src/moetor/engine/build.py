@@ -23,13 +23,14 @@ from moetor.engine.scheduler import Scheduler
 from moetor.engine.source import Fused, ModelSource
 from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
-from moetor.errors import CheckpointError, ConfigError
+from moetor.errors import CheckpointError, ConfigError, FusionMismatchError
 from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.offloading import offload_of
 from moetor.huggingface.parallelism import spread_over, take_balancer
+from moetor.huggingface.report import DenseReport
 from moetor.parallel.collectives import host_agree
 from moetor.parallel.groups import ParallelGroups, join_ranks
 
@@ -177,11 +178,13 @@ def _capture(runner: Runner, config: EngineConfig, groups: ParallelGroups | None
     try:
         with bar("capturing CUDA graphs") as progress:
             runner.capture(progress)
+        with bar("capturing CUDA graphs of prompts") as progress:
+            runner.capture_prompts(config.max_num_batched_tokens, progress)
     except Exception as error:  # whatever code of the family's is not for graphs
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the model cannot be captured: {lines[0]}"
     if not _agreed(int(not reason), groups, runner.device):
-        runner.graphs = None
+        runner.graphs = runner.prompt_graphs = None
         reason = reason or "another rank's model cannot be captured"
     if reason:
         warnings.warn(
@@ -226,10 +229,10 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
             "moetor.fuse(model, parallel=...)"
         )
     spread = not isinstance(source.model, str) and spread_over(source.model) is not None
-    if config.fuse_dense and (source.parallel is not None or spread):
+    if config.fuse_dense == "on" and (source.parallel is not None or spread):
         raise ConfigError(
-            "fuse_dense joins what several ranks split: dense parts are joined, or split by "
-            "Transformers' plan, not both; leave out fuse_dense, or take one rank"
+            "fuse_dense='on' joins what several ranks split: dense parts are joined, or split by "
+            "Transformers' plan, not both; leave it at 'auto', or take one rank"
         )
     if not isinstance(source.model, str):
         asked = [n for n in ("dtype", "device") if getattr(source, n) != "auto"]
@@ -292,15 +295,16 @@ def _dummy(source: ModelSource, config: EngineConfig) -> Any:
 
 def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionReport | None:
     if source.level != "none" and not fused_modules(model):
-        return fuse(
+        report = fuse(
             model,
             level=source.level,
             kernel=source.kernel,
             quantization=source.quantization,
-            dense=config.fuse_dense,
             parallel=source.parallel,
             cpu_experts=source.cpu_experts,
         )
+        dense = _dense_asked(model, source, config)
+        return replace(report, dense=_fuse_dense(model, config)) if dense else report
     asked = (source.quantization, source.cpu_experts)
     if any(one is not None for one in asked) or source.kernel != "auto":
         raise ConfigError(
@@ -308,9 +312,32 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             + ("not fused with level 'none'" if source.level == "none" else "fused already")
             + "; leave them out"
         )
-    if config.fuse_dense and not is_dense_fused(model):
-        return FusionReport([], dense=fuse_dense(model))
+    if _dense_asked(model, source, config):
+        return FusionReport([], dense=_fuse_dense(model, config))
     return None
+
+
+def _dense_asked(model: Any, source: ModelSource, config: EngineConfig) -> bool:
+    """Whether dense parts are to be fused now."""
+    if is_dense_fused(model) or spread_over(model) is not None:
+        return False
+    by_itself = config.fuse_dense == "auto"
+    return config.fuses_dense(model.device.type) and not (by_itself and source.level == "none")
+
+
+def _fuse_dense(model: Any, config: EngineConfig) -> list[DenseReport]:
+    """Fuses them. What nobody asked for may fail: the model is then as it was.
+
+    Raises:
+        FusionMismatchError: with fuse_dense='on'.
+    """
+    try:
+        return fuse_dense(model)
+    except FusionMismatchError as error:
+        if config.fuse_dense == "on":
+            raise
+        warnings.warn(f"dense parts are not fused: {error}", stacklevel=2)
+        return [DenseReport(name="", kind="model", done=False, reason=str(error))]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -38,6 +38,8 @@ class Batch:
         prompt_start_S1: of the sequences after the first `num_decodes`, from 0; None where there
             are none or only these.
         fresh: whether no sequence with more than one new token has older ones.
+        padded: whether single tokens may stand anywhere among the sequences, some of which have no
+            token, and some tokens, whose slots are negative, belong to none.
         lens, query_lens: the same as lists on the host, for code that reads them there; None
             inside a captured graph.
     """
@@ -50,6 +52,7 @@ class Batch:
     max_query_len: int
     prompt_start_S1: Tensor | None = None
     fresh: bool = False
+    padded: bool = False
     lens: list[int] | None = None
     query_lens: list[int] | None = None
 
@@ -124,6 +127,9 @@ class LayerBlocks:
         if keys_TD.is_cuda and keys_TD.dtype == self.keys.dtype:
             dense.write_to_cache(keys_TD, values_TD, CacheSlots(self.keys, self.values, slots_T))
             return
+        if bool((slots_T < 0).any()):  # tokens that belong to no sequence
+            kept = slots_T >= 0
+            keys_TD, values_TD, slots_T = keys_TD[kept], values_TD[kept], slots_T[kept]
         self.keys.flatten(0, 1).index_copy_(0, slots_T, keys_TD)
         self.values.flatten(0, 1).index_copy_(0, slots_T, values_TD)
 

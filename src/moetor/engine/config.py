@@ -9,6 +9,7 @@ from moetor.errors import ConfigError
 
 ENGINE = "engine"
 LoadFormat = Literal["auto", "dummy"]
+FuseDense = Literal["auto", "on", "off"]
 
 
 def _flag(help_text: str, metavar: str | None = None) -> dict[str, str]:
@@ -57,11 +58,11 @@ class EngineConfig:
         metadata=_flag("requests with the same beginning share its blocks of the cache"),
     )
     enforce_eager: bool = field(default=False, metadata=_flag("do not capture CUDA graphs"))
-    fuse_dense: bool = field(
-        default=False,
+    fuse_dense: FuseDense = field(
+        default="auto",
         metadata=_flag(
             "also fuse what stands around the experts: norms with sums, products with one input, "
-            "rotary positions with the cache's write"
+            "rotary positions with the cache's write; auto does so on a GPU"
         ),
     )
     seed: int = field(default=0, metadata=_flag("of the requests that bring no seed", "N"))
@@ -78,6 +79,10 @@ class EngineConfig:
         """The engine's part of a command's options, with some fields changed."""
         own = {one.name: getattr(options, one.name) for one in fields(EngineConfig)}
         return EngineConfig(**(own | changed))
+
+    def fuses_dense(self, device_type: str) -> bool:
+        """Whether dense parts are to be fused on such a device."""
+        return self.fuse_dense == "on" or (self.fuse_dense == "auto" and device_type == "cuda")
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
@@ -101,5 +106,7 @@ class EngineConfig:
             )
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed {self.seed} must be at least 0 and below 2^64")
+        if self.fuse_dense not in ("auto", "on", "off"):
+            raise ConfigError(f"fuse_dense {self.fuse_dense!r} is not one of auto, on, off")
         if self.load_format not in ("auto", "dummy"):
             raise ConfigError(f"load_format {self.load_format!r} is not one of auto, dummy")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from moetor.engine.batch import kept_rows
 from moetor.engine.outputs import Logprob
-from moetor.engine.sampler import Sampled, TokenLogprobs
+from moetor.engine.sampler import Sampled, TokenLogprobs, token_logprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.errors import ParallelError
 from moetor.parallel.launch import NO_ANSWER
@@ -148,3 +151,34 @@ def _mappings(
         entry.setdefault(taken[place], Logprob(own[place], ranks[place]))
         made.append(entry)
     return made
+
+
+@dataclass(slots=True)
+class Rows:
+    """Logits of a step, and how many rows of them each part has."""
+
+    parts: list[Scheduled] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+    def add(self, parts: Items[Scheduled], logits: Tensor) -> None:
+        """Those of one model call."""
+        self.parts += parts
+        self.counts += map(kept_rows, parts)
+        self.logits.append(logits)
+
+    def merged(self) -> Tensor:
+        """All of them."""
+        return self.logits[0] if len(self.logits) == 1 else torch.cat(self.logits)
+
+
+def prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:
+    """Of the prompt's tokens that follow those of this part."""
+    ids, end = part.sequence.token_ids, part.sequence.prompt_len
+    last = min(part.start + part.count, end - 1)
+    if last <= part.start:
+        return None
+    following = torch.tensor(ids[part.start + 1 : last + 1], device=logits_RV.device)
+    rows = list(range(part.start + 1, last + 1))
+    most = part.sequence.params.prompt_logprobs or 0
+    return token_logprobs(logits_RV[: len(rows)].float(), following, most, rows)

@@ -14,6 +14,7 @@ from moetor.engine.graphs import graph_sizes
 from moetor.engine.model import ServedModel
 from moetor.engine.outputs import RequestMetrics
 from moetor.engine.params import SamplingParams
+from moetor.engine.prompt_graphs import prompt_sizes
 from moetor.engine.runner import Runner
 from moetor.engine.sequence import Request, Scheduled, Sequence
 from moetor.engine.state import state_bytes
@@ -153,6 +154,8 @@ def step_reserve(config: EngineConfig, vocab_size: int, *, graphs: bool = True) 
     if graphs and not config.enforce_eager:
         sizes = graph_sizes(config.max_num_seqs)
         reserve += len(sizes) * _GRAPH_BYTES + sum(sizes) * row_bytes
+        prompts = len(prompt_sizes(config.max_num_batched_tokens))
+        reserve += prompts * _GRAPH_BYTES + 2 * config.max_num_seqs * row_bytes
     return reserve
 
 

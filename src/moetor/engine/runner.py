@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,34 +21,18 @@ from moetor.engine.batch import (
 )
 from moetor.engine.cache import Batch, EngineCache
 from moetor.engine.graphs import DecodeGraphs, graph_sizes
-from moetor.engine.launched import Launched, Started
+from moetor.engine.launched import Launched, Rows, Started, prompt_logprobs
 from moetor.engine.load import ExpertLoad
 from moetor.engine.lockstep import Agreed, Lockstep
 from moetor.engine.model import ServedModel
-from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs, token_logprobs
+from moetor.engine.prompt_graphs import PromptGraphs, prompt_sizes
+from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
 from moetor.layer.offload import ExpertOffload
 from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Logits of a step, and how many rows of them each part has."""
-
-    parts: list[Scheduled] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-
-    def add(self, parts: Items[Scheduled], logits: Tensor) -> None:
-        self.parts += parts
-        self.counts += map(kept_rows, parts)
-        self.logits.append(logits)
-
-    def merged(self) -> Tensor:
-        return self.logits[0] if len(self.logits) == 1 else torch.cat(self.logits)
 
 
 class Runner:
@@ -94,6 +77,7 @@ class Runner:
         self.last_token_P = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.alone = AloneCaller(served)
         self.graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
         self.graph_steps = 0
         self._max_blocks = max_blocks
         self.cache: EngineCache | None = None
@@ -124,7 +108,8 @@ class Runner:
         agreed = self._agree(step)
         if agreed is not None and not agreed.calls:
             return None
-        started = self._replay(step, agreed) or self._run(step, agreed)
+        started = self._replay(step, agreed) or self._replay_prompts(step)
+        started = started or self._run(step, agreed)
         if self._balancer is not None:
             self._balancer.step()
         return started
@@ -163,7 +148,7 @@ class Runner:
                 places.append(first + count - 1)
             if count and part.sequence.params.prompt_logprobs is not None:
                 assert logits is not None
-                found = _prompt_logprobs(part, logits[first : first + count])
+                found = prompt_logprobs(part, logits[first : first + count])
                 if found is not None:
                     prompts.append((part, found))
             first += count
@@ -231,6 +216,42 @@ class Runner:
             graphs.capture(progress)
         self.graphs = graphs
 
+    def capture_prompts(
+        self, max_tokens: int, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Captures steps with prompts in CUDA graphs, where all parts go through the model in one
+        row, on one rank's account, with the experts on the GPU; padding would also be counted in
+        the experts' load.
+
+        Args:
+            max_tokens: of a step.
+
+        Raises:
+            RuntimeError: something in the model cannot be captured.
+        """
+        shared = (self.lockstep, self.load, self.offload, self.states)
+        if not self.strategy.paged or any(one is not None for one in shared):
+            return
+        graphs = PromptGraphs(
+            self._compute_prompts,
+            self.last_token_P,
+            sequences=self.last_token_P.shape[0] - 1,
+            max_blocks=self._max_blocks,
+            sizes=prompt_sizes(max_tokens),
+        )
+        with torch.inference_mode():
+            graphs.capture(progress)
+        self.prompt_graphs = graphs
+
+    def _compute_prompts(
+        self, ids_T: Tensor, positions_T: Tensor, keep_S: Tensor, batch: Batch
+    ) -> Tensor:
+        """Logits [S, V] of some tokens of packed parts; everything it needs is on the device."""
+        assert self.cache is not None
+        with self.served.paged_attention(), self.cache.running(batch, 1):
+            logits, _ = self.served(ids_T[None], positions_T[None], self.cache, keep_S)
+        return logits
+
     def _decode(self, ids_S: Tensor, positions_S: Tensor, rows_S: Tensor, batch: Batch) -> Tensor:
         """Logits [S, V] of one token of each row; everything it needs is on the device."""
         assert self.cache is not None
@@ -292,10 +313,27 @@ class Runner:
         logits, tokens = found
         return Started(step, parts, logits, tokens, [], {}, time.perf_counter() - begin)
 
-    def forward(self, parts: Items[Scheduled], errors: dict[Sequence, Exception]) -> _Rows:
+    def _replay_prompts(self, step: Step) -> Started | None:
+        """The same for a step with prompts."""
+        parts = step.parts
+        if self.prompt_graphs is None or any(
+            self._goes_alone(part) or kept_rows(part) != part.samples for part in parts
+        ):
+            return None
+        begin = time.perf_counter()
+        self.blocks.update(parts)
+        found = self.prompt_graphs.run(host_inputs(parts, self.blocks))
+        if found is None:
+            return None
+        self.graph_steps += 1
+        sampling = [part for part in parts if part.samples]
+        logits, tokens = found if sampling else (None, None)
+        return Started(step, sampling, logits, tokens, [], {}, time.perf_counter() - begin)
+
+    def forward(self, parts: Items[Scheduled], errors: dict[Sequence, Exception]) -> Rows:
         """Logits of all parts; a part that the model cannot compute goes into `errors`."""
         self.blocks.update(parts)
-        rows = _Rows()
+        rows = Rows()
         for group, call in self._groups(parts):
             try:
                 rows.add(group, call(group))
@@ -404,15 +442,3 @@ class Runner:
         launched.host_tokens = host.copy_(tokens, non_blocking=True)
         launched.event = torch.cuda.Event()
         launched.event.record()
-
-
-def _prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:
-    """Of the prompt's tokens that follow those of this part."""
-    ids, end = part.sequence.token_ids, part.sequence.prompt_len
-    last = min(part.start + part.count, end - 1)
-    if last <= part.start:
-        return None
-    following = torch.tensor(ids[part.start + 1 : last + 1], device=logits_RV.device)
-    rows = list(range(part.start + 1, last + 1))
-    most = part.sequence.params.prompt_logprobs or 0
-    return token_logprobs(logits_RV[: len(rows)].float(), following, most, rows)

@@ -26,7 +26,7 @@ from moetor.kernels.triton.rows import FEW_OUTPUTS
 
 # A product with one row, and one with few outputs and few rows (a router's), are bound by latency,
 # which torch's own products do not hide; beyond that these are nearer to the memory's rate.
-FEW_ROWS = 4
+FEW_ROWS = 8
 
 
 @functools.cache

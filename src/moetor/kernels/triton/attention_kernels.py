@@ -74,6 +74,41 @@ def _other(count, ONLY: tl.constexpr):
     return other
 
 
+@triton.jit
+def _take_in(
+    raw,
+    v,
+    key,
+    inside,
+    position,
+    row_low,
+    best,
+    total,
+    acc,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """One tile of keys into the running softmax. Scores are kept in base 2."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if SOFTCAP is not None:
+        raw = soft_cap(raw * SCALE, SOFTCAP) * LOG2E
+    else:
+        raw = raw * (SCALE * LOG2E)
+    seen = inside[None, :] & (key[None, :] <= position[:, None])
+    if LIMITED:
+        seen = seen & (key[None, :] >= row_low[:, None])
+    raw = tl.where(seen, raw, -float("inf"))
+    top = tl.maximum(best, tl.max(raw, axis=1))
+    # A row that has seen nothing yet has no maximum to subtract.
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    power = tl.exp2(raw - shift[:, None])
+    fade = tl.exp2(best - shift)
+    total = total * fade + tl.sum(power, axis=1)
+    acc = tl.dot(power.to(v.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
+    return top, total, acc
+
+
 # Tables and lengths come at any place of a buffer; none of them may cause another compilation.
 @triton.jit(
     do_not_specialize=["sequences", "window", "stride_table"],
@@ -119,6 +154,7 @@ def attend(
     SP: tl.constexpr,
     DECODE: tl.constexpr,
     ONLY: tl.constexpr,
+    EARLY: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     BM: tl.constexpr,
@@ -136,7 +172,8 @@ def attend(
     ONLY leaves out sequences with more tokens than one, or with one.
 
     Lengths and tables are read before the launches before have ended: they are inputs of a step,
-    which nothing in it writes.
+    which nothing in it writes. With EARLY so are the first tile's keys and values, all but those of
+    the new token: older ones were written by earlier steps.
     """
     if PDL:
         gdc_launch_dependents()
@@ -167,6 +204,15 @@ def attend(
     keys = key_cache + head.to(tl.int64) * stride_kh
     values = value_cache + head.to(tl.int64) * stride_vh
     table = block_table + seq * stride_table
+    n = tl.arange(0, BN)
+    d1, d2, dv = tl.arange(0, D1), tl.arange(0, D2), tl.arange(0, DVP)
+    if EARLY:
+        key = low + n
+        inside = key < high
+        old = inside & (key < length - 1)
+        block = tl.load(table + key // BS, mask=inside, other=0).to(tl.int64)
+        k1 = _rows(keys, block * stride_kb + (key % BS) * stride_kt, old, d1, D, D1)
+        v = _rows(values, block * stride_vb + (key % BS) * stride_vt, old, dv, DV, DVP)
     if PDL:
         gdc_wait()
     if (block_q * BQ >= count_q) | (low >= high) | _other(count_q, ONLY):
@@ -177,7 +223,6 @@ def attend(
     position = length - count_q + token
     head_q = tl.program_id(1) * HG + r % HG
     row = (begin_q + token).to(tl.int64)
-    d1, d2, dv = tl.arange(0, D1), tl.arange(0, D2), tl.arange(0, DVP)
     at_q = query + row * stride_qt + head_q * stride_qh
     q1 = tl.load(at_q[:, None] + d1[None, :], mask=real[:, None], other=0.0)
     REST: tl.constexpr = D - D1
@@ -187,14 +232,25 @@ def attend(
             mask=real[:, None] & (d2[None, :] < REST),
             other=0.0,
         )
-    # Scores are kept in base 2.
-    LOG2E: tl.constexpr = 1.4426950408889634
     best = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, DVP), tl.float32)
-    if WINDOW or CHUNK:
-        row_low = _first_key(position, window, WINDOW, CHUNK)
-    n = tl.arange(0, BN)
+    LIMITED: tl.constexpr = WINDOW or CHUNK
+    row_low = _first_key(position, window, WINDOW, CHUNK)
+    if EARLY:
+        new = length - 1
+        if (new >= low) & (new < low + BN):
+            block = tl.load(table + new // BS).to(tl.int64)
+            at_k = block * stride_kb + (new % BS) * stride_kt
+            at_v = block * stride_vb + (new % BS) * stride_vt
+            own = (key == new)[:, None]
+            k1 = tl.where(own, tl.load(keys + at_k + d1)[None, :], k1)
+            v = tl.where(own, tl.load(values + at_v + dv, mask=dv < DV, other=0.0)[None, :], v)
+        raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        best, total, acc = _take_in(
+            raw, v, key, inside, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
+        )
+        low += BN
     for key0 in tl.range(low, high, BN, num_stages=STAGES):
         key = key0 + n
         inside = key < high
@@ -206,23 +262,10 @@ def attend(
         if REST > 0:
             k2 = _rows(keys + D1, at_k, inside, d2, REST, D2)
             raw = tl.dot(q2, tl.trans(k2), acc=raw, input_precision="ieee")
-        if SOFTCAP is not None:
-            raw = soft_cap(raw * SCALE, SOFTCAP) * LOG2E
-        else:
-            raw = raw * (SCALE * LOG2E)
-        seen = inside[None, :] & (key[None, :] <= position[:, None])
-        if WINDOW or CHUNK:
-            seen = seen & (key[None, :] >= row_low[:, None])
-        raw = tl.where(seen, raw, -float("inf"))
-        top = tl.maximum(best, tl.max(raw, axis=1))
-        # A row that has seen nothing yet has no maximum to subtract.
-        shift = tl.where(top == -float("inf"), 0.0, top)
-        power = tl.exp2(raw - shift[:, None])
-        fade = tl.exp2(best - shift)
-        total = total * fade + tl.sum(power, axis=1)
         v = _rows(values, block * stride_vb + (key % BS) * stride_vt, inside, dv, DV, DVP)
-        acc = tl.dot(power.to(v.dtype), v, acc=acc * fade[:, None], input_precision="ieee")
-        best = top
+        best, total, acc = _take_in(
+            raw, v, key, inside, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
+        )
     columns = real[:, None] & (dv[None, :] < DV)
     at = (row * HQ + head_q) * DV
     if SPLITS > 1:

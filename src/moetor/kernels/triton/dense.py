@@ -18,13 +18,10 @@ if TYPE_CHECKING:
     from moetor.kernels.dense import CacheSlots, Norm, RotaryForm
 
 _HEADS = 4  # heads of a program of `write_to_cache`
-_AHEAD = 132  # programs that ask for a weight ahead
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor | None, norm: Norm, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The norm of x + residual [..., H], and the sum; `ahead` is on its way to the cache then."""
+def add_rms_norm(x: Tensor, residual: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual [..., H], and the sum."""
     from moetor.kernels.triton import dense_kernels
 
     width = x.shape[-1]
@@ -37,8 +34,7 @@ def add_rms_norm(
     pdl = support.overlap(x)
     padded = next_power_of_2(width)
     with support.on_device_of(x):
-        parts = _AHEAD if ahead is not None and pdl else 0
-        dense_kernels.add_rms_norm[(rows.shape[0] + parts,)](
+        dense_kernels.add_rms_norm[(rows.shape[0],)](
             rows,
             added,
             support.flat(norm.weight, x),
@@ -47,15 +43,11 @@ def add_rms_norm(
             rows.stride(0),
             added.stride(0),
             float(norm.eps),
-            rows.shape[0],
-            out if ahead is None else ahead,
-            0 if ahead is None else ahead.numel(),
             H=width,
             HP=padded,
             RESIDUAL=residual is not None,
             OFFSET=float(norm.offset),
             HAS_WEIGHT=norm.weight is not None,
-            AHEAD=parts,
             PDL=pdl,
             num_warps=1 if padded <= 256 else 4 if padded <= 2048 else 8,
             **support.chained(pdl),
@@ -64,8 +56,8 @@ def add_rms_norm(
 
 
 def rotate_tile(tokens: int) -> tuple[int, int]:
-    """Heads and warps of a program of `rotate`."""
-    return 4, 2
+    """Heads and warps of a program of `rotate`: few tokens are a matter of latency."""
+    return (8, 4) if tokens > 256 else (4, 2)
 
 
 def rotate(
@@ -78,7 +70,6 @@ def rotate(
     query_norm: Norm | None,
     key_norm: Norm | None,
     cache: CacheSlots | None,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys normed and turned; with `cache` keys and values go there."""
     from moetor.kernels.triton import dense_kernels
@@ -103,9 +94,8 @@ def rotate(
         if query_norm is None or key_norm is None
         else [support.flat(norm.weight, out) for norm in (query_norm, key_norm)]
     )
-    parts = -(-_AHEAD // tokens) if ahead is not None and pdl else 0
     with support.on_device_of(query):
-        dense_kernels.rotate_and_cache[(tokens, blocks + parts)](
+        dense_kernels.rotate_and_cache[(tokens, blocks)](
             query,
             key,
             value,
@@ -117,8 +107,6 @@ def rotate(
             value_out,
             out if cache is None else cache.slots,
             0.0 if query_norm is None else float(query_norm.eps),
-            out if ahead is None else ahead,
-            0 if ahead is None else ahead.numel(),
             *query.stride()[:2],
             *key.stride()[:2],
             *value.stride()[:2],
@@ -141,7 +129,6 @@ def rotate(
             NORM=query_norm is not None,
             OFFSET=0.0 if query_norm is None else float(query_norm.offset),
             CACHED=cache is not None,
-            AHEAD=parts,
             PDL=pdl,
             num_warps=warps,
             **support.chained(pdl),

@@ -13,7 +13,7 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, unuse
     gdc_wait,
 )
 
-from moetor.kernels.triton.device_code import activate_gated, range_to_cache
+from moetor.kernels.triton.device_code import activate_gated
 
 
 @triton.jit
@@ -26,27 +26,17 @@ def add_rms_norm(
     stride_x,
     stride_residual,
     eps,
-    rows,
-    ahead,
-    ahead_count,
     H: tl.constexpr,
     HP: tl.constexpr,
     RESIDUAL: tl.constexpr,
     OFFSET: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """total = x + residual, rounded as it is stored; out = norm(total) * (weight + OFFSET).
-
-    AHEAD programs more ask for the `ahead_count` elements from `ahead` on.
-    """
+    """total = x + residual, rounded as it is stored; out = norm(total) * (weight + OFFSET)."""
     if PDL:
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    if AHEAD > 0 and row >= rows:
-        range_to_cache(ahead, ahead_count, tl.program_id(0) - rows, tl.num_programs(0) - rows)
-        return
     h = tl.arange(0, HP)
     inside = h < H
     if HAS_WEIGHT:
@@ -154,8 +144,6 @@ def rotate_and_cache(
     value_out,
     slots,
     eps,
-    ahead,
-    ahead_count,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -185,28 +173,19 @@ def rotate_and_cache(
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
     CACHED: tl.constexpr,
-    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A token's query heads into a tensor, its key and value heads into their slot.
 
     Programs of the second axis take HB query heads each, then HB key heads, then HB value heads.
-    AHEAD programs more on that axis ask for the `ahead_count` elements from `ahead` on.
     """
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     QB: tl.constexpr = (HQ + HB - 1) // HB
     KB: tl.constexpr = (HKV + HB - 1) // HB
-    if AHEAD > 0:
-        FIRST: tl.constexpr = QB + (2 * KB if CACHED else KB)
-        if block >= FIRST:
-            part = tl.program_id(0) * AHEAD + block - FIRST
-            range_to_cache(ahead, ahead_count, part, tl.num_programs(0) * AHEAD)
-            return
-    if PDL:
-        gdc_wait()
     lane = tl.arange(0, HB)
     cos += token * stride_cos
     sin += token * stride_cos

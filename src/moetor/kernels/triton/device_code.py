@@ -27,31 +27,6 @@ def chain(PDL: tl.constexpr):
 
 
 @triton.jit
-def to_cache(pointers):
-    """Asks for the cache lines of these addresses, and does not wait for them."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def range_to_cache(start, count, part, parts):
-    """Asks for part number `part` of `parts` of the `count` elements from `start` on."""
-    PER_LINE: tl.constexpr = 1024 // start.dtype.element_ty.primitive_bitwidth
-    STEP: tl.constexpr = 128 * PER_LINE
-    line = part.to(tl.int64) * STEP + tl.arange(0, 128) * PER_LINE
-    while part * STEP < count:
-        to_cache(start + tl.minimum(line, count - 1))
-        line += parts.to(tl.int64) * STEP
-        part += parts
-
-
-@triton.jit
 def _tanh(x):
     """tanh without a library call; the series keeps relative precision where 1 - e cancels."""
     e = tl.exp(-2.0 * tl.abs(x))

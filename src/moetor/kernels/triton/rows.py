@@ -43,10 +43,13 @@ def rows_plan(outputs: int, depth: int, rows: int, itemsize: int, *, gated: bool
     elif outputs >= _MANY_OUTPUTS:
         block, step, warps = 4, most, 4
     else:
-        block, step, warps = 4, most // 2, 8
+        block, step, warps = 4, most, 8
     step = min(next_power_of_2(depth), step)
-    while block * step * held > 8192 and step > 256:
-        step //= 2
+    while block * step * held > 8192:
+        if step > 256 or block == 1:
+            step //= 2
+        else:
+            block //= 2
     return RowsPlan(outputs=block, depth=step, warps=warps, stages=1)
 
 
@@ -70,13 +73,13 @@ def few_rows(
 
     rows = support.rows_of(x)
     # The launch reads weights before the one ahead of it has ended; that one may be the copy's.
-    ahead = weight.stride(1) == 1
-    weight = weight if ahead else weight.contiguous()
+    early = weight.stride(1) == 1
+    weight = weight if early else weight.contiguous()
     gated = activation is not None
     outputs, depth = weight.shape[0] // (2 if gated else 1), weight.shape[1]
     out = x.new_empty((*x.shape[:-1], outputs), dtype=dtype or x.dtype)
     plan = plan or rows_plan(outputs, depth, rows.shape[0], x.element_size(), gated=gated)
-    pdl = support.overlap(x) and ahead
+    pdl = support.overlap(x) and early
     with support.on_device_of(x):
         rows_kernels.few_rows[(-(-outputs // plan.outputs),)](
             rows,
@@ -93,57 +96,6 @@ def few_rows(
             HAS_BIAS=bias is not None,
             GATED=gated,
             ACT=None if activation is None else activation_constants(activation),
-            BN=plan.outputs,
-            BK=plan.depth,
-            STAGES=plan.stages,
-            PDL=pdl,
-            num_warps=plan.warps,
-            **support.chained(pdl),
-        )
-    return out
-
-
-def tile_plan(outputs: int, depth: int) -> RowsPlan:
-    """Tiles of `some_rows`: programs for every multiprocessor, and many bytes in flight."""
-    block = 16 if outputs <= 4096 else 32
-    return RowsPlan(
-        outputs=block, depth=min(256, max(16, next_power_of_2(depth))), warps=4, stages=4
-    )
-
-
-def some_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, plan: RowsPlan | None = None
-) -> Tensor:
-    """`x @ weight.T + bias` on tensor cores, for more rows than `few_rows`.
-
-    Args:
-        x: [..., H] in half precision, of rows that lie in a tile of 16 to 64.
-        weight: [N, H].
-        plan: tiles; None chooses.
-    """
-    from moetor.kernels.triton import rows_kernels
-
-    rows = support.rows_of(x)
-    ahead = weight.stride(1) == 1  # as in `few_rows`
-    weight = weight if ahead else weight.contiguous()
-    (outputs, depth), tokens = weight.shape, rows.shape[0]
-    out = x.new_empty((*x.shape[:-1], outputs))
-    plan = plan or tile_plan(outputs, depth)
-    pdl = support.overlap(x) and ahead
-    block = min(64, max(16, next_power_of_2(tokens)))
-    with support.on_device_of(x):
-        rows_kernels.some_rows[(-(-outputs // plan.outputs), -(-tokens // block))](
-            rows,
-            weight,
-            support.flat(bias, x),
-            out,
-            tokens,
-            rows.stride(0),
-            weight.stride(0),
-            N=outputs,
-            H=depth,
-            HAS_BIAS=bias is not None,
-            BT=block,
             BN=plan.outputs,
             BK=plan.depth,
             STAGES=plan.stages,

@@ -1,6 +1,6 @@
-"""Products of a few rows with a weight that is read once: by vector sums, or on tensor cores.
+"""Products of a few rows with a weight that is read once, by vector sums.
 
-Shape letters: T tokens, H hidden, N outputs; BT, BN and BK of a tile.
+Shape letters: T tokens, H hidden, N outputs; BN and BK of a tile.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -78,48 +78,3 @@ def few_rows(
         y = activate_gated(y, z, ACT)
     inside = (t[:, None] < T) & (n[None, :] < N)
     tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def some_rows(
-    x,
-    weight,
-    bias,
-    out,
-    tokens,
-    stride_x,
-    stride_n,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BT: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """out[BT rows, BN columns] = x @ weight.T + bias on tensor cores."""
-    if PDL:
-        gdc_launch_dependents()
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    if PDL:
-        gdc_wait()
-    t = tl.program_id(1) * BT + tl.arange(0, BT)
-    k = tl.arange(0, BK)
-    real = (t < tokens)[:, None]
-    inputs = x + t.to(tl.int64)[:, None] * stride_x + k[None, :]
-    pointers = weight + n.to(tl.int64)[None, :] * stride_n + k[:, None]
-    EVEN: tl.constexpr = H % BK == 0 and N % BN == 0
-    acc = tl.zeros((BT, BN), tl.float32)
-    for k0 in tl.range(0, H, BK, num_stages=STAGES):
-        if EVEN:
-            a = tl.load(inputs + k0, mask=real, other=0.0)
-            b = tl.load(pointers + k0)
-        else:
-            a = tl.load(inputs + k0, mask=real & (k[None, :] < H - k0), other=0.0)
-            b = tl.load(pointers + k0, mask=(n[None, :] < N) & (k[:, None] < H - k0), other=0.0)
-        acc = tl.dot(a, b, acc)
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = out + t.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=real & (n < N)[None, :])
