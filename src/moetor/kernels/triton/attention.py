@@ -153,7 +153,8 @@ def attention_plan(
         # With enough programs for all multiprocessors, splitting a short context costs more than
         # it hides.
         least=_SHORT if programs >= sms // 2 else 1,
-        early=held <= _EARLY_BYTES and width & (width - 1) == 0,
+        # It takes registers that many programs would miss.
+        early=held <= _EARLY_BYTES and width & (width - 1) == 0 and programs <= 2 * sms,
         warps=4,
         stages=min(stages, 2),
         overlap=overlap,

@@ -240,12 +240,12 @@ def attend(
     if EARLY:
         new = length - 1
         if (new >= low) & (new < low + BN):
-            block = tl.load(table + new // BS).to(tl.int64)
-            at_k = block * stride_kb + (new % BS) * stride_kt
-            at_v = block * stride_vb + (new % BS) * stride_vt
+            its_block = tl.load(table + new // BS).to(tl.int64)
+            new_k = keys + its_block * stride_kb + (new % BS) * stride_kt
+            new_v = values + its_block * stride_vb + (new % BS) * stride_vt
             own = (key == new)[:, None]
-            k1 = tl.where(own, tl.load(keys + at_k + d1)[None, :], k1)
-            v = tl.where(own, tl.load(values + at_v + dv, mask=dv < DV, other=0.0)[None, :], v)
+            k1 = tl.where(own, tl.load(new_k + d1)[None, :], k1)
+            v = tl.where(own, tl.load(new_v + dv, mask=dv < DV, other=0.0)[None, :], v)
         raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         best, total, acc = _take_in(
             raw, v, key, inside, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
