@@ -165,11 +165,12 @@ def test_end_tokens_are_kept_out_until_min_tokens() -> None:
     assert found == [9, 9, 9, 7]
 
 
-def test_a_tiny_temperature_takes_the_likeliest() -> None:
+@pytest.mark.parametrize("temperature", [1e-6, 5e-324])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float) -> None:
     logits = torch.tensor([[1.0, 1.001, -200.0]])
     sampler = Sampler(1, torch.device("cpu"))
     for seed in range(20):
-        part = part_of(SamplingParams(temperature=1e-6), 0, [1], [], seed=seed)
+        part = part_of(SamplingParams(temperature=temperature), 0, [1], [], seed=seed)
         assert sampler.sample(logits, [part]).tokens_R.item() == 1
 
 
@@ -305,6 +306,7 @@ def test_the_text_is_that_of_the_tokens(demo: LLM) -> None:
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"presence_penalty": 3.0}, "presence_penalty"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias"),
         ({"logit_bias": {1: math.nan}}, "logit_bias"),

@@ -279,6 +279,23 @@ def test_stop_strings_and_lengths_cut_it(llm: LLM) -> None:
     assert cut.outputs[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"temperature": 5e-324},
+        {"temperature": 1e300},
+        {"repetition_penalty": 1e-6, "presence_penalty": -2},
+        {"repetition_penalty": 1e6, "top_p": 1e-9},
+    ],
+)
+def test_extremes_stay_within_the_form(llm: LLM, more: dict[str, Any]) -> None:
+    form = StructuredOutputsParams(regex="[a-z ]{9}")
+    params = [asks(form, seed=seed, **more) for seed in range(4)]
+    for output in llm.generate([PROMPTS[0]] * 4, params, progress=False):
+        assert output.error is None
+        assert re.fullmatch("[a-z ]{9}", output.outputs[0].text)
+
+
 def test_one_request_in_a_dead_end_fails_alone(llm: LLM) -> None:
     form = StructuredOutputsParams(choice=["yes", "no"])
     everything = dict.fromkeys(range(1024), -float("inf"))

@@ -11,6 +11,7 @@ from moetor.errors import InputError
 
 MAX_LOGPROBS = 100
 _PENALTY = 2.0
+_FACTOR = 1e6  # beyond it logits would leave float32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +19,7 @@ class SamplingParams:
     """How the tokens of one request are chosen. The names are those of vLLM.
 
     The order of operations is: logprobs are taken from the model's own logits; then `logit_bias`,
-    `min_tokens`, `structured_outputs`, penalties, temperature, `top_k`, `top_p`, `min_p`, and the
+    `min_tokens`, penalties, `structured_outputs`, temperature, `top_k`, `top_p`, `min_p`, and the
     draw.
 
     Attributes:
@@ -119,8 +120,11 @@ class SamplingParams:
             raise InputError(f"top_k {self.top_k} must be at least 1, or 0 or -1 for all tokens")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p {self.min_p} must be between 0 and 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+        if not 1 / _FACTOR <= self.repetition_penalty <= _FACTOR:
+            raise InputError(
+                f"repetition_penalty {self.repetition_penalty} must be between {1 / _FACTOR:g} and "
+                f"{_FACTOR:g}"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -_PENALTY <= getattr(self, name) <= _PENALTY:
                 raise InputError(f"{name} {getattr(self, name)} must be between -2 and 2")

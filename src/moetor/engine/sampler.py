@@ -90,8 +90,8 @@ class Sampler:
         if self.plain(parts):
             return Sampled(logits_RV.argmax(-1), None)
         raw_RV = logits_RV.float()
-        shaped_RV = self._in_form(self._biased(raw_RV, parts), parts)
-        shaped_RV = self._penalised(shaped_RV, parts)
+        shaped_RV = self._penalised(self._biased(raw_RV, parts), parts)
+        shaped_RV = self._in_form(shaped_RV, parts)
         tokens_R = shaped_RV.argmax(-1)
         drawn = [row for row, p in enumerate(params) if not p.greedy]
         if drawn:
@@ -206,6 +206,8 @@ class Sampler:
     def _draw(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
         params = [part.sequence.params for part in parts]
         heat = self._tensor([p.temperature for p in params], torch.float32)[:, None]
+        range_ = torch.finfo(torch.float32)  # outside of it they would be 0 and infinite
+        heat = heat.clamp(range_.tiny, range_.max)
         # The largest is taken off first: a tiny temperature would make infinities otherwise.
         scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / heat
         chosen = [row for row, p in enumerate(params) if p.truncated]

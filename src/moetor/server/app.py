@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from moetor import __version__
 from moetor.engine import EngineClient
@@ -15,6 +15,8 @@ from moetor.server import chat, completions, experts, page, tokens
 from moetor.server.config import ServerConfig, read_text
 from moetor.server.errors import add_handlers, error_body
 from moetor.server.guards import BodyGuard, KeyGuard, RateGuard
+from moetor.server.openapi import DocumentedApp
+from moetor.server.responses import Health, ModelCard, ModelList, Version, answers
 from moetor.server.service import Service
 from moetor.server.streams import ClientGoneError
 
@@ -35,10 +37,17 @@ def create_app(engine: EngineClient, config: ServerConfig, model: str) -> FastAP
     keys = config.api_keys()
     if config.chat_template is not None:
         engine.tokenizer.chat_template = read_text(config.chat_template, "chat_template")
-    app = FastAPI(
-        title="Moetor", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    service = Service(engine, config, model)
+    app = DocumentedApp(
+        service.names,
+        needs_key=bool(keys),
+        title="Moetor",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
-    app.state.service = Service(engine, config, model)
+    app.state.service = service
     app.include_router(chat.router)
     app.include_router(completions.router)
     app.include_router(tokens.router)
@@ -73,18 +82,18 @@ def create_app(engine: EngineClient, config: ServerConfig, model: str) -> FastAP
 def _add_small(app: FastAPI) -> None:
     service: Service = app.state.service
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=None, responses=answers(ModelList))
     async def models() -> dict[str, Any]:
         """The model, under each of its names."""
         return {"object": "list", "data": [_card(service, name) for name in service.names]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", response_model=None, responses=answers(ModelCard))
     async def model(name: str) -> dict[str, Any]:
         """One of its names."""
         service.check_model(name)
         return _card(service, name)
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=answers(Health))
     async def health() -> Response:
         """Whether the engine lives and takes requests."""
         if service.healthy:
@@ -92,13 +101,13 @@ def _add_small(app: FastAPI) -> None:
         reason = "the server is stopping" if service.draining else "the engine has stopped"
         return JSONResponse(error_body(503, reason, code="service_unavailable"), 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Figures for Prometheus."""
         text = service.metrics.text(await experts.expert_load(service.engine))
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/version")
+    @app.get("/version", response_model=None, responses=answers(Version))
     async def version() -> dict[str, str]:
         """Of this package."""
         return {"version": __version__}

@@ -16,6 +16,7 @@ from moetor.server.errors import refusal
 from moetor.server.forms import chat_form
 from moetor.server.logprobs import chat_logprobs
 from moetor.server.protocol import ChatBody
+from moetor.server.responses import ChatCompletion, answers
 from moetor.server.sampling import sampling_params
 from moetor.server.service import Service, request_name
 from moetor.server.streams import quoted
@@ -25,7 +26,9 @@ MAX_TOP_LOGPROBS = 20
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post(
+    "/v1/chat/completions", response_model=None, responses=answers(ChatCompletion, streamed=True)
+)
 async def chat(body: ChatBody, request: Request) -> Response:
     """Answers a conversation."""
     service: Service = request.app.state.service

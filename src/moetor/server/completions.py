@@ -15,6 +15,7 @@ from moetor.server.errors import refusal
 from moetor.server.forms import text_form
 from moetor.server.logprobs import TextLogprobs
 from moetor.server.protocol import CompletionBody
+from moetor.server.responses import Completion, answers
 from moetor.server.sampling import sampling_params
 from moetor.server.service import Service, request_name
 from moetor.server.streams import quoted
@@ -23,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=answers(Completion, streamed=True))
 async def complete(body: CompletionBody, request: Request) -> Response:
     """Continues prompts."""
     service: Service = request.app.state.service

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 
 from moetor.engine import EngineClient, EngineStoppedError
+from moetor.server.responses import ExpertsStats, answers
 
 if TYPE_CHECKING:
     from moetor.server.service import Service
@@ -45,7 +46,7 @@ async def expert_load(engine: EngineClient) -> dict[str, list[int]] | None:
         return None
 
 
-@router.get("/v1/experts/stats")
+@router.get("/v1/experts/stats", response_model=None, responses=answers(ExpertsStats))
 async def experts_stats(request: Request) -> dict[str, Any]:
     """Tokens of each expert since the start, the fusion report, and the engine's counters.
 

@@ -17,6 +17,11 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _within(**limits: Any) -> Any:
+    """A field whose limits the document tells; the engine checks them and says why."""
+    return Field(default=None, json_schema_extra=limits)
+
+
 class StreamOptions(Body):
     """Of a streamed answer."""
 
@@ -62,15 +67,15 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    max_tokens: int | None = _within(minimum=0)
+    min_tokens: int | None = _within(minimum=0)
+    temperature: float | None = _within(minimum=0)
+    top_p: float | None = _within(exclusiveMinimum=0, maximum=1)
+    top_k: int | None = _within(minimum=-1)
+    min_p: float | None = _within(minimum=0, maximum=1)
+    presence_penalty: float | None = _within(minimum=-2, maximum=2)
+    frequency_penalty: float | None = _within(minimum=-2, maximum=2)
+    repetition_penalty: float | None = _within(minimum=1e-6, maximum=1e6)
     logit_bias: dict[str, float] | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
@@ -91,10 +96,10 @@ class CompletionBody(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[list[TokenId]], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    best_of: int | None = None
+    best_of: int | None = _within(minimum=1, description="Must equal n.")
     echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
+    logprobs: int | None = _within(minimum=0, maximum=100)
+    suffix: str | None = _within(maxLength=0, description="Not supported.")
 
 
 class Message(Body):
@@ -116,9 +121,9 @@ class ChatBody(Sampling):
     """Of `/v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = _within(minimum=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = _within(minimum=0, maximum=20)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

@@ -9,12 +9,13 @@ from fastapi import APIRouter, Request
 from moetor.server.conversation import conversation_tokens
 from moetor.server.errors import refusal
 from moetor.server.protocol import DetokenizeBody, TokenizeBody
+from moetor.server.responses import Prompt, TokenizerInfo, Tokens, answers
 from moetor.server.service import Service
 
 router = APIRouter()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", response_model=None, responses=answers(Tokens))
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     """Token ids of a text or of a conversation."""
     service: Service = request.app.state.service
@@ -43,7 +44,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     return made
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", response_model=None, responses=answers(Prompt))
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
     """The text of token ids, special ones included."""
     service: Service = request.app.state.service
@@ -51,7 +52,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
     return {"prompt": await service.decode(body.tokens, "tokens", skip_special=False)}
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", response_model=None, responses=answers(TokenizerInfo))
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """What kind of tokenizer the model has."""
     service: Service = request.app.state.service
