@@ -1,62 +1,222 @@
 """What the HTTP layer costs: tokens a second of the engine alone and behind the server, in turns.
 
-`python benchmarks/server_overhead.py --streams 32` starts a server on a free port of loopback.
+`python benchmarks/server_overhead.py --streams 32 --pin` gives the engine the first core and the
+server and the client the second one; without `--pin` all share what there is. The client reads
+bytes and looks for the ends of answers, no more; its time is told apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import json
+import os
 import random
+import selectors
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from moetor.bench.hardware import describe_run
+
+VOCABULARY, PROMPT_LEN = 1024, 16
+_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+ALONE = """
+import json, sys, time
 from moetor import LLM, SamplingParams
-from moetor.bench.serving import ServingLoad, measure_serving, summary
+llm = LLM("demo", record_expert_load=True)
+for line in sys.stdin:
+    prompts, tokens = json.loads(line)
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    llm.generate(prompts, params, progress=False)
+    print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """One measurement of both, in seconds, and events a token."""
+
+    alone: float
+    alone_cpu: float
+    served: float
+    engine_cpu: float
+    server_cpu: float
+    client_cpu: float
+    events: float
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds that a process's threads have run."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+def pin(pid: int, cores: Iterable[int]) -> None:
+    """Moves every thread of a process to some cores."""
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
+
+
+class Client:
+    """Streams completions over bare sockets, all at once."""
+
+    def __init__(self, url: str, path: str) -> None:
+        self._host, _, port = url.removeprefix("http://").partition(":")
+        self._port, self._path = int(port), path
+
+    def run(self, prompts: list[list[int]], tokens: int) -> tuple[int, int]:
+        """Tokens that the server counted, and events."""
+        selector = selectors.DefaultSelector()
+        for prompt in prompts:
+            fields = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
+            if "chat" in self._path:
+                text = " ".join(map(str, prompt))
+                del fields["prompt"]
+                fields["messages"] = [{"role": "user", "content": text}]
+            fields |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
+            body = json.dumps(fields).encode()
+            line = socket.create_connection((self._host, self._port))
+            head = f"POST {self._path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: "
+            head += f"{len(body)}\r\nContent-Type: application/json\r\n\r\n"
+            line.sendall(head.encode() + body)
+            line.setblocking(False)
+            selector.register(line, selectors.EVENT_READ, [b""])
+        left, events, counted = len(prompts), 0, 0
+        while left:
+            for key, _ in selector.select():
+                data = key.fileobj.recv(1 << 16)
+                if not data:
+                    raise RuntimeError(f"the server hung up: {key.data[0]!r}")
+                events += data.count(b"data: {")
+                key.data[0] = key.data[0][-400:] + data
+                if b"data: [DONE]" in key.data[0]:
+                    usage = key.data[0].rpartition(b'"completion_tokens":')[2]
+                    counted += int(usage.partition(b",")[0])
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+                    left -= 1
+        return counted, events
+
+
+def start(asked: argparse.Namespace) -> tuple[Any, Any, str, int]:
+    """The server, the engine alone, the server's address, and the process of its engine."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
+    command = [sys.executable, "-m", "moetor", "serve", "--port", "0"]
+    server = subprocess.Popen([*command, *asked.flags], stderr=subprocess.PIPE, text=True, env=env)
+    assert server.stderr is not None
+    url = next(line.rsplit(" on ", 1)[1].strip() for line in server.stderr if " on http" in line)
+    subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    engine = int(children[0])
+    alone = subprocess.Popen(
+        [sys.executable, "-c", ALONE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=env,
+    )
+    return server, alone, url, engine
+
+
+def measure(asked: argparse.Namespace) -> list[Round]:
+    """All rounds; the first one warms up and is left out."""
+    server, alone, url, engine = start(asked)
+    client = Client(url, asked.path)
+    rounds: list[Round] = []
+    total = asked.streams * asked.tokens
+    try:
+        for number in range(asked.rounds + 1):
+            if asked.pin and number == 1:  # all threads are there now
+                pin(engine, asked.engine_cores)
+                pin(alone.pid, asked.engine_cores)
+                pin(server.pid, asked.server_cores)
+                pin(os.getpid(), asked.server_cores)
+            draw = random.Random(number)
+            prompts = [
+                [draw.randrange(VOCABULARY) for _ in range(PROMPT_LEN)]
+                for _ in range(asked.streams)
+            ]
+            alone.stdin.write(json.dumps([prompts, asked.tokens]) + "\n")
+            alone.stdin.flush()
+            wall, cpu = json.loads(alone.stdout.readline())
+            before = cpu_s(engine), cpu_s(server.pid), time.process_time(), time.perf_counter()
+            counted, events = client.run(prompts, asked.tokens)
+            after = cpu_s(engine), cpu_s(server.pid), time.process_time(), time.perf_counter()
+            if counted != total:
+                raise RuntimeError(f"{counted} tokens came, {total} were asked for")
+            took = [end - begin for begin, end in zip(before, after, strict=True)]
+            made = Round(
+                alone=wall,
+                alone_cpu=cpu,
+                served=took[3],
+                engine_cpu=took[0],
+                server_cpu=took[1],
+                client_cpu=took[2],
+                events=events / total,
+            )
+            if number:
+                rounds.append(made)
+                print(
+                    f"engine {total / wall:.0f} tokens/s, server {total / took[3]:.0f}, "
+                    f"{wall / took[3]:.3f}; CPU us a token: alone {1e6 * cpu / total:.0f}, "
+                    f"engine {1e6 * took[0] / total:.0f}, server {1e6 * took[1] / total:.0f}, "
+                    f"client {1e6 * took[2] / total:.0f}; {made.events:.2f} events a token"
+                )
+    finally:
+        alone.kill()
+        server.terminate()
+        server.wait()
+    return rounds
 
 
 def main() -> None:
     """Measures and prints a line for each round and one for the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None, help="of the engine's products")
+    parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--engine-cores", type=int, nargs="+", default=[0])
+    parser.add_argument("--server-cores", type=int, nargs="+", default=[1])
+    parser.add_argument("--path", default="/v1/completions")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("flags", nargs="*", help="of moetor serve, behind --")
     asked = parser.parse_args()
-    command = [sys.executable, "-m", "moetor", "serve", "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    url = next(line.rsplit(" on ", 1)[1].strip() for line in server.stderr if " on http" in line)
-    llm = LLM("demo", record_expert_load=True)
-    params = SamplingParams(temperature=0, max_tokens=asked.tokens, ignore_eos=True)
-    rates: list[tuple[float, float]] = []
-    for number in range(asked.rounds + 1):
-        draw = random.Random(number)
-        prompts = [[draw.randrange(1024) for _ in range(16)] for _ in range(asked.streams)]
-        begin = time.perf_counter()
-        llm.generate(prompts, params, progress=False)
-        alone = asked.streams * asked.tokens / (time.perf_counter() - begin)
-        load = ServingLoad(
-            url=url,
-            model="demo",
-            num_prompts=asked.streams,
-            input_len=16,
-            output_len=asked.tokens,
-            request_rate=float("inf"),
-            max_concurrency=None,
-            vocab_size=1024,
-            seed=number,
-            api_key=None,
-        )
-        result = asyncio.run(measure_serving(load, lambda *_: None))
-        served = summary(result)["output_throughput"]
-        if number:  # the first round warms both up
-            rates.append((alone, served))
-            print(f"engine {alone:.0f} tokens/s, server {served:.0f}, {served / alone:.3f}")
-    ratio = statistics.median(served / alone for alone, served in rates)
-    print(f"{asked.streams} streams: the server has {ratio:.3f} of the engine's tokens/s")
-    server.terminate()
+    if asked.threads is None:
+        asked.threads = len(asked.engine_cores) if asked.pin else os.cpu_count()
+    rounds = measure(asked)
+    total = asked.streams * asked.tokens
+
+    def median(value: Any) -> float:
+        return statistics.median(value(one) for one in rounds)
+
+    figures = {
+        "engine_tokens_s": median(lambda one: total / one.alone),
+        "server_tokens_s": median(lambda one: total / one.served),
+        "share": median(lambda one: one.alone / one.served),
+        "cpu_us_per_token": {
+            "engine_alone": median(lambda one: 1e6 * one.alone_cpu / total),
+            "engine_behind_server": median(lambda one: 1e6 * one.engine_cpu / total),
+            "server": median(lambda one: 1e6 * one.server_cpu / total),
+            "client": median(lambda one: 1e6 * one.client_cpu / total),
+        },
+        "events_per_token": median(lambda one: one.events),
+    }
+    print(f"{asked.streams} streams: the server has {figures['share']:.3f} of the tokens/s")
+    print(json.dumps(figures, indent=1))
+    if asked.json is not None:
+        command = "python benchmarks/server_overhead.py " + " ".join(sys.argv[1:])
+        held = {"command": command, **describe_run("cpu", asked.threads), "figures": figures}
+        asked.json.write_text(json.dumps(held, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,13 @@ class ServerProcess:
 
 
 def resident_mib(pid: int) -> float:
-    """Memory of a process, in MiB."""
-    text = Path(f"/proc/{pid}/statm").read_text()
-    return int(text.split()[1]) * 4096 / 2**20
+    """Memory of a process and of its children, in MiB."""
+    pages = 0
+    for one in (pid, *children(pid)):
+        pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+    return pages * 4096 / 2**20
+
+
+def children(pid: int) -> list[int]:
+    """Of a process: the engine of a server."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -10,6 +11,9 @@ from moetor.engine.build import Engine
 from moetor.engine.news import Batch, RequestNews, news_of
 from moetor.engine.ranks import RankedCore
 from moetor.engine.sequence import Request
+
+# Between two tellings of the engine's state while nothing but tokens comes.
+_STATS_S = 0.05
 
 
 class EngineLoop:
@@ -26,6 +30,7 @@ class EngineLoop:
         self._work = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._errors: list[str] = []
+        self._stats_at = 0.0
         if isinstance(engine.core, RankedCore):
             engine.core.lead()
         self.thread = threading.Thread(target=self._run, name="moetor-engine", daemon=True)
@@ -112,11 +117,19 @@ class EngineLoop:
 
     def _tell(self, requests: list[Request]) -> None:
         self._errors += [request.error for request in requests if request.error is not None]
-        self._send([news_of(request) for request in requests])
+        self._send(
+            [news_of(request) for request in requests],
+            at_once=any(request.finished for request in requests),
+        )
 
-    def _send(self, news: list[RequestNews], dead: str | None = None) -> None:
+    def _send(
+        self, news: list[RequestNews], dead: str | None = None, *, at_once: bool = True
+    ) -> None:
         errors, self._errors = self._errors, []
-        self._emit(Batch(news, self.engine.core.stats(), errors, dead))
+        now, stats = time.monotonic(), None
+        if at_once or now - self._stats_at > _STATS_S:
+            self._stats_at, stats = now, self.engine.core.stats()
+        self._emit(Batch(news, stats, errors, dead))
 
 
 class _QuitError(Exception):

@@ -59,13 +59,14 @@ class Batch(NamedTuple):
     """What one turn of the engine's loop has to tell.
 
     Attributes:
-        stats: the engine's state after it.
+        stats: the engine's state after it; None where it was told a moment ago and no request has
+            come or gone since.
         errors: that occurred in it.
         dead: why the engine has ended, where it has.
     """
 
     news: list[RequestNews]
-    stats: EngineStats
+    stats: EngineStats | None
     errors: list[str]
     dead: str | None = None
 

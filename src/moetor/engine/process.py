@@ -16,7 +16,6 @@ from typing import Any
 
 from moetor.engine.client import EngineClient, EngineStoppedError, OutputStream
 from moetor.engine.config import EngineConfig
-from moetor.engine.news import Batch
 from moetor.engine.outputs import EngineStats
 from moetor.engine.sequence import Request
 from moetor.engine.source import ModelSource
@@ -32,6 +31,7 @@ from moetor.engine.wire import (
     Ready,
     frame,
     receive,
+    unpacked,
 )
 from moetor.errors import ConfigError
 
@@ -94,7 +94,9 @@ class EngineProcess(EngineClient):
         return self._process.pid
 
     def stats(self) -> EngineStats:
-        """Counters since the start, and the state, as they were told last: after every step."""
+        """Counters since the start, and the state, as they were told last: some times a second, and
+        whenever a request has come or gone.
+        """
         return self._stats
 
     async def expert_load(self) -> dict[str, list[int]]:
@@ -166,10 +168,11 @@ class EngineProcess(EngineClient):
     def received(self, data: bytes) -> None:
         """Takes in bytes of the process, on the event loop's own thread."""
         for told in self._reader.feed(data):
-            if isinstance(told, Batch):
-                self._stats = told.stats
-                self._note_batch(told)
-                self._deliver(told.news)
+            if type(told) is tuple:
+                batch = unpacked(told)
+                self._stats = batch.stats or self._stats
+                self._note_batch(batch)
+                self._deliver(batch.news)
             elif isinstance(told, Load):
                 answer = self._loads.get(told.number)
                 if answer is None or answer.done():

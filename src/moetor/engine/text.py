@@ -9,6 +9,8 @@ from typing import Any
 # How many tokens of the prompt are decoded along with the first generated ones: tokenizers drop a
 # space at the start of a text, and some characters span tokens.
 _CONTEXT = 5
+# How long the decoded part grows before its beginning is dropped, which costs a decoding more.
+_WINDOW = 24
 _INCOMPLETE = "\ufffd"
 Decode = Callable[[list[int]], str]
 
@@ -64,10 +66,11 @@ class TextBuilder:
 
     def _take(self, whole: str) -> None:
         self.text += whole[len(self._before) :]
-        # What was shown last is the context of what comes next.
-        self._window = self._window[max(0, min(self._shown, len(self._window) - _CONTEXT)) :]
-        self._shown = len(self._window)
-        self._before = self._decode(self._window)
+        before, self._shown, self._before = self._shown, len(self._window), whole
+        if len(self._window) > _WINDOW:
+            # What was shown last is the context of what comes next.
+            self._window = self._window[max(0, min(before, len(self._window) - _CONTEXT)) :]
+            self._shown, self._before = len(self._window), self._decode(self._window)
 
     def find_stop(self, since: int) -> str | None:
         """The stop string that `text` now holds, looked for in what came after `since`

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from moetor.engine.config import EngineConfig
 from moetor.engine.intake import Intake
+from moetor.engine.news import Batch, RequestNews, SequenceNews
 from moetor.engine.outputs import EngineStats
 from moetor.engine.sequence import Request
 from moetor.engine.source import Fused, ModelSource
@@ -74,6 +75,23 @@ class Load(NamedTuple):
 
     number: int
     found: dict[str, list[int]] | Exception
+
+
+def packed(batch: Batch) -> tuple[Any, ...]:
+    """A batch as plain tuples, which take a fifth of the time to pickle: there is one a step."""
+    news = [
+        (one.request_id, [tuple(told) for told in one.sequences], *one[2:]) for one in batch.news
+    ]
+    return (news, *batch[1:])
+
+
+def unpacked(told: tuple[Any, ...]) -> Batch:
+    """The batch of `packed`."""
+    news = [
+        RequestNews(name, [SequenceNews(*one) for one in sequences], *rest)
+        for name, sequences, *rest in told[0]
+    ]
+    return Batch(news, *told[1:])
 
 
 def frame(message: Any) -> bytes:

@@ -23,6 +23,7 @@ from moetor.engine.wire import (
     Quit,
     Ready,
     frame,
+    packed,
     receive,
 )
 from moetor.errors import MoetorError
@@ -84,7 +85,7 @@ class _Worker:
         """Sends a batch, on the loop's thread."""
         # Where the owner is gone, `run` sees it too, and ends the process.
         with suppress(OSError):
-            self._send(batch)
+            self._send(packed(batch))
             if batch.dead is not None:
                 self._connection.shutdown(socket.SHUT_RDWR)
 
