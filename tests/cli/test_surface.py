@@ -135,6 +135,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--api-key-env": None,
         "--served-model-name": (),
         "--chat-template": None,
+        "--allow-image-host": (),
         "--allow-origins": (),
         "--max-waiting": 1024,
         "--max-body-mib": 16.0,

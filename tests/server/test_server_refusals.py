@@ -32,7 +32,7 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": "Hello"}, "messages", "list"),
     (CHAT, {"messages": [{"content": "x"}]}, "messages", "role"),
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "roles of this model"),
-    (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "image_url"),
+    (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "text alone"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "text"),
     (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "number"),
     (CHAT, {"messages": HELLO, "temperature": -0.1}, "temperature", "must be"),

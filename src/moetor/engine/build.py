@@ -15,6 +15,7 @@ from moetor.engine.intake import Intake
 from moetor.engine.load import ExpertLoad
 from moetor.engine.memory import free_memory, memory_errors, plan_cache
 from moetor.engine.model import ServedModel
+from moetor.engine.pictures import PictureReader
 from moetor.engine.progress import bar
 from moetor.engine.ranks import RankedCore
 from moetor.engine.reserve import settle_offload
@@ -125,6 +126,7 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         seed=config.seed,
         text_only=served.is_encoder_decoder or runner.lockstep is not None,
         separate_prompt=served.is_encoder_decoder,
+        pictures=_pictures(source, served, runner),
     )
     parts = (runner, scheduler, tokenizer, intake.grammars)
     overlap = served.device.type == "cuda"
@@ -144,6 +146,27 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         max_model_len=plan.max_model_len,
         without_graphs=without_graphs,
     )
+
+
+def _pictures(source: ModelSource, served: ServedModel, runner: Runner) -> PictureReader | str:
+    """What makes prompts of conversations with pictures, or why nothing does."""
+    if served.is_encoder_decoder or getattr(served.composite.config, "vision_config", None) is None:
+        return "the model takes text alone"
+    if runner.lockstep is not None:
+        return "data-parallel ranks that share experts take text alone"
+    if source.processor is not None:
+        return PictureReader(source.processor)
+    if not isinstance(source.model, str):
+        return "a live model came without its processor"
+    try:
+        found = loading.load_processor(
+            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except CheckpointError as error:
+        return f"the model's processor cannot be loaded ({error})"
+    if getattr(found, "image_processor", None) is None:
+        return "the model comes without an image processor"
+    return PictureReader(found)
 
 
 def described(engine: Engine) -> Fused:

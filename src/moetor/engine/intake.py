@@ -11,6 +11,7 @@ from typing import Any
 from moetor.engine.grammar import GrammarCompiler
 from moetor.engine.outputs import RequestMetrics
 from moetor.engine.params import SamplingParams
+from moetor.engine.pictures import PictureReader
 from moetor.engine.sequence import Request, Sequence
 from moetor.errors import InputError
 
@@ -31,6 +32,7 @@ class Intake:
         seed: of the requests without one.
         text_only: whether the model takes nothing but text.
         separate_prompt: whether the prompt goes into an encoder.
+        pictures: makes prompts of conversations with pictures; or why there is nothing that does.
     """
 
     def __init__(
@@ -43,12 +45,25 @@ class Intake:
         seed: int,
         text_only: bool = False,
         separate_prompt: bool = False,
+        pictures: PictureReader | str = "the engine was built without a processor",
     ) -> None:
         self.tokenizer, self.vocab_size, self.ends = tokenizer, vocab_size, ends
         self.max_model_len = max_model_len
         self.text_only, self.separate_prompt = text_only, separate_prompt
+        self._pictures = pictures
         self.grammars = GrammarCompiler(tokenizer, vocab_size, ends)
         self._seed, self._numbers = seed, itertools.count()
+
+    @property
+    def pictures(self) -> PictureReader:
+        """Makes prompts of conversations with pictures.
+
+        Raises:
+            InputError: nothing does.
+        """
+        if isinstance(self._pictures, str):
+            raise InputError(f"no pictures are taken here: {self._pictures}; send text alone")
+        return self._pictures
 
     def request(self, prompt: Prompt, params: SamplingParams, request_id: str) -> Request:
         """A request and its sequences.

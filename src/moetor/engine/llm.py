@@ -14,6 +14,7 @@ from moetor.engine.config import EngineConfig
 from moetor.engine.intake import Prompt
 from moetor.engine.outputs import CompletionOutput, EngineStats, RequestMetrics, RequestOutput
 from moetor.engine.params import SamplingParams
+from moetor.engine.pictures import has_pictures, taken_out
 from moetor.engine.progress import bar
 from moetor.engine.source import ModelSource
 from moetor.errors import ConfigError, InputError
@@ -31,6 +32,7 @@ class LLM:
         model: a folder, a hub id, `demo`, or a live Transformers model in eval mode, which is fused
             in place unless it is fused already or `level` is `none`.
         tokenizer: of a live model, or instead of the checkpoint's own.
+        processor: the same, for pictures.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         quantization, kernel, level: as `moetor.fuse` takes them; level `none` does not fuse.
@@ -54,6 +56,7 @@ class LLM:
         model: Any,
         *,
         tokenizer: Any = None,
+        processor: Any = None,
         dtype: str = "auto",
         device: str = "auto",
         quantization: str | QuantConfig | None = None,
@@ -68,6 +71,7 @@ class LLM:
         source = ModelSource(
             model=model,
             tokenizer=tokenizer,
+            processor=processor,
             dtype=dtype,
             device=device,
             quantization=quantization,
@@ -160,7 +164,8 @@ class LLM:
 
         Args:
             messages: one conversation, or a list of them; a message is a mapping with `role` and
-                `content`.
+                `content`, which is text or a list of parts: `{"type": "text", "text": ...}`, or
+                `{"type": "image", "image": ...}` with an image of Pillow.
             sampling_params, progress: as for `generate`.
             template: further arguments of the tokenizer's `apply_chat_template`.
 
@@ -169,8 +174,14 @@ class LLM:
             InputError: the template refuses the messages.
         """
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts: list[Prompt] = [chat_tokens(self.tokenizer, one, **template) for one in many]
+        prompts = [self._conversation(one, template) for one in many]
         return self.generate(prompts, sampling_params, progress)
+
+    def _conversation(self, messages: Any, template: Mapping[str, Any]) -> Prompt:
+        if not has_pictures(messages):
+            return chat_tokens(self.tokenizer, messages, **template)
+        bare, images = taken_out(messages)
+        return self.engine.intake.pictures.prompt(bare, images, **template)
 
 
 def engine_config(settings: Mapping[str, Any]) -> EngineConfig:

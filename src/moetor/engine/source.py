@@ -16,6 +16,7 @@ class ModelSource:
 
     model: Any
     tokenizer: Any = None
+    processor: Any = None
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | QuantConfig | None = None

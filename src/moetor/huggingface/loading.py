@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from moetor.demo import model_path
 from moetor.errors import CheckpointError, ConfigError, MoetorError, UnsupportedError
@@ -134,6 +134,21 @@ def load_tokenizer(
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise absent
     return tokenizer
+
+
+def load_processor(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """What makes a model's inputs of text and pictures.
+
+    Raises:
+        CheckpointError: it cannot be found or read, or needs a package that is not here.
+    """
+    source = resolve(model)
+    with _one_sentence(model):
+        return AutoProcessor.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code
+        )
 
 
 def load_model(

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from moetor.engine import CompletionOutput, RequestOutput
 from moetor.server.answers import Answer
-from moetor.server.conversation import conversation_tokens
+from moetor.server.conversation import conversation_prompt, prompt_ids
 from moetor.server.errors import refusal
 from moetor.server.forms import chat_form
 from moetor.server.logprobs import chat_logprobs
@@ -46,7 +46,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         form=form,
     )
-    ids = await conversation_tokens(
+    prompt = await conversation_prompt(
         service,
         body.messages,
         tools=None if offer is None else offer.tools,
@@ -54,9 +54,9 @@ async def chat(body: ChatBody, request: Request) -> Response:
         continue_final_message=bool(body.continue_final_message),
         extra=body.chat_template_kwargs,
     )
-    service.check_length(ids, limit, "messages")
+    service.check_length(prompt_ids(prompt), limit, "messages")
     name = request_name("chatcmpl")
-    job = await service.submit([ids], params, name)
+    job = await service.submit([prompt], params, name)
     answer = _Answer(service, body, name, offer)
     return await service.respond(request, answer, job, name, stream=bool(body.stream))
 

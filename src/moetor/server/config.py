@@ -56,6 +56,15 @@ class ServerConfig:
     chat_template: Path | None = field(
         default=None, metadata=_flag(API, "chat template instead of the tokenizer's", "FILE")
     )
+    allow_image_host: tuple[str, ...] = field(
+        default=(),
+        metadata=_flag(
+            API,
+            "hosts that pictures in messages may be fetched from, as HOST or HOST:PORT; data: URLs "
+            "are always taken",
+            "HOST,...",
+        ),
+    )
     allow_origins: tuple[str, ...] = field(
         default=(),
         metadata=_flag(

@@ -7,6 +7,7 @@ from inspect import signature
 from typing import Any
 
 from moetor.engine.chat_template import chat_tokens
+from moetor.engine.intake import Prompt
 from moetor.errors import ConfigError, InputError
 from moetor.server.errors import refusal
 from moetor.server.protocol import Message
@@ -14,7 +15,7 @@ from moetor.server.service import Service
 from moetor.server.tools import with_parsed_arguments
 
 
-async def conversation_tokens(
+async def conversation_prompt(
     service: Service,
     messages: Sequence[Message],
     *,
@@ -22,8 +23,8 @@ async def conversation_tokens(
     continue_final_message: bool = False,
     tools: list[dict[str, Any]] | None = None,
     extra: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Token ids that end where the answer begins.
+) -> Prompt:
+    """A prompt that ends where the answer begins: token ids, with pixels where there are pictures.
 
     Args:
         tools: for the template.
@@ -46,7 +47,8 @@ async def conversation_tokens(
             "continue_final_message needs add_generation_prompt to be false",
             "continue_final_message",
         )
-    plain = [_plain(message, index) for index, message in enumerate(messages)]
+    urls: list[str] = []
+    plain = [_plain(message, index, urls) for index, message in enumerate(messages)]
     given: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
@@ -55,8 +57,16 @@ async def conversation_tokens(
     if tools is not None:
         given["tools"] = tools
 
-    def work() -> list[int]:
-        return chat_tokens(tokenizer, plain, **given)
+    try:
+        pictures = service.engine.intake.pictures if urls else None
+    except InputError as error:
+        raise refusal(str(error), "messages") from error
+    images = await service.images.load(urls)
+
+    def work() -> Prompt:
+        if pictures is None:
+            return chat_tokens(tokenizer, plain, **given)
+        return pictures.prompt(plain, images, **given)
 
     try:
         return await service.in_thread(work)
@@ -70,32 +80,67 @@ async def conversation_tokens(
         raise refusal(str(error), "messages") from error
 
 
-def _plain(message: Message, index: int) -> dict[str, Any]:
+def prompt_ids(prompt: Prompt) -> list[int]:
+    """The token ids of what `conversation_prompt` makes."""
+    ids: Any = prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt
+    return list(ids)
+
+
+def _plain(message: Message, index: int, urls: list[str]) -> dict[str, Any]:
+    """A message as templates know it; the URLs of its pictures are added to `urls`."""
     made = message.model_dump(exclude_none=True)
-    made["content"] = _text(message.content, index)
+    made["content"] = _content(message.content, index, urls)
     if message.tool_calls is not None:
         made["tool_calls"] = with_parsed_arguments(message.tool_calls)
     return made
 
 
-def _text(content: str | list[dict[str, Any]] | None, index: int) -> str:
-    """The text of a message; parts stand on lines of their own."""
+def _content(
+    content: str | list[dict[str, Any]] | None, index: int, urls: list[str]
+) -> str | list[dict[str, Any]]:
+    """The text of a message, whose parts stand on lines of their own; with pictures, the parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    texts = []
-    for part in content:
-        kind = part.get("type")
-        if kind != "text":
-            raise refusal(
-                f"messages.{index}: a content part of type {str(kind)[:40]!r} is not supported; "
-                "this server takes text alone",
-                "messages",
-            )
-        text = part.get("text")
-        if not isinstance(text, str) or set(part) != {"type", "text"}:
-            raise refusal(
-                f"messages.{index}: a text part has the fields type and text, and no others",
-                "messages",
-            )
-        texts.append(text)
-    return "\n".join(texts)
+    before = len(urls)
+    parts = [_part(part, index, urls) for part in content]
+    if len(urls) > before:
+        return parts
+    return "\n".join(part["text"] for part in parts)
+
+
+def _part(part: dict[str, Any], index: int, urls: list[str]) -> dict[str, Any]:
+    kind = part.get("type")
+    if kind == "image_url":
+        urls.append(_url(part, index))
+        return {"type": "image"}
+    if kind != "text":
+        raise refusal(
+            f"messages.{index}: a content part of type {str(kind)[:40]!r} is not supported; text "
+            "and image_url are",
+            "messages",
+        )
+    if not isinstance(part.get("text"), str) or set(part) != {"type", "text"}:
+        raise refusal(
+            f"messages.{index}: a text part has the fields type and text, and no others", "messages"
+        )
+    return part
+
+
+def _url(part: dict[str, Any], index: int) -> str:
+    told = part.get("image_url")
+    if not isinstance(told, dict) or not isinstance(told.get("url"), str):
+        raise refusal(f"messages.{index}: image_url must be an object with a url", "messages")
+    if set(part) != {"type", "image_url"} or not set(told) <= {"url", "detail"}:
+        raise refusal(
+            f"messages.{index}: an image part has the fields type and image_url, with url and "
+            "detail, and no others",
+            "messages",
+        )
+    if told.get("detail") not in (None, "auto"):
+        raise refusal(
+            f"messages.{index}: detail cannot be chosen here, the model's processor does; leave it "
+            "out or take 'auto'",
+            "messages",
+        )
+    url: str = told["url"]
+    return url

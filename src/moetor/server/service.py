@@ -27,6 +27,7 @@ from moetor.errors import InputError
 from moetor.server.config import ServerConfig
 from moetor.server.errors import ApiError, refusal
 from moetor.server.forms import Form
+from moetor.server.images import ImageLoader
 from moetor.server.metrics import Metrics
 from moetor.server.streams import EventStream, while_connected
 
@@ -117,6 +118,7 @@ class Service:
     Attributes:
         names: what the model is called; the first stands in answers.
         created: Unix time of the start.
+        images: gets the pictures of messages.
         draining: whether the server is going down.
     """
 
@@ -125,6 +127,7 @@ class Service:
         self.names = config.served_model_name or (name,)
         self.created = int(time.time())
         self.metrics = Metrics(engine, self.names[0], expert_tokens=config.expert_token_metrics)
+        self.images = ImageLoader(config.allow_image_host)
         self.draining = False
         self.sequences = 0
         self._most = engine.config.max_num_seqs + config.max_waiting

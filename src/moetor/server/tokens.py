@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from moetor.server.conversation import conversation_tokens
+from moetor.server.conversation import conversation_prompt, prompt_ids
 from moetor.server.errors import refusal
 from moetor.server.protocol import DetokenizeBody, TokenizeBody
 from moetor.server.responses import Prompt, TokenizerInfo, Tokens, answers
@@ -29,10 +29,12 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     else:
         if body.add_special_tokens is not None:
             raise refusal("add_special_tokens goes with prompt", "add_special_tokens")
-        ids = await conversation_tokens(
-            service,
-            body.messages or [],
-            add_generation_prompt=body.add_generation_prompt is not False,
+        ids = prompt_ids(
+            await conversation_prompt(
+                service,
+                body.messages or [],
+                add_generation_prompt=body.add_generation_prompt is not False,
+            )
         )
     made: dict[str, Any] = {
         "tokens": ids,
