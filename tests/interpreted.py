@@ -46,3 +46,48 @@ def allow_loop_bounds() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
+
+
+def allow_small_floats() -> None:
+    """Lets kernels calculate with bfloat16 and round to it and to float8 e4m3.
+
+    Triton 3.6's interpreter loses the carry when it rounds to these, and adds and multiplies the
+    bit patterns of bfloat16.
+    """
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    convert, dot, binary_op = interpreter._convert_float, builder.create_dot, builder.binary_op
+    rounded = {tl.float8e4nv: torch.float8_e4m3fn, tl.bfloat16: torch.bfloat16}
+    bits = {tl.float8e4nv: torch.uint8, tl.bfloat16: torch.uint16}
+
+    def convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source == tl.float32 and target in rounded:
+            numbers = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
+            return numbers.to(rounded[target]).view(bits[target]).numpy()
+        return convert(data, source, target, rounding)
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        wide = convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
+        return interpreter.TensorHandle(wide, tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, widened(a), widened(b), *rest)
+
+    def create_binary(self: Any, left: Any, right: Any, op: Any) -> Any:
+        if left.dtype.scalar != tl.bfloat16:
+            return binary_op(self, left, right, op)
+        wide = binary_op(self, widened(left), widened(right), op)
+        if wide.data.dtype != np.float32:
+            return wide
+        narrow = convert_float(wide.data, tl.float32, tl.bfloat16, None).reshape(wide.data.shape)
+        return interpreter.TensorHandle(narrow, tl.bfloat16)
+
+    interpreter._convert_float = convert_float
+    builder.create_dot = create_dot
+    builder.binary_op = create_binary

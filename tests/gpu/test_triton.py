@@ -16,7 +16,8 @@ from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
 from moetor.kernels.reference import ReferenceKernel
 from moetor.kernels.triton import choose, support
 from moetor.kernels.triton.fused import TritonKernel
-from moetor.kernels.triton.large import TritonLargeKernel, run_large
+from moetor.kernels.triton.large import run_large
+from moetor.kernels.triton.large_kernel import TritonLargeKernel
 from moetor.kernels.triton.small import TritonSmallKernel
 from oracle import assert_close
 

@@ -7,6 +7,7 @@ Shape letters: E experts, N outputs of a product, D its depth.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ FORMATS = (
     *("int4_g32_zp", "int4_g128_zp", "fp8", "fp8_block128x128", "fp8_block4x8"),
     *("mxfp8", "mxfp4", "nvfp4"),
 )
+ROUNDED: tuple[tuple[str, ActivationFormat], ...] = (
+    ("fp8", "fp8_token"),
+    ("fp8", "fp8_static"),
+    ("fp8_block128x128", "fp8_group128"),
+    ("int8", "int8_token"),
+    ("mxfp8", "mxfp8"),
+)
+"""Weight formats with those of the inputs that usually go with them."""
 
 
 def e4m3(code: int) -> float:
@@ -125,6 +134,40 @@ def dense(matrix: QuantizedMatrix) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def random_weights(
+    config: ExpertsConfig,
+    name: str,
+    activations: ActivationFormat,
+    rng: torch.Generator,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> QuantizedExpertWeights:
+    """Random quantised experts in canonical form.
+
+    Args:
+        dtype: of biases and of the norm.
+    """
+    e, h, i, j = config.num_experts, config.hidden_size, config.intermediate_size, config.up_size
+    gate_up = random_matrix(name, e, j, h, rng)
+    down = random_matrix(name, e, h, i, rng)
+    if activations == "fp8_static":
+        steps = 0.01 + 0.01 * torch.rand(2, e, generator=rng)
+        gate_up = replace(gate_up, input_scales=steps[0])
+        down = replace(down, input_scales=steps[1])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    return QuantizedExpertWeights(
+        gate_up=gate_up,
+        down=down,
+        gate_up_bias=normal(e, j) if config.has_bias else None,
+        down_bias=normal(e, h) if config.has_bias else None,
+        post_norm=None if config.post_norm_eps is None else 1 + normal(h),
+        activation_format=activations,
+    )
+
+
 def draw_quantized(
     config: ExpertsConfig,
     name: str,
@@ -133,24 +176,13 @@ def draw_quantized(
     dtype: torch.dtype = torch.float32,
     activations: ActivationFormat = "unquantized",
 ) -> tuple[QuantizedExpertWeights, Tensors]:
-    """Random quantised experts in canonical form, and the same as numbers.
-
-    Args:
-        dtype: of biases and of the norm.
-    """
-    e, h, i, j = config.num_experts, config.hidden_size, config.intermediate_size, config.up_size
-    gate_up = random_matrix(name, e, j, h, rng)
-    down = random_matrix(name, e, h, i, rng)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng).to(dtype)
-
-    others = {
-        "gate_up_bias": normal(e, j) if config.has_bias else None,
-        "down_bias": normal(e, h) if config.has_bias else None,
-        "post_norm": None if config.post_norm_eps is None else 1 + normal(h),
-    }
-    weights = QuantizedExpertWeights(
-        gate_up=gate_up, down=down, activation_format=activations, **others
+    """The same, and as numbers."""
+    weights = random_weights(config, name, activations, rng, dtype=dtype)
+    numbers = Tensors(
+        gate_up=dense(weights.gate_up),
+        down=dense(weights.down),
+        gate_up_bias=weights.gate_up_bias,
+        down_bias=weights.down_bias,
+        post_norm=weights.post_norm,
     )
-    return weights, Tensors(gate_up=dense(gate_up), down=dense(down), **others)
+    return weights, numbers

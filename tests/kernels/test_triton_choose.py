@@ -24,7 +24,7 @@ from moetor.kernels.triton.choose import (
     use_small,
 )
 from moetor.kernels.triton.fused import TritonKernel
-from moetor.kernels.triton.large import TritonLargeKernel
+from moetor.kernels.triton.large_kernel import TritonLargeKernel
 from moetor.kernels.triton.small import TritonSmallKernel
 
 KB = 1024

@@ -5,6 +5,7 @@ Shape letters: T tokens, K top_k, S = T * K slots, E experts, H hidden, I interm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moetor.config import Activation, ExpertsConfig
@@ -109,6 +110,9 @@ class LargePlan:
 
 ActivationConstants = tuple[str, float, float | None, bool, float, float | None, float | None]
 
+IDENTITY: ActivationConstants = ("identity", 1.0, None, False, 0.0, None, None)
+"""The activation of a first product that ends without one."""
+
 
 def activation_constants(activation: Activation) -> ActivationConstants:
     """The activation as the kernels read it: name, alpha, limit, limit after, shift, softcap of
@@ -203,12 +207,11 @@ def _small_plan_transposed(
     return SmallPlan(up=up, down=down, parts=parts, pdl=pdl)
 
 
-def _fit(tile: Tile, device: Device, *, halves: int, itemsize: int) -> Tile:
+def fit(tile: Tile, device: Device, shared_bytes: Callable[[Tile], int]) -> Tile:
     """`tile` made smaller until it fits: stages first, then depth, then columns."""
 
     def too_large(candidate: Tile) -> bool:
-        width = halves * candidate.columns
-        return candidate.shared_bytes(width=width, itemsize=itemsize) > device.shared
+        return shared_bytes(candidate) > device.shared
 
     while too_large(tile) and tile.stages > 3:
         tile = replace(tile, stages=tile.stages - 1)
@@ -288,8 +291,16 @@ def large_plan(
             up = _at_most(up, config.intermediate_size, config.hidden_size)
     down = _at_most(down, config.hidden_size, config.intermediate_size)
     return LargePlan(
-        up=_fit(up, device, halves=halves, itemsize=itemsize),
-        down=_fit(down, device, halves=1, itemsize=itemsize),
+        up=fit(
+            up,
+            device,
+            lambda tile: tile.shared_bytes(width=halves * tile.columns, itemsize=itemsize),
+        ),
+        down=fit(
+            down,
+            device,
+            lambda tile: tile.shared_bytes(width=tile.columns, itemsize=itemsize),
+        ),
         pdl=device.capability[0] >= 9,
     )
 

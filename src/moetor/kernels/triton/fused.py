@@ -15,11 +15,12 @@ from moetor.kernels.base import (
     ExpertWeights,
     KernelQuery,
     Weights,
-    unquantized,
 )
+from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import SmallPlan, next_power_of_2, use_small
-from moetor.kernels.triton.large import TritonLargeKernel, run_large
+from moetor.kernels.triton.large import run_large
+from moetor.kernels.triton.large_kernel import TritonLargeKernel
 from moetor.kernels.triton.small import TritonSmallKernel, run_small
 from moetor.kernels.triton.tuned import Plan, plans_of, tuned_plan
 
@@ -48,8 +49,8 @@ class TritonKernel(ExpertsKernel):
         self._large = TritonLargeKernel()
 
     def refusal(self, query: KernelQuery) -> str | None:
-        """No NVIDIA GPU, no Triton, or a dtype or form that the kernels do not have."""
-        return support.refusal(query)
+        """No NVIDIA GPU, no Triton, or a dtype, form or format that the kernels do not have."""
+        return self._large.refusal(query)
 
     def __call__(
         self,
@@ -63,11 +64,19 @@ class TritonKernel(ExpertsKernel):
     ) -> Tensor:
         """See `ExpertsKernel`. With `batch_invariant` the large path takes every call, with one
         computed plan; gradients are not recorded."""
+        if isinstance(weights, QuantizedExpertWeights):
+            return self._large(
+                hidden_TH,
+                topk_weights_TK,
+                topk_ids_TK,
+                weights,
+                config,
+                batch_invariant=batch_invariant,
+            )
         if not batch_invariant:
             plan = self._tuned(hidden_TH, topk_ids_TK, config)
             if plan is not None:
-                plain = unquantized(weights)
-                call = (hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
+                call = (hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
                 support.check_call(self.name, *call)
                 return run_plan(*call, plan)
         small = (
@@ -101,7 +110,9 @@ class TritonKernel(ExpertsKernel):
 
     def note(self, query: KernelQuery) -> str | None:
         """For how many tokens plans are tuned on the current GPU."""
-        if query.batch_invariant or self.refusal(query) is not None:
+        if query.weight_format != "unquantized" or query.batch_invariant:
+            return None
+        if self.refusal(query) is not None:
             return None
         plans = plans_of(torch.cuda.current_device())
         tokens = plans.tokens(query.experts, query.top_k, query.dtype.itemsize)

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor
 
 from moetor.config import ExpertsConfig
-from moetor.kernels.base import ExpertWeights
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import (
     ActivationConstants,
@@ -26,7 +25,7 @@ from moetor.kernels.triton.choose import (
 from moetor.kernels.triton.sort import RowTiles
 
 
-def can_walk(hidden_TH: Tensor, weights: ExpertWeights, config: ExpertsConfig, tile: Tile) -> bool:
+def can_walk(hidden_TH: Tensor, gate_up_EXY: Tensor, config: ExpertsConfig, tile: Tile) -> bool:
     """Whether all three operands of the first product can be described, in this form of storage."""
     size = hidden_TH.element_size()
     if config.gated and config.transposed and not config.interleaved:
@@ -37,9 +36,9 @@ def can_walk(hidden_TH: Tensor, weights: ExpertWeights, config: ExpertsConfig, t
         and config.intermediate_size * size % 16 == 0
         and tma_allowed(
             tile,
-            contiguous=weights.gate_up.is_contiguous(),
-            address=weights.gate_up.data_ptr(),
-            inner=weights.gate_up.shape[2],
+            contiguous=gate_up_EXY.is_contiguous(),
+            address=gate_up_EXY.data_ptr(),
+            inner=gate_up_EXY.shape[2],
             depth=config.hidden_size,
             transposed=config.transposed,
             itemsize=size,
@@ -77,7 +76,8 @@ def launch_copy(hidden_TH: Tensor, made: RowTiles, tile: Tile, *, pdl: bool) -> 
 def launch_walk_up(
     rows_RH: Tensor,
     topk_weights_TK: Tensor,
-    weights: ExpertWeights,
+    gate_up_EXY: Tensor,
+    bias: Tensor | None,
     config: ExpertsConfig,
     tile: Tile,
     made: RowTiles,
@@ -90,8 +90,8 @@ def launch_walk_up(
     tiles = made.tiles * -(-config.intermediate_size // tile.columns)
     gathered_kernels.walk_up[(min(tiles, tile.persistent),)](
         _described(rows_RH, [tile.rows, tile.depth]),
-        _weight(weights.gate_up, config, tile),
-        support.flat(weights.gate_up_bias, rows_RH),
+        _weight(gate_up_EXY, config, tile),
+        support.flat(bias, rows_RH),
         topk_weights_TK,
         _described(act_RI, [tile.rows, tile.columns]),
         made.order,
@@ -103,7 +103,7 @@ def launch_walk_up(
         GATED=config.gated,
         INTERLEAVED=config.interleaved,
         TRANSPOSED=config.transposed,
-        HAS_BIAS=weights.gate_up_bias is not None,
+        HAS_BIAS=bias is not None,
         WEIGHT_ON_INPUT=config.weight_on_input,
         ACT=constants,
         BM=tile.rows,

@@ -91,14 +91,24 @@ def refusal(query: KernelQuery) -> str | None:
         return device_refusal(query.device)
     if query.weight_format != "unquantized":
         return f"reads unquantised weights, not {query.weight_format}"
+    return call_refusal(query)
+
+
+def call_refusal(query: KernelQuery) -> str | None:
+    """What does not depend on the weights' format: why `query` does not run on a GPU here."""
     if query.dtype not in DTYPES:
         return f"computes in bfloat16, float16 or float32, not {query.dtype}"
     return _too_many_slots(query.top_k) or device_refusal(query.device)
 
 
-def _check(
+def check_tensor(
     tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
+    """Refuses a tensor on another device, of another dtype or of another shape.
+
+    Raises:
+        InputError: with its name, what it is and what it must be.
+    """
     if tensor.device != device:
         raise InputError(f"{name} is on {tensor.device}, the hidden states are on {device}")
     if tensor.dtype != dtype:
@@ -107,14 +117,13 @@ def _check(
         raise InputError(f"{name} has shape {list(tensor.shape)}, it must be {list(shape)}")
 
 
-def check_inputs(
+def check_rows(
     hidden_TH: Tensor,
     topk_weights_TK: Tensor,
     topk_ids_TK: Tensor,
-    weights: ExpertWeights,
     config: ExpertsConfig,
 ) -> None:
-    """Refuses wrong shapes, dtypes and devices.
+    """Refuses hidden states and a routing of wrong shapes, dtypes and devices.
 
     Raises:
         InputError: naming the tensor, what it is and what it must be.
@@ -130,26 +139,74 @@ def check_inputs(
     device = hidden_TH.device
     if top_k < 1:
         raise InputError("topk_ids [T, K] must have at least one slot per token")
-    _check(hidden_TH, "hidden states", (tokens, config.hidden_size), dtype, device)
+    check_tensor(hidden_TH, "hidden states", (tokens, config.hidden_size), dtype, device)
     if not hidden_TH.is_contiguous():
         raise InputError("hidden states must be contiguous")
-    _check(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32, device)
-    _check(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32, device)
-    _check(weights.gate_up, "gate_up", config.gate_up_shape, dtype, device)
-    _check(weights.down, "down", config.down_shape, dtype, device)
+    check_tensor(topk_weights_TK, "topk_weights", (tokens, top_k), torch.float32, device)
+    check_tensor(topk_ids_TK, "topk_ids", (tokens, top_k), torch.int32, device)
+
+
+def check_others(
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    post_norm: Tensor | None,
+    config: ExpertsConfig,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Refuses biases and a norm that the form does not describe.
+
+    Args:
+        dtypes: that biases may have.
+
+    Raises:
+        InputError: naming the tensor, what it is and what it must be.
+    """
     for bias, name, size in (
-        (weights.gate_up_bias, "gate_up_bias", config.up_size),
-        (weights.down_bias, "down_bias", config.hidden_size),
+        (gate_up_bias, "gate_up_bias", config.up_size),
+        (down_bias, "down_bias", config.hidden_size),
     ):
         if bias is not None:
-            _check(bias, name, (config.num_experts, size), dtype, device)
+            dtype = bias.dtype if bias.dtype in dtypes else dtypes[0]
+            check_tensor(bias, name, (config.num_experts, size), dtype, device)
         elif config.has_bias:
             raise InputError(f"has_bias=True, and {name} is missing")
     if config.post_norm_eps is not None:
-        if weights.post_norm is None:
+        if post_norm is None:
             raise InputError("post_norm_eps is set, and the norm's weight is missing")
-        norm = weights.post_norm
-        _check(norm, "post_norm", (config.hidden_size,), norm.dtype, device)
+        check_tensor(post_norm, "post_norm", (config.hidden_size,), post_norm.dtype, device)
+
+
+def check_inputs(
+    hidden_TH: Tensor,
+    topk_weights_TK: Tensor,
+    topk_ids_TK: Tensor,
+    weights: ExpertWeights,
+    config: ExpertsConfig,
+) -> None:
+    """Refuses wrong shapes, dtypes and devices.
+
+    Raises:
+        InputError: naming the tensor, what it is and what it must be.
+    """
+    check_rows(hidden_TH, topk_weights_TK, topk_ids_TK, config)
+    dtype, device = hidden_TH.dtype, hidden_TH.device
+    check_tensor(weights.gate_up, "gate_up", config.gate_up_shape, dtype, device)
+    check_tensor(weights.down, "down", config.down_shape, dtype, device)
+    others = (weights.gate_up_bias, weights.down_bias, weights.post_norm)
+    check_others(*others, config, device, (dtype,))
+
+
+def check_on_gpu(kernel: str, hidden_TH: Tensor) -> None:
+    """Refuses hidden states that are elsewhere.
+
+    Raises:
+        InputError: saying where they are.
+    """
+    if hidden_TH.device.type != "cuda":
+        raise InputError(
+            f"hidden states are on {hidden_TH.device}; kernel {kernel!r} reads CUDA tensors"
+        )
 
 
 def check_call(
@@ -166,10 +223,7 @@ def check_call(
         InputError: a tensor of the wrong shape, dtype or device.
         KernelRefusedError: a form that the kernel does not have, or no Triton.
     """
-    if hidden_TH.device.type != "cuda":
-        raise InputError(
-            f"hidden states are on {hidden_TH.device}; kernel {kernel!r} reads CUDA tensors"
-        )
+    check_on_gpu(kernel, hidden_TH)
     check_inputs(hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
     query = KernelQuery(
         device="cuda", dtype=hidden_TH.dtype, experts=config, top_k=topk_ids_TK.shape[1]
