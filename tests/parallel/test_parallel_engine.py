@@ -50,6 +50,10 @@ def answers_of(parallel: ParallelConfig | None, many: int) -> list[Any]:
     stats = llm.stats()
     assert stats.requests_finished == len(PROMPTS) * many
     assert stats.running == stats.waiting == stats.blocks_used == 0
+    if parallel is not None and parallel.eplb is not None:
+        moved = llm.engine.core.runner.balancer
+        assert moved is not None
+        assert moved.stats.experts_moved > 0
     return [
         (
             output.error,

@@ -334,6 +334,13 @@ class RankedCore(EngineCore):
         done, self._done = self._done, []
         broadcast(_Orders(what, done, error), self.groups.world)
 
+    def _add_or_fail(self, request: Request) -> None:
+        """As rank 0 has queued it; what it could not queue ends here as there."""
+        try:
+            self.add(request)
+        except Exception as error:
+            self.fail(request, error)
+
     def follow(self) -> None:
         """Does what rank 0 does, until it ends.
 
@@ -347,7 +354,7 @@ class RankedCore(EngineCore):
                 raise failure(error) from error
             for what, words in orders.done:
                 if what == "add":
-                    self.add(pickle.loads(words))
+                    self._add_or_fail(pickle.loads(words))
                 else:
                     self.abort(words.decode())
             if orders.error is not None:

@@ -67,7 +67,7 @@ class Runner:
         self.served, self.strategy, self.load, self.offload = served, strategy, load, offload
         self.lockstep = Lockstep(groups) if groups is not None and groups.config.joint else None
         self._patience = None if groups is None else groups.config.timeout
-        self._balancer = balancer
+        self.balancer = balancer
         device = served.device
         self.device = device
         max_blocks = -(-max_model_len // block_size)
@@ -110,8 +110,8 @@ class Runner:
             return None
         started = self._replay(step, agreed) or self._replay_prompts(step)
         started = started or self._run(step, agreed)
-        if self._balancer is not None:
-            self._balancer.step()
+        if self.balancer is not None:
+            self.balancer.step()
         return started
 
     def _agree(self, step: Step) -> Agreed | None:
