@@ -198,6 +198,37 @@ def test_families(name: str, mode: str, strategy: str, two: Pool) -> None:
         assert used == strategy
 
 
+def failing(rank: int, ranks: tuple[int, ...]) -> list[tuple[str | None, list[int]]]:
+    """In a worker: a model that fails on prompts with one token, on some of the ranks."""
+    model = tiny_model("qwen3_moe")
+    moetor.fuse(model, parallel=ParallelConfig(tensor_parallel_size=2, timeout=3.0))
+    llm = LLM(model, level="none", max_num_seqs=4, kv_cache_blocks=32)
+
+    def refuse(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if rank in ranks and (inputs["input_ids"] == 41).any():
+            raise ValueError("no such picture")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+    outputs = llm.generate([[3, 9, 7], [5, 41, 6], [8]], params)
+    return [(output.error, output.outputs[0].token_ids) for output in outputs]
+
+
+def test_a_request_on_which_all_ranks_fail_ends_alone(two: Pool) -> None:
+    ours, theirs = two.run(failing, (0, 1))
+    assert ours == theirs
+    assert [error for error, _ in ours] == [None, "ValueError: no such picture", None]
+    well, _ = two.run(failing, ())
+    assert ours[::2] == well[::2]
+    assert well[1][0] is None
+
+
+def test_a_rank_that_fails_alone_ends_all(two: Pool) -> None:
+    for fine, answer in two.try_all(failing, (1,)):
+        assert not fine
+        assert answer[0] is ParallelError
+
+
 def split_apart(rank: int) -> None:
     """In a worker: one rank takes in a token that the other did not sample."""
     llm = LLM("demo", dtype="float32", device="cpu", parallel=CONFIGS["tp"])

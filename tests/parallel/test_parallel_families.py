@@ -50,12 +50,9 @@ def test_two_ranks(name: str, two: Pool) -> None:
     assert ("shared experts whole" in report) == (name in WHOLE_SHARED), report
 
 
-@pytest.mark.parametrize(
-    ("name", "modes"),
-    [("deepseek_v3", FOUR), ("qwen3_moe", ["tp2_dp2_ep"]), ("gemma4", ["tp2_dp2_ep"])],
-)
-def test_four_ranks(name: str, modes: list[str], four: Pool) -> None:
-    ask(four, name, modes)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_four_ranks(name: str, four: Pool) -> None:
+    ask(four, name, FOUR if name == "deepseek_v3" else ["tp2_dp2_ep"])
 
 
 def test_heads_are_not_cut(four: Pool) -> None:

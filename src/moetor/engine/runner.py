@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from moetor.engine.graphs import DecodeGraphs, graph_sizes
 from moetor.engine.launched import Launched, Rows, Started, prompt_logprobs
 from moetor.engine.load import ExpertLoad
 from moetor.engine.lockstep import Agreed, Lockstep
+from moetor.engine.messages import gather
 from moetor.engine.model import ServedModel
 from moetor.engine.prompt_graphs import PromptGraphs, prompt_sizes
 from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs
@@ -66,6 +67,7 @@ class Runner:
     ) -> None:
         self.served, self.strategy, self.load, self.offload = served, strategy, load, offload
         self.lockstep = Lockstep(groups) if groups is not None and groups.config.joint else None
+        self._ranks = groups
         self._patience = None if groups is None else groups.config.timeout
         self.balancer = balancer
         device = served.device
@@ -339,8 +341,7 @@ class Runner:
                 rows.add(group, call(group))
                 continue
             except Exception as error:
-                if self._patience is not None:
-                    raise  # other ranks may be in the middle of it: it cannot be tried again
+                self._check_that_all_failed(error)
                 if len(group) == 1:
                     errors[group[0].sequence] = error
                     continue
@@ -349,8 +350,24 @@ class Runner:
                 try:
                     rows.add([part], call([part]))
                 except Exception as error:
+                    self._check_that_all_failed(error)
                     errors[part.sequence] = error
         return rows
+
+    def _check_that_all_failed(self, error: Exception) -> None:
+        """Ranks that compute the same go on together where all of them have failed alike. Another
+        one may be in the middle of the call instead, and does not answer: then none can go on.
+
+        Raises:
+            Exception: the error, where they cannot.
+        """
+        if self._ranks is None:
+            return
+        if self.lockstep is None:
+            with suppress(RuntimeError):
+                if len(set(gather(type(error).__name__, self._ranks.aside))) == 1:
+                    return
+        raise error
 
     def _groups(
         self, parts: Items[Scheduled]

@@ -32,6 +32,8 @@ class ParallelGroups:
     Attributes:
         world: all ranks, data-parallel groups one after the other.
         tensor: the ranks that share this rank's tokens and its copy of the attention.
+        aside: the ranks of `tensor` once more, for questions that must not be taken for one of the
+            model's collectives.
         data: the ranks at the same place of the other tensor-parallel groups.
         mesh: the same as a mesh with the dimensions `dp` and `tp`.
     """
@@ -40,6 +42,7 @@ class ParallelGroups:
     rank: int
     world: dist.ProcessGroup
     tensor: dist.ProcessGroup
+    aside: dist.ProcessGroup
     data: dist.ProcessGroup
     mesh: DeviceMesh
 
@@ -151,6 +154,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
         rank=rank,
         world=_mine([list(range(world_size))], rank, options),
         tensor=tensor,
+        aside=_mine(grid, rank, options),
         data=data,
         mesh=mesh,
     )
