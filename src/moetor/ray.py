@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -114,8 +114,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         UsageError: see `replica_options`.
     """
     options = replica_options(args)
-    settings = asdict(replace(options))
-    return deployment(options).bind(settings)
+    return deployment(options).bind(asdict(options))
 
 
 def deployment(options: ServeOptions) -> serve.Deployment:

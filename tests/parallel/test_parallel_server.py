@@ -41,7 +41,7 @@ def alive(pid: int) -> bool:
 
 
 def test_a_launched_server_answers_and_drains() -> None:
-    server = ServerProcess(*FLAGS, "-dp", "2", "--enable-expert-parallel")
+    server = ServerProcess(*FLAGS, "-dp", "2", "--enable-expert-parallel", "--max-waiting", "0")
     ranks = children(server.process.pid)
     assert sorted(map(rank_of, ranks)) == ["RANK=0", "RANK=1"]
     answers = []
@@ -58,6 +58,11 @@ def test_a_launched_server_answers_and_drains() -> None:
     texts = sorted((one["choices"][0]["text"] for one in answers), key=len)
     assert texts[2].startswith(texts[1])
     assert texts[1].startswith(texts[0])
+    server.idle()
+    for choices, status in ((16, 200), (17, 429)):  # 8 places in each group
+        body = {**PROMPT, "n": choices, "temperature": 1, "max_tokens": 2}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == status
     server.idle()
     assert server.stop() == 0, "".join(server.log)
     assert not any(map(alive, ranks))

@@ -28,7 +28,8 @@ class AsyncEngine(EngineClient):
     """
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.intake, engine.config, described(engine))
+        groups = engine.core.data_parallel_size
+        super().__init__(engine.intake, engine.config, described(engine), groups=groups)
         self.engine = engine
         self._loops: dict[str, asyncio.AbstractEventLoop] = {}
         self._loop = EngineLoop(engine, self._take)

@@ -124,13 +124,18 @@ class EngineClient(ABC):
         intake: makes requests and refuses bad ones.
         config: the engine's settings.
         fused: what the fusion report says.
+        groups: data-parallel groups, of which each computes `max_num_seqs` sequences.
 
     Attributes:
+        places: sequences that are computed at the same time, at most.
         errors: what ended steps since the start, as text, the last ones.
     """
 
-    def __init__(self, intake: Intake, config: EngineConfig, fused: Fused) -> None:
+    def __init__(
+        self, intake: Intake, config: EngineConfig, fused: Fused, *, groups: int = 1
+    ) -> None:
         self.intake, self.config, self.fused = intake, config, fused
+        self.places = groups * config.max_num_seqs
         self.errors: deque[str] = deque(maxlen=100)
         self._numbers = itertools.count()
         self._streams: dict[str, OutputStream] = {}

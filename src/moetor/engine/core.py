@@ -65,6 +65,11 @@ class EngineCore:
         return self.scheduler.idle and self._flying is None
 
     @property
+    def data_parallel_size(self) -> int:
+        """Cores that share the requests out."""
+        return 1
+
+    @property
     def patience(self) -> float | None:
         """Seconds without a step after which `rest` is to be called; None where nobody waits."""
         return None

@@ -80,7 +80,8 @@ class EngineProcess(EngineClient):
         if isinstance(told, Failed):
             raise told.error
         assert isinstance(told, Ready)
-        super().__init__(told.intake, config, told.fused)
+        groups = 1 if source.parallel is None else source.parallel.data_parallel_size
+        super().__init__(told.intake, config, told.fused, groups=groups)
         self._stats = told.stats
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None

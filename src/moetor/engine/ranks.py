@@ -107,7 +107,7 @@ class RankedCore(EngineCore):
         super().__init__(runner, scheduler, tokenizer, grammars, overlap=overlap)
         self.groups = groups
         self._homes: dict[str, int] = {}
-        self._sequences = [0] * groups.config.data_parallel_size
+        self._sequences = [0] * self.data_parallel_size
         self._told: dict[Sequence, int] = {}
         self._numbers = itertools.count()
         self._number_of: dict[str, int] = {}
@@ -116,6 +116,11 @@ class RankedCore(EngineCore):
         self._digest = self._passes = 0
         self._leads = False
         self._done: list[tuple[Literal["add", "abort"], bytes]] = []
+
+    @property
+    def data_parallel_size(self) -> int:
+        """See `EngineCore.data_parallel_size`."""
+        return self.groups.config.data_parallel_size
 
     @property
     def idle(self) -> bool:
@@ -169,7 +174,7 @@ class RankedCore(EngineCore):
             if self._leads:
                 self._order("step")
             changed = super().step()
-            if self.groups.config.data_parallel_size > 1:
+            if self.data_parallel_size > 1:
                 changed += self._exchange(changed)
             self._compare()
         except Exception as error:

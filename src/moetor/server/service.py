@@ -130,7 +130,7 @@ class Service:
         self.images = ImageLoader(config.allow_image_host)
         self.draining = False
         self.sequences = 0
-        self._most = engine.config.max_num_seqs + config.max_waiting
+        self._most = engine.places + config.max_waiting
         # One thread: a tokenizer's settings are not safe to share, and its work would otherwise
         # hold up every other stream.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="moetor-tokenizer")
