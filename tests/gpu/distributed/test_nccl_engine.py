@@ -92,9 +92,9 @@ def _rank(rank: int, folder: str, port: int) -> None:
             told[name] = error, llm.stats().graph_steps
         except Exception:
             told[name] = traceback.format_exc()
-            if "NCCL" in told[name]:
-                break
-    torch.save(told, Path(folder) / f"rank{rank}.pt")
+        torch.save(told, Path(folder) / f"rank{rank}.pt")
+        if isinstance(told[name], str) and "NCCL" in told[name]:
+            break
     dist.destroy_process_group()
 
 
