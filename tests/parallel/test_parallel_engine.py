@@ -223,8 +223,13 @@ def test_a_request_on_which_all_ranks_fail_ends_alone(two: Pool) -> None:
     assert well[1][0] is None
 
 
-def test_a_rank_that_fails_alone_ends_all(two: Pool) -> None:
-    for fine, answer in two.try_all(failing, (1,)):
+def test_a_rank_that_fails_alone_ends_all() -> None:
+    pool = Pool(2)  # whose connections are broken afterwards
+    try:
+        answers = pool.try_all(failing, (1,))
+    finally:
+        pool.close()
+    for fine, answer in answers:
         assert not fine
         assert answer[0] is ParallelError
 
