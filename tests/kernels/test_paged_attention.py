@@ -136,8 +136,6 @@ def main(seed: int) -> None:
             if max(case.new) == 1:
                 plans += [replace(plan, splits=4, keys=16), replace(plan, heads=1)]
                 plans += [replace(plan, splits=4, keys=16, least=n) for n in (32, 4096)]
-                if case.widths[0] & (case.widths[0] - 1) == 0:
-                    plans += [replace(tried, early=not tried.early) for tried in plans]
             for tried in plans:
                 found = run_attention(plan=tried, decode=max(case.new) == 1, **options)
                 error = largest_error(found, oracle)

@@ -24,8 +24,6 @@ _COMBINE = 8192
 _PROGRAMS_PER_SM = 4
 _FEW_PROGRAMS = 16
 _SHORT = 256
-# Of keys and values that a program of four warps holds in registers.
-_EARLY_BYTES = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +36,6 @@ class AttentionPlan:
         keys: BN.
         splits: of a sequence's keys, a power of two; 1 for none.
         least: keys of a split, at least; a multiple of `keys`.
-        early: the first tile is read before the launch before has ended.
         warps, stages: of a program.
         overlap: starts while the launch before ends.
     """
@@ -50,7 +47,6 @@ class AttentionPlan:
     warps: int
     stages: int
     least: int = 1
-    early: bool = False
     overlap: bool = False
 
 
@@ -144,7 +140,6 @@ def attention_plan(
     splits = 1
     while 2 * splits <= min(_PROGRAMS_PER_SM * sms // programs, most):
         splits *= 2
-    held = keys * (width + next_power_of_2(value_width)) * itemsize
     return AttentionPlan(
         rows=rows,
         heads=heads,
@@ -153,8 +148,6 @@ def attention_plan(
         # With enough programs for all multiprocessors, splitting a short context costs more than
         # it hides.
         least=_SHORT if programs >= sms // 2 else 1,
-        # It takes registers that many programs would miss.
-        early=held <= _EARLY_BYTES and width & (width - 1) == 0 and programs <= 2 * sms,
         warps=4,
         stages=min(stages, 2),
         overlap=overlap,
@@ -321,7 +314,6 @@ def run_attention(
             SOFTCAP=None if softcap is None else float(softcap),
             SP=1 if decode else next_power_of_2(sequences),
             DECODE=decode,
-            EARLY=plan.early and decode,
             BM=plan.rows,
             BQ=tokens_of_tile,
             STAGES=plan.stages,

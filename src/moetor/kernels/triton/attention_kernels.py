@@ -154,7 +154,6 @@ def attend(
     SP: tl.constexpr,
     DECODE: tl.constexpr,
     ONLY: tl.constexpr,
-    EARLY: tl.constexpr,
     SPLITS: tl.constexpr,
     LEAST: tl.constexpr,
     BM: tl.constexpr,
@@ -172,8 +171,7 @@ def attend(
     ONLY leaves out sequences with more tokens than one, or with one.
 
     Lengths and tables are read before the launches before have ended: they are inputs of a step,
-    which nothing in it writes. With EARLY so are the first tile's keys and values, all but those of
-    the new token: older ones were written by earlier steps.
+    which nothing in it writes.
     """
     if PDL:
         gdc_launch_dependents()
@@ -206,13 +204,6 @@ def attend(
     table = block_table + seq * stride_table
     n = tl.arange(0, BN)
     d1, d2, dv = tl.arange(0, D1), tl.arange(0, D2), tl.arange(0, DVP)
-    if EARLY:
-        key = low + n
-        inside = key < high
-        old = inside & (key < length - 1)
-        block = tl.load(table + key // BS, mask=inside, other=0).to(tl.int64)
-        k1 = _rows(keys, block * stride_kb + (key % BS) * stride_kt, old, d1, D, D1)
-        v = _rows(values, block * stride_vb + (key % BS) * stride_vt, old, dv, DV, DVP)
     if PDL:
         gdc_wait()
     if (block_q * BQ >= count_q) | (low >= high) | _other(count_q, ONLY):
@@ -237,20 +228,6 @@ def attend(
     acc = tl.zeros((BM, DVP), tl.float32)
     LIMITED: tl.constexpr = WINDOW or CHUNK
     row_low = _first_key(position, window, WINDOW, CHUNK)
-    if EARLY:
-        new = length - 1
-        if (new >= low) & (new < low + BN):
-            its_block = tl.load(table + new // BS).to(tl.int64)
-            new_k = keys + its_block * stride_kb + (new % BS) * stride_kt
-            new_v = values + its_block * stride_vb + (new % BS) * stride_vt
-            own = (key == new)[:, None]
-            k1 = tl.where(own, tl.load(new_k + d1)[None, :], k1)
-            v = tl.where(own, tl.load(new_v + dv, mask=dv < DV, other=0.0)[None, :], v)
-        raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        best, total, acc = _take_in(
-            raw, v, key, inside, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
-        )
-        low += BN
     for key0 in tl.range(low, high, BN, num_stages=STAGES):
         key = key0 + n
         inside = key < high

@@ -42,13 +42,6 @@ def _best(values, free, places, END: tl.constexpr):
 
 
 @triton.jit
-def _in_order(x):
-    """A whole number for each float32, in their order: a warp compares these in one instruction."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0.0 counts as 0.0
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
 def _limit_groups(
     choice,
     inside,
@@ -133,13 +126,14 @@ def route_tokens(
         choice = _limit_groups(choice, inside, n, N, NP, GROUPS, GP, KEPT, TOP2, MASK_ZERO)
     slot = tl.arange(0, KP)
     ids = tl.zeros((KP,), tl.int32)
-    TAKEN: tl.constexpr = -(2**31)
-    order = tl.where(inside, _in_order(choice), TAKEN)
+    kept = tl.zeros((KP,), tl.float32)
+    free = inside
     for k in range(K):
-        expert = tl.min(tl.where(order == tl.max(order, axis=0), n, NP), axis=0)
-        order = tl.where(n == expert, TAKEN, order)
+        expert = _best(choice, free, n, NP)
+        free = free & (n != expert)
+        score = tl.sum(tl.where(n == expert, scores, 0.0), axis=0)
         ids = tl.where(slot == k, expert, ids)
-    kept = tl.gather(scores, ids, 0)
+        kept = tl.where(slot == k, score, kept)
     real = slot < K
     weight = _score(kept, real, SCORING) if AFTER else kept
     weight = tl.where(real, weight, 0.0)
