@@ -74,6 +74,7 @@ TEXT_BENCH: dict[str, object] = {
     "--enforce-eager": False,
     "--fuse-dense": "auto",
     "--record-expert-load": False,
+    "--enable-return-routed-experts": False,
     "--json": None,
     "--debug": False,
 }
@@ -128,6 +129,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--quantization": None,
         "--enable-prefix-caching": True,
         "--record-expert-load": True,
+        "--enable-return-routed-experts": False,
         "--host": "127.0.0.1",
         "--port": 8000,
         "--api-key": None,

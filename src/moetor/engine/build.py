@@ -106,6 +106,8 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
             balancer=take_balancer(model),
             offload=offload_of(model),
         )
+    if config.enable_return_routed_experts:
+        runner.keep_routes(plan.num_blocks, config.block_size)
     without_graphs = _capture(runner, config, groups)
     blocks = BlockManager(
         plan.num_blocks,
@@ -124,7 +126,9 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         ends=end_tokens(model, tokenizer),
         max_model_len=plan.max_model_len,
         seed=config.seed,
-        text_only=served.is_encoder_decoder or runner.lockstep is not None,
+        text_only=served.is_encoder_decoder
+        or runner.lockstep is not None
+        or runner.routes is not None,
         separate_prompt=served.is_encoder_decoder,
         pictures=_pictures(source, served, runner),
     )
@@ -154,6 +158,8 @@ def _pictures(source: ModelSource, served: ServedModel, runner: Runner) -> Pictu
         return "the model takes text alone"
     if runner.lockstep is not None:
         return "data-parallel ranks that share experts take text alone"
+    if runner.routes is not None:
+        return "routed experts are given back for prompts of text alone"
     if source.processor is not None:
         return PictureReader(source.processor)
     if not isinstance(source.model, str):

@@ -69,6 +69,10 @@ class EngineConfig:
     record_expert_load: bool = field(
         default=False, metadata=_flag("count how many tokens each expert gets")
     )
+    enable_return_routed_experts: bool = field(
+        default=False,
+        metadata=_flag("give back which experts each token of a sequence went to"),
+    )
     load_format: LoadFormat = field(
         default="auto",
         metadata=_flag("dummy makes random weights of the model's shapes instead of reading them"),

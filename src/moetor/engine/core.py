@@ -274,6 +274,8 @@ class EngineCore:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        if self.runner.routes is not None and reason in ("stop", "length"):
+            sequence.routed_experts = self.runner.routes.of(sequence)
         self.scheduler.finish(sequence, reason)
         self.runner.forget(sequence)
 

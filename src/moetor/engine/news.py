@@ -8,7 +8,7 @@ plain values, because a process of its own pickles them at every step.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moetor.engine.outputs import (
     CompletionOutput,
@@ -38,6 +38,7 @@ class SequenceNews(NamedTuple):
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    routed_experts: Any = None
 
 
 class RequestNews(NamedTuple):
@@ -108,6 +109,7 @@ def take_news(request: Request, news: RequestNews) -> None:
             for token, entry in zip(told.token_ids, told.logprobs, strict=True):
                 sequence.cumulative_logprob += entry[token].logprob
         sequence.finish_reason, sequence.stop_reason = told.finish_reason, told.stop_reason
+        sequence.routed_experts = told.routed_experts
     if news.metrics is not None:
         request.metrics = news.metrics
     if news.prompt_logprobs is not None:
@@ -140,6 +142,7 @@ def news_of(request: Request) -> RequestNews:
                 logprobs,
                 sequence.finish_reason,
                 sequence.stop_reason,
+                sequence.routed_experts,
             )
         )
     if not (first or finished):
@@ -176,6 +179,7 @@ def _completion(sequence: Sequence) -> CompletionOutput:
         stop_reason=sequence.stop_reason,
         new_text=new,
         new_token_ids=ids[sequence.reported :],
+        routed_experts=sequence.routed_experts,
     )
     sequence.reported = len(ids)
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -31,6 +31,9 @@ class CompletionOutput:
         finish_reason: `stop`, `length`, `abort` or `error`; None while it goes on.
         stop_reason: the stop string or stop token id that ended it; None for an end token of the
             model.
+        routed_experts: ids of the experts that each token of prompt and continuation went to, but
+            for the last one, which was never computed: an array int32 [tokens, layers, top_k].
+            With `enable_return_routed_experts`, once the continuation has ended.
     """
 
     index: int
@@ -42,6 +45,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     new_text: str = ""
     new_token_ids: list[int] = field(default_factory=list)
+    routed_experts: Any = None
 
     @property
     def finished(self) -> bool:

@@ -27,10 +27,12 @@ from moetor.engine.lockstep import Agreed, Lockstep
 from moetor.engine.messages import gather
 from moetor.engine.model import ServedModel
 from moetor.engine.prompt_graphs import PromptGraphs, prompt_sizes
+from moetor.engine.routes import SequenceRoutes
 from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
+from moetor.errors import ConfigError
 from moetor.layer.offload import ExpertOffload
 from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
@@ -84,6 +86,7 @@ class Runner:
         self._max_blocks = max_blocks
         self.cache: EngineCache | None = None
         self.states: StateSlots | None = None
+        self.routes: SequenceRoutes | None = None
         if strategy.paged:
             self.cache = EngineCache(
                 served.config,
@@ -97,8 +100,29 @@ class Runner:
                     served.config, self.cache.layers, strategy.example_layers, rows + 1
                 )
 
+    def keep_routes(self, num_blocks: int, block_size: int) -> None:
+        """Notes from now on which experts each token goes to; before graphs are captured.
+
+        Raises:
+            ConfigError: it cannot be noted here.
+        """
+        if self.cache is None or self._ranks is not None:
+            reason = "each sequence has a cache of its own" if self.cache is None else ""
+            raise ConfigError(
+                "enable_return_routed_experts is for one rank and a paged cache; here "
+                + (reason or "several ranks share the model")
+            )
+        self.routes = SequenceRoutes(
+            self.served.composite,
+            self.cache,
+            slots=num_blocks * block_size,
+            block_size=block_size,
+            outer=self.load,
+        )
+
     def _recording(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.load is None else self.load.recording()
+        recorder = self.load if self.routes is None else self.routes
+        return nullcontext() if recorder is None else recorder.recording()
 
     @torch.inference_mode()
     def start(self, step: Step) -> Started | None:
@@ -231,7 +255,7 @@ class Runner:
         Raises:
             RuntimeError: something in the model cannot be captured.
         """
-        shared = (self.lockstep, self.load, self.offload, self.states)
+        shared = (self.lockstep, self.load, self.offload, self.states, self.routes)
         if not self.strategy.paged or any(one is not None for one in shared):
             return
         graphs = PromptGraphs(

@@ -50,6 +50,8 @@ class Sequence:
         blocks: of the paged cache, in order; `hashes` of those that are filed.
         cache: the model's own cache object, under the strategy that gives each sequence one.
         text: its incremental decoder.
+        routed_experts: of all its tokens but the last, int32 [tokens, layers, top_k], once it has
+            ended well and where the engine keeps them.
         grammar: how far the text has come in the form that it must have.
         reported: tokens that were reported to whoever asked.
         written_blocks: how many of `blocks` the runner's table has.
@@ -74,6 +76,7 @@ class Sequence:
     stop_reason: int | str | None = None
     text: Any = None
     grammar: Grammar | None = None
+    routed_experts: Any = None
     reported: int = 0
     written_blocks: int = 0
 

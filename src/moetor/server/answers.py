@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
+
+import numpy as np
 
 from moetor.engine import CompletionOutput, RequestOutput
 from moetor.server.errors import ApiError
@@ -87,6 +91,17 @@ def checked(output: RequestOutput) -> RequestOutput:
     if any(one.finish_reason == "abort" for one in output.outputs):
         raise unavailable("the request was ended before it was done: the server is stopping")
     return output
+
+
+def routed_experts(one: CompletionOutput) -> dict[str, str]:
+    """The field of a choice that tells which experts its tokens went to, as vLLM encodes it: an
+    array in numpy's file format, in base64. Empty where the engine does not keep it.
+    """
+    if one.routed_experts is None:
+        return {}
+    file = io.BytesIO()
+    np.save(file, one.routed_experts)
+    return {"routed_experts": base64.b64encode(file.getvalue()).decode()}
 
 
 def usage(outputs: Sequence[RequestOutput], *, generated: bool = True) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from moetor.engine import CompletionOutput, RequestOutput
-from moetor.server.answers import Answer
+from moetor.server.answers import Answer, routed_experts
 from moetor.server.conversation import conversation_prompt, prompt_ids
 from moetor.server.errors import refusal
 from moetor.server.forms import chat_form
@@ -114,6 +114,7 @@ class _Answer(Answer):
                     "logprobs": self._logprobs(one, one.token_ids),
                     "finish_reason": self._reason(one),
                     "stop_reason": one.stop_reason,
+                    **routed_experts(one),
                 }
             )
         return choices
@@ -143,7 +144,7 @@ class _Answer(Answer):
             "finish_reason": self._reason(one),
         }
         if one.finished:
-            choice["stop_reason"] = one.stop_reason
+            choice |= {"stop_reason": one.stop_reason, **routed_experts(one)}
         return self._chunks.choice(choice)
 
     def _parse(self, one: CompletionOutput, text: str) -> tuple[str, list[dict[str, Any]]]:

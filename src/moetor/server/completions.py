@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from moetor.engine import CompletionOutput, RequestOutput
-from moetor.server.answers import Answer, usage
+from moetor.server.answers import Answer, routed_experts, usage
 from moetor.server.errors import refusal
 from moetor.server.forms import text_form
 from moetor.server.logprobs import TextLogprobs
@@ -179,4 +179,5 @@ def _choice(
         "logprobs": logprobs,
         "finish_reason": one.finish_reason,
         "stop_reason": one.stop_reason,
+        **routed_experts(one),
     }

@@ -96,6 +96,7 @@ class ChatChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None
+    routed_experts: str = ""
 
 
 class ChatCompletion(Answer):
@@ -126,6 +127,7 @@ class TextChoice(Answer):
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
+    routed_experts: str = ""
 
 
 class Completion(Answer):
