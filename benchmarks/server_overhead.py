@@ -215,7 +215,7 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
     if asked.json is not None:
         command = "python benchmarks/server_overhead.py " + " ".join(sys.argv[1:])
-        held = {"command": command, **describe_run("cpu", asked.threads), "figures": figures}
+        held = {**describe_run("cpu", asked.threads), "command": command, "figures": figures}
         asked.json.write_text(json.dumps(held, indent=1) + "\n")
 
 

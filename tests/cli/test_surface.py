@@ -147,6 +147,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--drain-timeout": 30.0,
         "--log-level": "info",
         "--log-interval": 10.0,
+        "--otlp-traces-endpoint": None,
         "--expert-token-metrics": False,
         "--config": None,
         "--debug": False,

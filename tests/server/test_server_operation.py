@@ -145,7 +145,7 @@ def test_a_dead_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (await http.get("/health")).status_code == 200
             monkeypatch.setattr(engine.engine.core.runner, "start", broken)
             answer = await http.post(TEXT, json=body)
-            assert answer.status_code == 500
+            assert answer.status_code == 503
             assert "has stopped" in answer.json()["error"]["message"]
             assert (await http.get("/health")).status_code == 503
             assert (await http.post(TEXT, json=body)).status_code == 503

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from moetor.engine.build import Engine, build_engine, described
-from moetor.engine.client import EngineClient, OutputStream
+from moetor.engine.client import STOPPED, EngineClient, OutputStream
 from moetor.engine.config import EngineConfig
 from moetor.engine.load import expert_counts
 from moetor.engine.loop import EngineLoop
@@ -111,7 +111,7 @@ class AsyncEngine(EngineClient):
             stream, loop = self._streams.get(name), self._loops.get(name)
             self._forget(name)
             if stream is not None and loop is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(stream.fail, f"the engine has stopped: {self._dead}")
+                loop.call_soon_threadsafe(stream.fail, f"{STOPPED}: {self._dead}")
 
     def _forget(self, request_id: str) -> None:
         super()._forget(request_id)

@@ -19,6 +19,9 @@ from moetor.engine.source import Fused
 from moetor.engine.text import Decode, decode_function
 from moetor.errors import InputError, MoetorError
 
+STOPPED = "the engine has stopped"
+"""How the error of a request begins that did not fail itself."""
+
 
 class EngineStoppedError(MoetorError, RuntimeError):
     """The engine was shut down, or has ended."""

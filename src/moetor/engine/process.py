@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from moetor.engine.client import EngineClient, EngineStoppedError, OutputStream
+from moetor.engine.client import STOPPED, EngineClient, EngineStoppedError, OutputStream
 from moetor.engine.config import EngineConfig
 from moetor.engine.outputs import EngineStats
 from moetor.engine.sequence import Request
@@ -140,7 +140,7 @@ class EngineProcess(EngineClient):
         await self.connect()
         if self._ended:  # since this call began
             self._forget(request.request_id)
-            stream.fail(f"the engine has stopped: {self._dead or 'it was shut down'}")
+            stream.fail(f"{STOPPED}: {self._dead or 'it was shut down'}")
             return
         self._send(Add(request))
 
@@ -191,7 +191,7 @@ class EngineProcess(EngineClient):
             self._dead = why
         for name, stream in list(self._streams.items()):
             self._forget(name)
-            stream.fail(f"the engine has stopped: {why}")
+            stream.fail(f"{STOPPED}: {why}")
         for answer in self._loads.values():
             if not answer.done():
                 answer.set_exception(EngineStoppedError(f"the engine has ended: {why}"))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moetor.engine import CompletionOutput, RequestOutput
+from moetor.engine.client import STOPPED
 from moetor.server.errors import ApiError
 from moetor.server.protocol import StreamOptions
 from moetor.server.service import Job, unavailable
@@ -86,6 +87,8 @@ def checked(output: RequestOutput) -> RequestOutput:
     Raises:
         ApiError: it does not.
     """
+    if output.error is not None and output.error.startswith(STOPPED):
+        raise unavailable(output.error)
     if output.error is not None:
         raise ApiError(500, f"the engine failed on this request: {output.error}")
     if any(one.finish_reason == "abort" for one in output.outputs):

@@ -56,7 +56,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     )
     service.check_length(prompt_ids(prompt), limit, "messages")
     name = request_name("chatcmpl")
-    job = await service.submit([prompt], params, name)
+    job = await service.submit([prompt], params, name, request.headers)
     answer = _Answer(service, body, name, offer)
     return await service.respond(request, answer, job, name, stream=bool(body.stream))
 

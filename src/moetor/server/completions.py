@@ -50,7 +50,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     for ids, _ in prompts:
         service.check_length(ids, max_tokens, "prompt")
     name = request_name("cmpl")
-    job = await service.submit([ids for ids, _ in prompts], params, name)
+    job = await service.submit([ids for ids, _ in prompts], params, name, request.headers)
     answer = _Answer(service, body, name, [text for _, text in prompts], alone)
     return await service.respond(request, answer, job, name, stream=bool(body.stream))
 

@@ -111,6 +111,14 @@ class ServerConfig:
         default=10.0, metadata=_flag(SERVER, "between two lines of figures", "SECONDS")
     )
 
+    otlp_traces_endpoint: str | None = field(
+        default=None,
+        metadata=_flag(
+            SERVER,
+            "collector that gets OpenTelemetry traces, by OTLP over HTTP; needs moetor[otel]",
+            "URL",
+        ),
+    )
     expert_token_metrics: bool = field(
         default=False,
         metadata=_flag(SERVER, "tell every expert's tokens in /metrics, a line for each"),

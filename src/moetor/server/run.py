@@ -18,6 +18,7 @@ from moetor.server.config import ServerConfig
 from moetor.server.figures import log_figures
 from moetor.server.http import bounded_protocol
 from moetor.server.service import Service
+from moetor.server.traces import require_otel
 
 _log = logging.getLogger("moetor.server")
 # Past the draining: answers of ended requests are written.
@@ -37,6 +38,8 @@ def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: 
     logging.getLogger("moetor").setLevel(config.log_level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config.api_keys()
+    if config.otlp_traces_endpoint is not None:
+        require_otel()
     with listen(config.host, config.port) as listening:
         engine = make_engine()
         try:
@@ -44,6 +47,9 @@ def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: 
             # uvicorn raises the signal again when it is done, for whoever had the handler before.
             signal.signal(signal.SIGTERM, lambda *_: None)
             _Server(app, config).run(sockets=[listening])
+            service: Service = app.state.service
+            if service.traces is not None:
+                service.traces.close()
         finally:
             asyncio.run(engine.shutdown())
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
@@ -22,6 +22,7 @@ from moetor.engine import (
     SamplingParams,
 )
 from moetor.engine.grammar import GrammarCompiler
+from moetor.engine.sequence import Request as EngineRequest
 from moetor.engine.text import decode_function
 from moetor.errors import InputError
 from moetor.server.config import ServerConfig
@@ -30,6 +31,7 @@ from moetor.server.forms import Form
 from moetor.server.images import ImageLoader
 from moetor.server.metrics import Metrics
 from moetor.server.streams import EventStream, while_connected
+from moetor.server.traces import Traces
 
 _log = logging.getLogger("moetor.server")
 Result = TypeVar("Result")
@@ -43,15 +45,22 @@ class Job:
         choices: continuations of each prompt.
         metrics: count it.
         release: called once, at the end.
+        ended: called then with each prompt's request.
     """
 
     def __init__(
-        self, name: str, choices: int, metrics: Metrics, release: Callable[[], None]
+        self,
+        name: str,
+        choices: int,
+        metrics: Metrics,
+        release: Callable[[], None],
+        ended: Callable[[EngineRequest], None],
     ) -> None:
         self.name, self.choices = name, choices
         self.streams: list[OutputStream] = []
         self._metrics = metrics
         self._release: Callable[[], None] | None = release
+        self._ended = ended
         self._begin = time.monotonic()
 
     def take(self, stream: OutputStream) -> None:
@@ -82,6 +91,7 @@ class Job:
         for request in requests:
             if request.finished:
                 self._metrics.finished(request)
+            self._ended(request)
         left = sum(not request.finished for request in requests)
         if left:
             self._metrics.ended("abort", left * self.choices)
@@ -119,6 +129,7 @@ class Service:
         names: what the model is called; the first stands in answers.
         created: Unix time of the start.
         images: gets the pictures of messages.
+        traces: gets a span for each prompt; None where none is asked for.
         draining: whether the server is going down.
     """
 
@@ -127,6 +138,8 @@ class Service:
         self.names = config.served_model_name or (name,)
         self.created = int(time.time())
         self.metrics = Metrics(engine, self.names[0], expert_tokens=config.expert_token_metrics)
+        endpoint = config.otlp_traces_endpoint
+        self.traces = None if endpoint is None else Traces(endpoint, self.names[0])
         self.images = ImageLoader(config.allow_image_host)
         self.draining = False
         self.sequences = 0
@@ -242,8 +255,17 @@ class Service:
                 "context_length_exceeded",
             )
 
-    async def submit(self, prompts: Sequence[Any], params: SamplingParams, name: str) -> Job:
+    async def submit(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams,
+        name: str,
+        headers: Mapping[str, str],
+    ) -> Job:
         """Queues prompts; all of them, or none.
+
+        Args:
+            headers: of the request, for its trace.
 
         Raises:
             ApiError: the queue is full, the engine is down, or it refuses a prompt.
@@ -260,7 +282,13 @@ class Service:
         if not self.healthy:
             raise unavailable("the engine takes no requests: it has stopped or is about to")
         self.sequences += wanted
-        job = Job(name, params.n, self.metrics, lambda: self._release(wanted))
+        job = Job(
+            name,
+            params.n,
+            self.metrics,
+            lambda: self._release(wanted),
+            lambda request: self._trace(request, name, headers),
+        )
         try:
             for index, prompt in enumerate(prompts):
                 job.take(
@@ -294,6 +322,10 @@ class Service:
         finally:
             await job.aclose()
         return JSONResponse(content, headers=headers)
+
+    def _trace(self, request: EngineRequest, name: str, headers: Mapping[str, str]) -> None:
+        if self.traces is not None:
+            self.traces.ended(request, name, headers)
 
     def _release(self, sequences: int) -> None:
         self.sequences -= sequences
