@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import moetor
 from huggingface.tiny import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3, Tiny
@@ -23,6 +24,7 @@ from moetor.errors import (
     MoetorError,
 )
 from moetor.huggingface import loading
+from moetor.huggingface.dummy import dummy_model
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.offloading import offload_of
 from moetor.huggingface.streaming import PlainSink
@@ -234,6 +236,26 @@ def test_auto_keeps_what_fits_on_the_gpu(
     # What is left holds hot experts: 13 - 8 - 2 for one layer, 5 - 2 for two.
     assert plan.cache_experts == {0: 0, 1: 3, 2: 1}[layers]
     assert plan.gpu_bytes <= config.gpu_memory
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_random_weights_are_made_where_they_stay(quantization: str | None, seed: int) -> None:
+    config = QWEN3.config(hidden_size=64, moe_intermediate_size=32, dtype=torch.float32)
+    beside = beside_cpu(cache_experts=1)
+    model = dummy_model(
+        config, AutoModelForCausalLM, torch.float32, torch.device("cpu"), 3, quantization, beside
+    )
+    stands_in = model.model.layers[1].mlp.experts.down_proj
+    assert not any(stands_in.stride())
+    assert any(model.model.layers[0].mlp.experts.down_proj.stride()) == (quantization is None)
+    report = moetor.fuse(model, quantization=quantization, cpu_experts=beside)
+    assert report.offload is not None
+    assert report.offload.layers == (report.blocks[1].name,)
+    found = logits(model, seed)
+    assert found.isfinite().all()
+    assert found.std() > 0
+    first, second = experts_of(model)[1].down_proj[:2]
+    assert not torch.equal(first, second)
 
 
 def test_loaded_for_host_memory_and_fused_as_if_not(saved: Callable[..., Path]) -> None:

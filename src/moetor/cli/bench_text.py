@@ -208,9 +208,22 @@ def _run(options: LatencyOptions | ThroughputOptions) -> int:
     else:
         record = _throughput(options, backends, vocabulary)
     print(f"kernels: {', '.join(report.kernels) or 'none of ours'}")
+    record |= _hot_experts(model)
     if options.json is not None and rank_number() == 0:
         _write(options, model, record | {"fusion": report.to_dict()})
     return 0
+
+
+def _hot_experts(model: Any) -> dict[str, float]:
+    """How often the cache had the experts that were chosen, where there is one."""
+    from moetor.huggingface.offloading import offload_of
+
+    group = offload_of(model)
+    if group is None or not group.hot.choices:
+        return {}
+    hits = group.hot.hits / group.hot.choices
+    print(f"hot experts: {group.cache_experts} of a layer, {hits:.1%} of what was chosen")
+    return {"hot_expert_hits": hits}
 
 
 def _config(options: TextBenchOptions) -> Any:
@@ -249,14 +262,15 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
 
     several = options.parallel() is not None
     device_name = join_ranks(options.device) if several else options.device
+    offload = _offload(options, config)
     if options.load_format == "dummy":
         dtype = loading.find_dtype(options.dtype) or config.dtype or torch.bfloat16
         device = loading.find_device(device_name)
         made = loading.model_class(config)
-        model = dummy_model(config, made, dtype, device, options.seed, options.quantization)
+        seed, quantization = options.seed, options.quantization
+        model = dummy_model(config, made, dtype, device, seed, quantization, offload)
         note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
         return model
-    offload = _offload(options, config)
     with progress(f"loading {options.model}", "tensors") as loaded:
         return loading.load_model(
             options.model,

@@ -319,7 +319,8 @@ def _dummy(source: ModelSource, config: EngineConfig) -> Any:
     device = loading.find_device(_device(source))
     made = loading.model_class(settings)
     quantization = None if source.level == "none" else source.quantization
-    return dummy_model(settings, made, dtype, device, config.seed, quantization)
+    offload = source.cpu_experts if source.level != "none" else None
+    return dummy_model(settings, made, dtype, device, config.seed, quantization, offload)
 
 
 def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionReport | None:

@@ -4,6 +4,7 @@ checkpoint."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,11 +17,14 @@ from moetor.errors import ConfigError
 from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.load_steps import no_info
+from moetor.huggingface.offloading import HostExperts, leave_host_experts, plan_offload
 from moetor.huggingface.quantized_loading import hold_experts
 from moetor.huggingface.streaming import stand_in
 from moetor.kernels.formats import ActivationFormat, QuantizedExpertWeights, find_format
+from moetor.kernels.native.pages import prefer_huge_pages
+from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import quant_config
+from moetor.quantization.method import make_method, quant_config
 from moetor.quantization.quantize import empty_matrix, quantize
 
 # Of Transformers' usual initial weights.
@@ -66,6 +70,7 @@ def dummy_model(
     device: torch.device,
     seed: int,
     quantization: str | QuantConfig | None = None,
+    cpu_experts: CpuExperts | OffloadConfig | None = None,
 ) -> PreTrainedModel:
     """A model of `config` in eval mode with random weights, drawn on `device` in `dtype`.
 
@@ -76,43 +81,61 @@ def dummy_model(
         model_class: a class of Transformers, or an Auto class, of the configuration's family.
         quantization: of the routed experts, which are then never there unquantised: all experts of
             a layer have the codes of one, its rows shifted; the model is for `fuse` alone.
+        cpu_experts: which experts are made in host memory, all of a layer from one as well, for
+            `fuse` with the same argument.
 
     Raises:
-        ConfigError: the family does not make a model of this configuration.
+        ConfigError: the family does not make a model of this configuration, or the experts do not
+            fit where `cpu_experts` says.
     """
-    quant = quant_config(quantization)
+    quant, offload = quant_config(quantization), offload_config(cpu_experts)
+    by_hand = quant is not None or offload is not None
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
-            with torch.device(device if quant is None else "meta"):
+            with torch.device("meta" if by_hand else device):
                 model: PreTrainedModel = make(config, dtype=dtype)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"no model could be made of this configuration: {error}") from error
-        if quant is not None:
-            _draw_quantized(model, quant, dtype, device)
+        if by_hand:
+            away: HostExperts | None = None
+            if offload is not None:
+                method = make_method(quantization, "auto", batch_invariant=False)
+                away = HostExperts(*plan_offload(model, offload, device, method, dtype), {})
+            _draw_apart(model, quant, away, dtype, device)
     return model.eval().requires_grad_(False)
 
 
-def _draw_quantized(
-    model: PreTrainedModel, quant: QuantConfig, dtype: torch.dtype, device: torch.device
+def _draw_apart(
+    model: PreTrainedModel,
+    quant: QuantConfig | None,
+    away: HostExperts | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Gives a model on the meta device its weights, the experts' quantised."""
+    """Gives a model on the meta device its weights, the experts' quantised, or in host memory."""
     held: dict[str, QuantizedExpertWeights] = {}
+    tensors: dict[str, torch.Tensor] = {}
     info = no_info()
     info.missing_keys = set(model.state_dict())
     for path, block, child in find_packed(model):
         module = f"{path}.{child}" if path else child
         experts = block.get_submodule(child)
         form = recognise_experts(experts)
-        if isinstance(form, Unrecognised):
+        on_host = away is not None and module in away.modules
+        if isinstance(form, Unrecognised) or (quant is None and not on_host):
             continue
         for name in ("gate_up_proj" if form.gated else "up_proj", "down_proj"):
             shape = experts.get_parameter(name).shape
             full = f"{module}.{name}"
             set_param_for_module(model, full, stand_in(shape, dtype, device), info, None)
             info.missing_keys.discard(full)
-        held[module] = _random_experts(form, quant, dtype, device)
+            if quant is None:
+                tensors[full] = _random_matrices(shape, dtype)
+        if quant is not None:
+            where = torch.device("cpu") if on_host else device
+            held[module] = _random_experts(form, quant, dtype, where)
     settings = LoadStateDictConfig(
         pretrained_model_name_or_path=None, device_map={"": device}, dtype=dtype
     )
@@ -123,6 +146,18 @@ def _draw_quantized(
     finally:
         transformers_logging.set_verbosity(verbosity)
     hold_experts(model, held)
+    if away is not None:
+        leave_host_experts(model, replace(away, tensors=tensors))
+
+
+def _random_matrices(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Of all experts in host memory; each has the rows of the first one, shifted."""
+    made = torch.empty(shape, dtype=dtype)
+    prefer_huge_pages(made)
+    drawn = torch.randn(shape[1:]).mul_(_STD).to(dtype)
+    for expert in range(shape[0]):
+        made[expert] = drawn.roll(expert, 0)
+    return made
 
 
 def _random_experts(
