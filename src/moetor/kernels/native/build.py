@@ -2,7 +2,8 @@
 
 `python -m moetor.kernels.native.build` builds ahead of the first use. The compiler is `$CXX`, or
 the first of c++, g++
-and clang++. Nothing of torch is compiled against, so a build takes seconds.
+and clang++. Nothing of torch is compiled against, so a build takes some
+tens of seconds on one core.
 """
 
 from __future__ import annotations
