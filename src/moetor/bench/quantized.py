@@ -87,6 +87,10 @@ class QuantizedSets:
         """Kernel and quantisation, as rows of a table are called."""
         return tuple(self._sets)
 
+    def rounds_inputs(self, label: str) -> bool:
+        """Whether the inputs of its products become codes too."""
+        return self._sets[label][0].activation_format != "unquantized"
+
     def run(
         self, label: str, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, weight_set: int
     ) -> Tensor:
