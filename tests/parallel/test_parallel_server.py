@@ -157,4 +157,6 @@ def test_ranks_that_disagree_do_not_start() -> None:
     for process in started:
         _, said = process.communicate(timeout=2 * LIMIT)
         assert process.returncode == 1
-        assert "the ranks disagree on the model's" in said.splitlines()[-1]
+        # gloo's threads may add a line of their own when the process ends.
+        assert "moetor: error: " in said
+        assert "the ranks disagree on the model's" in said
