@@ -222,17 +222,20 @@ def _capture(runner: Runner, config: EngineConfig, groups: ParallelGroups | None
     return reason
 
 
+def _settings(source: ModelSource) -> Any:
+    """The configuration of a model that is named or lies in a folder."""
+    if source.model in CONFIGS:
+        return CONFIGS[source.model]()
+    return loading.load_config(
+        source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+
+
 def _settled(source: ModelSource, config: EngineConfig) -> ModelSource:
     if source.cpu_experts is None:
         return source
     if isinstance(source.model, str):
-        settings = (
-            CONFIGS[source.model]()
-            if source.model in CONFIGS
-            else loading.load_config(
-                source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-            )
-        )
+        settings = _settings(source)
         device = loading.find_device(source.device)
         dtype = loading.find_dtype(source.dtype) or getattr(settings, "dtype", None)
     else:
@@ -306,13 +309,7 @@ def _device(source: ModelSource) -> str:
 
 
 def _dummy(source: ModelSource, config: EngineConfig) -> Any:
-    settings = (
-        CONFIGS[source.model]()
-        if source.model in CONFIGS
-        else loading.load_config(
-            source.model, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    )
+    settings = _settings(source)
     dtype = loading.find_dtype(source.dtype)
     if dtype is None:
         dtype = getattr(settings, "dtype", None) or torch.bfloat16

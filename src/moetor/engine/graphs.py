@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ _BUFFERS = 3
 # ids, positions, rows, slots, lengths
 _COLUMNS = 5
 
+Captured = TypeVar("Captured")
 Decode = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
 """ids [S], positions [S], rows [S], batch -> logits [S, V]."""
 
@@ -75,6 +76,28 @@ class _Graph:
         self.given.copy_(buffer, non_blocking=True)
 
 
+def capture_all(
+    sizes: list[int],
+    capture: Callable[[int, Any], Captured],
+    graphs: dict[int, Captured],
+    device: torch.device,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Fills `graphs` with every size, the largest first: the smaller ones fit into its memory.
+
+    Args:
+        capture: a graph of a size, from the size and the pool of memory that all share.
+        progress: called with (sizes done, sizes in all).
+    """
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    for done, size in enumerate(sorted(sizes, reverse=True)):
+        if progress is not None:
+            progress(done, len(sizes))
+        graphs[size] = capture(size, pool)
+    if progress is not None:
+        progress(len(sizes), len(sizes))
+
+
 class DecodeGraphs:
     """Captures and replays.
 
@@ -98,15 +121,8 @@ class DecodeGraphs:
         return sorted(self._graphs)
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Captures every size, the largest first: the smaller ones fit into its memory."""
-        on_gpu = self._last_token_P.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        for done, size in enumerate(sorted(self._sizes, reverse=True)):
-            if progress is not None:
-                progress(done, len(self._sizes))
-            self._graphs[size] = self._capture(size, pool)
-        if progress is not None:
-            progress(len(self._sizes), len(self._sizes))
+        """Captures every size."""
+        capture_all(self._sizes, self._capture, self._graphs, self._last_token_P.device, progress)
 
     def run(self, host: HostInputs, at_least: int = 0) -> tuple[Tensor, Tensor] | None:
         """Logits [S, V] and likeliest tokens [S] of a step in which every sequence has one token;

@@ -78,15 +78,10 @@ class PromptGraphs:
         self._tokens_S = last_token_P.new_zeros(sequences)
 
     def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Captures every size, the largest first: the smaller ones fit into its memory."""
-        on_gpu = self._last_token_P.device.type == "cuda"
-        pool = torch.cuda.graph_pool_handle() if on_gpu else None
-        for done, size in enumerate(sorted(self._sizes, reverse=True)):
-            if progress is not None:
-                progress(done, len(self._sizes))
-            self._graphs[size] = self._capture(size, pool)
-        if progress is not None:
-            progress(len(self._sizes), len(self._sizes))
+        """Captures every size."""
+        graphs.capture_all(
+            self._sizes, self._capture, self._graphs, self._last_token_P.device, progress
+        )
 
     def run(self, host: HostInputs) -> tuple[Tensor, Tensor] | None:
         """Logits [N, V] and likeliest tokens [N] of the N tokens `host.keep`; they last until the

@@ -132,6 +132,11 @@ def activation_constants(activation: Activation) -> ActivationConstants:
     )
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def next_power_of_2(value: float) -> int:
     """The smallest power of two that is not below `value`, at least 1."""
     power = 1

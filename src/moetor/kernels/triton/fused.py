@@ -64,21 +64,15 @@ class TritonKernel(ExpertsKernel):
     ) -> Tensor:
         """See `ExpertsKernel`. With `batch_invariant` the large path takes every call, with one
         computed plan; gradients are not recorded."""
+        call = (hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
         if isinstance(weights, QuantizedExpertWeights):
-            return self._large(
-                hidden_TH,
-                topk_weights_TK,
-                topk_ids_TK,
-                weights,
-                config,
-                batch_invariant=batch_invariant,
-            )
+            return self._large(*call, batch_invariant=batch_invariant)
         if not batch_invariant:
             plan = self._tuned(hidden_TH, topk_ids_TK, config)
             if plan is not None:
-                call = (hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
-                support.check_call(self.name, *call)
-                return run_plan(*call, plan)
+                plain = (hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
+                support.check_call(self.name, *plain)
+                return run_plan(*plain, plan)
         small = (
             not batch_invariant
             and hidden_TH.dim() == topk_ids_TK.dim() == 2
@@ -86,14 +80,7 @@ class TritonKernel(ExpertsKernel):
                 config, topk_ids_TK.shape[1], hidden_TH.shape[0], hidden_TH.element_size()
             )
         )
-        return (self._small if small else self._large)(
-            hidden_TH,
-            topk_weights_TK,
-            topk_ids_TK,
-            weights,
-            config,
-            batch_invariant=batch_invariant,
-        )
+        return (self._small if small else self._large)(*call, batch_invariant=batch_invariant)
 
     @staticmethod
     def _tuned(hidden_TH: Tensor, topk_ids_TK: Tensor, config: ExpertsConfig) -> Plan | None:

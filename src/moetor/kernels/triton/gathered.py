@@ -19,6 +19,7 @@ from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import (
     ActivationConstants,
     Tile,
+    cdiv,
     next_power_of_2,
     tma_allowed,
 )
@@ -53,7 +54,7 @@ def launch_copy(hidden_TH: Tensor, made: RowTiles, tile: Tile, *, pdl: bool) -> 
     (tokens, hidden), top_k = hidden_TH.shape, made.place.shape[1]
     rows_RH = hidden_TH.new_empty((made.rows, hidden))
     columns = min(2048, next_power_of_2(hidden))
-    grid = (tokens + made.tiles, -(-hidden // columns))
+    grid = (tokens + made.tiles, cdiv(hidden, columns))
     gathered_kernels.copy_rows[grid](
         hidden_TH,
         made.order,
@@ -87,13 +88,13 @@ def launch_walk_up(
     """The first product and its activation, where `can_walk`."""
     from moetor.kernels.triton import gathered_kernels
 
-    tiles = made.tiles * -(-config.intermediate_size // tile.columns)
+    tiles = made.tiles * cdiv(config.intermediate_size, tile.columns)
     gathered_kernels.walk_up[(min(tiles, tile.persistent),)](
-        _described(rows_RH, [tile.rows, tile.depth]),
+        support.described(rows_RH, [tile.rows, tile.depth]),
         _weight(gate_up_EXY, config, tile),
         support.flat(bias, rows_RH),
         topk_weights_TK,
-        _described(act_RI, [tile.rows, tile.columns]),
+        support.described(act_RI, [tile.rows, tile.columns]),
         made.order,
         made.expert,
         made.used,
@@ -120,17 +121,9 @@ def _weight(gate_up_EXY: Tensor, config: ExpertsConfig, tile: Tile) -> Any:
     width = 2 * tile.columns if config.gated else tile.columns
     if config.transposed:
         flat = gate_up_EXY.view(-1, gate_up_EXY.shape[2])
-        return _described(flat, [tile.depth, width])
+        return support.described(flat, [tile.depth, width])
     if config.gated and not config.interleaved:
         size = config.intermediate_size
         split = gate_up_EXY.view(-1, size, config.hidden_size)
-        return _described(split, [2, tile.columns, tile.depth])
-    return _described(gate_up_EXY, [1, width, tile.depth])
-
-
-def _described(tensor: Tensor, box: list[int]) -> Any:
-    from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
-        TensorDescriptor,
-    )
-
-    return TensorDescriptor.from_tensor(tensor, box)
+        return support.described(split, [2, tile.columns, tile.depth])
+    return support.described(gate_up_EXY, [1, width, tile.depth])

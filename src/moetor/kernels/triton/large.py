@@ -23,15 +23,12 @@ from moetor.kernels.triton.choose import (
     LargePlan,
     Tile,
     activation_constants,
+    cdiv,
     tma_allowed,
 )
 from moetor.kernels.triton.gathered import can_walk, launch_copy, launch_walk_up
 from moetor.kernels.triton.sort import RowTiles, make_row_tiles
 from moetor.kernels.triton.weighted_sum import launch_sum
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _operand(weight_EXY: Tensor, tile: Tile, depth: int, *, transposed: bool, width: int) -> Any:
@@ -48,24 +45,16 @@ def _operand(weight_EXY: Tensor, tile: Tile, depth: int, *, transposed: bool, wi
     )
     if not allowed:
         return None
-    from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
-        TensorDescriptor,
-    )
-
     block = [tile.depth, width] if transposed else [width, tile.depth]
-    return TensorDescriptor.from_tensor(weight_EXY.view(-1, inner), block)
+    return support.described(weight_EXY.view(-1, inner), block)
 
 
-def _rows_operand(act_RI: Tensor, tile: Tile) -> Any:
+def rows_operand(act_RI: Tensor, tile: Tile) -> Any:
     """A tensor descriptor over the rows of a product's input, or None where pointers must do."""
     depth = act_RI.shape[1]
     if not tile.tma or tile.halves or depth * act_RI.element_size() % 16 or depth < tile.depth:
         return None
-    from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
-        TensorDescriptor,
-    )
-
-    return TensorDescriptor.from_tensor(act_RI, [tile.rows, tile.depth])
+    return support.described(act_RI, [tile.rows, tile.depth])
 
 
 def run_large(
@@ -149,7 +138,7 @@ def launch_up(
         transposed=config.transposed,
         width=2 * tile.columns if config.interleaved else tile.columns,
     )
-    blocks = _cdiv(config.intermediate_size, tile.columns)
+    blocks = cdiv(config.intermediate_size, tile.columns)
     large_kernels.large_up[(made.tiles * blocks,)](
         hidden_TH,
         topk_weights_TK,
@@ -207,8 +196,8 @@ def launch_down(
         transposed=config.transposed,
         width=tile.columns,
     )
-    described_rows = _rows_operand(act_RI, tile)
-    programs = made.tiles * _cdiv(config.hidden_size, tile.columns)
+    described_rows = rows_operand(act_RI, tile)
+    programs = made.tiles * cdiv(config.hidden_size, tile.columns)
     if tile.persistent:
         programs = min(programs, tile.persistent)
     large_kernels.large_down[(programs,)](

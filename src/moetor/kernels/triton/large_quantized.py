@@ -8,7 +8,6 @@ outputs and D depth of a product.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +24,17 @@ from moetor.kernels.triton.choose import (
     ActivationConstants,
     LargePlan,
     activation_constants,
+    cdiv,
     large_plan,
 )
 from moetor.kernels.triton.choose_quantized import (
     QuantizedLargePlan,
-    QuantizedTile,
     operands,
     quantized_large_plan,
     use_workspace,
 )
 from moetor.kernels.triton.dequantized import dequantized
-from moetor.kernels.triton.large import launch_down, run_up
+from moetor.kernels.triton.large import launch_down, rows_operand, run_up
 from moetor.kernels.triton.quantize_rows import RUNS, Rows, new_rows, quantize
 from moetor.kernels.triton.quantized_operands import form_of, read_as
 from moetor.kernels.triton.sort import RowTiles, make_row_tiles
@@ -51,23 +50,6 @@ class _Call:
     plan: QuantizedLargePlan
     made: RowTiles
     topk_weights: Tensor
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _described_rows(values_RD: Tensor, tile: QuantizedTile) -> Any:
-    """A tensor descriptor over the rows of the second product's input, or None."""
-    plain, depth = tile.tile, values_RD.shape[1]
-    uneven = depth * values_RD.element_size() % 16 != 0
-    if not plain.tma or plain.halves or uneven or depth < plain.depth:
-        return None
-    from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
-        TensorDescriptor,
-    )
-
-    return TensorDescriptor.from_tensor(values_RD, [plain.rows, plain.depth])
 
 
 def run_large_quantized(
@@ -159,7 +141,7 @@ def _launch_up(
     tile, activations = plan.tile, call.weights.activation_format
     form = form_of(matrix.format, activations, x.values.dtype)
     operands = read_as(matrix, plan, form)
-    blocks = _cdiv(config.intermediate_size, tile.columns)
+    blocks = cdiv(config.intermediate_size, tile.columns)
     steps = call.weights.down.input_scales
     large_quantized_kernels.large_quantized_up[(made.tiles * blocks,)](
         x.values,
@@ -207,8 +189,8 @@ def _launch_down(call: _Call, x: Rows, rows_RH: Tensor) -> None:
     tile, config = plan.tile, call.config
     form = form_of(matrix.format, call.weights.activation_format, x.values.dtype)
     operands = read_as(matrix, plan, form)
-    described_rows = None if matrix.format.packed else _described_rows(x.values, plan)
-    programs = made.tiles * _cdiv(config.hidden_size, tile.columns)
+    described_rows = None if matrix.format.packed else rows_operand(x.values, plan.tile)
+    programs = made.tiles * cdiv(config.hidden_size, tile.columns)
     if tile.persistent:
         programs = min(programs, tile.persistent)
     large_quantized_kernels.large_quantized_down[(programs,)](

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moetor.kernels.formats import ActivationFormat, QuantizedMatrix, WeightFormat
+from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import tma_allowed
 from moetor.kernels.triton.choose_quantized import QuantizedTile
 from moetor.kernels.triton.quantized_support import arithmetic
@@ -72,9 +73,5 @@ def read_as(matrix: QuantizedMatrix, plan: QuantizedTile, form: Form) -> Operand
     tma = allowed and width >= depth >= 16
     described: Any = values
     if tma:
-        from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
-            TensorDescriptor,
-        )
-
-        described = TensorDescriptor.from_tensor(values.view(-1, width), [tile.columns, depth])
+        described = support.described(values.view(-1, width), [tile.columns, depth])
     return Operands((described, scales, zeros, row_scales), tma)

@@ -16,14 +16,11 @@ from moetor.kernels.triton.choose import (
     MOST_PARTS,
     SmallPlan,
     activation_constants,
+    cdiv,
     next_power_of_2,
     small_form,
     small_plan,
 )
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def run_small(
@@ -65,7 +62,7 @@ def _launch_up(
     stride_e, stride_n, stride_k = support.output_stride(
         weights.gate_up, transposed=config.transposed
     )
-    small_kernels.small_up[(slots * _cdiv(size, plan.up.rows),)](
+    small_kernels.small_up[(slots * cdiv(size, plan.up.rows),)](
         hidden_TH,
         topk_ids_TK,
         topk_weights_TK,
@@ -108,7 +105,7 @@ def _launch_down(
 
     (tokens, top_k), tile = topk_ids_TK.shape, plan.down
     stride_e, stride_n, stride_k = support.output_stride(weights.down, transposed=config.transposed)
-    small_kernels.small_down[(tokens * _cdiv(config.hidden_size, tile.rows),)](
+    small_kernels.small_down[(tokens * cdiv(config.hidden_size, tile.rows),)](
         act_SI,
         topk_ids_TK,
         topk_weights_TK,
@@ -149,7 +146,7 @@ def _launch_down_parts(
     (tokens, top_k), tile, hidden = topk_ids_TK.shape, plan.down, config.hidden_size
     parts = act_SI.new_empty((tokens * top_k, plan.parts, hidden))
     stride_e, stride_n, stride_k = support.output_stride(weights.down, transposed=config.transposed)
-    small_kernels.small_down_parts[(tokens * top_k * plan.parts * _cdiv(hidden, tile.rows),)](
+    small_kernels.small_down_parts[(tokens * top_k * plan.parts * cdiv(hidden, tile.rows),)](
         act_SI,
         topk_ids_TK,
         weights.down,
@@ -161,7 +158,7 @@ def _launch_down_parts(
         H=hidden,
         I=config.intermediate_size,
         PARTS=plan.parts,
-        DEPTH=_cdiv(config.intermediate_size, plan.parts),
+        DEPTH=cdiv(config.intermediate_size, plan.parts),
         BN=tile.rows,
         BK=tile.depth,
         PDL=plan.pdl,
@@ -169,7 +166,7 @@ def _launch_down_parts(
         **support.chained(plan.pdl),
     )
     columns = min(256, next_power_of_2(hidden))
-    small_kernels.small_sum[(_cdiv(hidden, columns), tokens)](
+    small_kernels.small_sum[(cdiv(hidden, columns), tokens)](
         parts,
         topk_ids_TK,
         topk_weights_TK,

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,15 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def described(tensor: Tensor, box: list[int]) -> Any:
+    """A tensor descriptor that reads or writes boxes of `box` elements."""
+    from triton.tools.tensor_descriptor import (  # type: ignore[import-not-found, unused-ignore]
+        TensorDescriptor,
+    )
+
+    return TensorDescriptor.from_tensor(tensor, box)
 
 
 def overlap(tensor: Tensor) -> bool:
