@@ -11,7 +11,6 @@ from torch import Tensor
 from kernels.quantized_cases import FORMATS, ROUNDED, random_weights
 from layer.expert_cases import EDGES, FORMS, ExpertsCase, draw
 from moetor.config import ExpertsConfig
-from moetor.kernels.base import KernelQuery
 from moetor.kernels.formats import (
     ActivationFormat,
     QuantizedExpertWeights,
@@ -19,17 +18,10 @@ from moetor.kernels.formats import (
     canonical,
 )
 from moetor.kernels.reference import ReferenceKernel
-from moetor.kernels.triton import support
 from moetor.kernels.triton.large_kernel import TritonLargeKernel
+from nvidia import needs_triton_gpu
 
-QUERY = KernelQuery(
-    device="cuda",
-    dtype=torch.bfloat16,
-    experts=ExpertsConfig(num_experts=4, hidden_size=8, intermediate_size=8),
-    top_k=2,
-)
-REFUSED = support.refusal(QUERY)
-pytestmark = pytest.mark.skipif(REFUSED is not None, reason=f"the Triton kernel {REFUSED}")
+pytestmark = needs_triton_gpu
 
 KERNEL = TritonLargeKernel()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -12,23 +12,17 @@ from torch import Tensor
 from layer.expert_cases import EDGES, FORMS, Drawn, ExpertsCase, draw
 from moetor.config import Activation, ExpertsConfig
 from moetor.errors import InputError, KernelRefusedError
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery
+from moetor.kernels.base import ExpertsKernel, ExpertWeights
 from moetor.kernels.reference import ReferenceKernel
-from moetor.kernels.triton import choose, support
+from moetor.kernels.triton import choose
 from moetor.kernels.triton.fused import TritonKernel
 from moetor.kernels.triton.large import run_large
 from moetor.kernels.triton.large_kernel import TritonLargeKernel
 from moetor.kernels.triton.small import TritonSmallKernel
+from nvidia import REFUSED, needs_triton_gpu
 from oracle import assert_close
 
-QUERY = KernelQuery(
-    device="cuda",
-    dtype=torch.bfloat16,
-    experts=ExpertsConfig(num_experts=4, hidden_size=8, intermediate_size=8),
-    top_k=2,
-)
-REFUSED = support.refusal(QUERY)
-pytestmark = pytest.mark.skipif(REFUSED is not None, reason=f"the Triton kernel {REFUSED}")
+pytestmark = needs_triton_gpu
 
 KERNELS = [TritonSmallKernel(), TritonLargeKernel(), TritonKernel()]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -6,18 +6,11 @@ import pytest
 import torch
 
 from moetor.config import ExpertsConfig
-from moetor.kernels.base import ExpertWeights, KernelQuery
-from moetor.kernels.triton import support
+from moetor.kernels.base import ExpertWeights
 from moetor.kernels.triton.fused import TritonKernel
+from nvidia import needs_triton_gpu
 
-QUERY = KernelQuery(
-    device="cuda",
-    dtype=torch.bfloat16,
-    experts=ExpertsConfig(num_experts=4, hidden_size=8, intermediate_size=8),
-    top_k=2,
-)
-REFUSED = support.refusal(QUERY)
-pytestmark = pytest.mark.skipif(REFUSED is not None, reason=f"the Triton kernel {REFUSED}")
+pytestmark = needs_triton_gpu
 
 
 @pytest.mark.parametrize("budget", [2**20, 2**24, 2**27])
