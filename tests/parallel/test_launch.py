@@ -76,8 +76,13 @@ def test_ranks_that_end_well(tmp_path: Path) -> None:
             "    tell_launcher('no such model')\n    sys.exit(1)",
             r"rank 1 of 3: no such model",
         ),
+        (
+            "from moetor.parallel.launch import tell_launcher\n"
+            "    tell_launcher('no such model')\n    os.abort()",
+            r"rank 1 of 3: no such model",
+        ),
     ],
-    ids=["killed", "exits", "tells"],
+    ids=["killed", "exits", "tells", "tells and aborts"],
 )
 def test_a_rank_that_dies_ends_all(ending: str, text: str, tmp_path: Path) -> None:
     code = NOTE + f"\nif rank == '1':\n    time.sleep(1)\n    {ending}\ntime.sleep(600)"

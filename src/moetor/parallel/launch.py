@@ -174,10 +174,13 @@ def _why(started: list[_Rank]) -> str:
         status = rank.process.poll()
         if status is None or status == 0:
             continue
+        # What a rank has told is the cause also where a signal ended it: a library's threads, in
+        # the middle of a collective that failed, may abort a process that is about to exit.
         if status < 0:
-            what = f"was killed by {signal.Signals(-status).name}{_last_words(rank)}"
+            ended = f"was killed by {signal.Signals(-status).name}"
         else:
-            what = _told(rank) or f"ended with status {status}{_last_words(rank)}"
+            ended = f"ended with status {status}"
+        what = _told(rank) or f"{ended}{_last_words(rank)}"
         told.append((NO_ANSWER in what, rank.number, what))
     waited, number, what = min(told)
     text = f"rank {number} of {len(started)}: {what}"
