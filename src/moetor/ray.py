@@ -60,11 +60,10 @@ class Replica:
         """Asked by Ray, which replaces a replica that raises.
 
         Raises:
-            RuntimeError: the engine has stopped.
+            RuntimeError: the engine has stopped, or hangs.
         """
-        if not self._engine.healthy:
-            reason = self._engine.errors[-1] if self._engine.errors else "it was shut down"
-            raise RuntimeError(f"the engine has stopped: {reason}")
+        if self._engine.trouble is not None:
+            raise RuntimeError(f"the engine {self._engine.trouble}")
 
     async def shutdown(self) -> None:
         """Ends the engine."""

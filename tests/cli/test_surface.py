@@ -145,6 +145,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--read-timeout": 60.0,
         "--write-timeout": 60.0,
         "--drain-timeout": 30.0,
+        "--engine-timeout": 300.0,
         "--log-level": "info",
         "--log-interval": 10.0,
         "--otlp-traces-endpoint": None,

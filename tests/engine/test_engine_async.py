@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -205,6 +206,43 @@ def test_a_dead_engine_ends_its_streams_and_says_so(
             await engine.add_request([5], greedy())
 
     run(work())
+
+
+def test_a_step_that_does_not_end(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    core, goes_on = engine.engine.core, threading.Event()
+    step = core.step
+
+    def stands_still() -> Any:
+        goes_on.wait(60)
+        return step()
+
+    async def work() -> None:
+        engine.watch(1.0)
+        with pytest.raises(ConfigError, match="already"):
+            engine.watch(2.0)
+        first = await engine.add_request([5, 6, 7], LONG)
+        await anext(first)
+        monkeypatch.setattr(core, "step", stands_still)
+        rest = [output async for output in first]
+        assert "no sign of life" in (rest[-1].error or "")
+        assert engine.hung
+        with pytest.raises(EngineStoppedError, match="1 s are the limit"):
+            await engine.add_request([5], greedy())
+        goes_on.set()
+        while not engine.healthy:
+            await asyncio.sleep(0.01)
+        outputs = await outputs_of(engine, [5], greedy())
+        assert outputs[-1].error is None
+        goes_on.clear()
+        await engine.add_request([5], LONG)
+        await engine.shutdown()  # gives up waiting for the thread
+        assert not engine.healthy
+        goes_on.set()
+        while engine._loop.thread.is_alive():
+            await asyncio.sleep(0.01)
+
+    run(work())
+    assert_empty(engine.engine)
 
 
 def test_outputs_that_nobody_reads_become_one(engine: AsyncEngine) -> None:

@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 from moetor.engine.build import Engine, build_engine, described
-from moetor.engine.client import STOPPED, EngineClient, OutputStream
+from moetor.engine.client import STOPPED, EngineClient, EngineStoppedError, OutputStream
 from moetor.engine.config import EngineConfig
+from moetor.engine.heartbeat import Heartbeat
 from moetor.engine.load import expert_counts
 from moetor.engine.loop import EngineLoop
 from moetor.engine.news import Batch, RequestNews
@@ -28,11 +29,12 @@ class AsyncEngine(EngineClient):
     """
 
     def __init__(self, engine: Engine) -> None:
-        groups = engine.core.data_parallel_size
-        super().__init__(engine.intake, engine.config, described(engine), groups=groups)
+        groups, heart = engine.core.data_parallel_size, Heartbeat()
+        super().__init__(engine.intake, engine.config, described(engine), heart, groups=groups)
         self.engine = engine
         self._loops: dict[str, asyncio.AbstractEventLoop] = {}
-        self._loop = EngineLoop(engine, self._take)
+        self._loop = EngineLoop(engine, self._take, heart)
+        heart.close()
         self._loop.start()
 
     @classmethod
@@ -67,7 +69,10 @@ class AsyncEngine(EngineClient):
 
         Raises:
             ConfigError: the engine was built without `record_expert_load`.
+            EngineStoppedError: the engine hangs.
         """
+        if self.hung:
+            raise EngineStoppedError(f"the engine {self.trouble}")
         # In a thread: on a GPU this waits for the device.
         return await asyncio.to_thread(expert_counts, self.engine.core.runner.load)
 
@@ -75,14 +80,15 @@ class AsyncEngine(EngineClient):
         self._loops[request.request_id] = asyncio.get_running_loop()
         self._loop.add(request)
         if self._dead is not None:  # since this call began; the thread may not have seen the stream
-            self._fail([request.request_id])
+            self._fail([request.request_id], self._dead)
 
     def _abort(self, request_id: str) -> None:
         self._loop.abort(request_id)
 
     async def _end(self) -> None:
         self._loop.quit()
-        await asyncio.to_thread(self._loop.thread.join)
+        while self._loop.thread.is_alive() and not self.hung:
+            await asyncio.to_thread(self._loop.thread.join, 0.1)
 
     def _alive(self) -> bool:
         return self._loop.thread.is_alive()
@@ -103,15 +109,21 @@ class AsyncEngine(EngineClient):
                     self._forget(one.request_id)
                     self._abort(one.request_id)
         if batch.dead is not None:
-            self._fail(list(self._streams))
+            self._fail(list(self._streams), batch.dead)
 
-    def _fail(self, names: list[str]) -> None:
+    def _give_up(self, why: str) -> None:
+        names = list(self._streams)
+        self._fail(names, why)
+        for name in names:
+            self._abort(name)
+
+    def _fail(self, names: list[str], why: str) -> None:
         """The end of streams, where the engine cannot tell it any more."""
         for name in names:
             stream, loop = self._streams.get(name), self._loops.get(name)
             self._forget(name)
             if stream is not None and loop is not None and not loop.is_closed():
-                loop.call_soon_threadsafe(stream.fail, f"{STOPPED}: {self._dead}")
+                loop.call_soon_threadsafe(stream.fail, f"{STOPPED}: {why}")
 
     def _forget(self, request_id: str) -> None:
         super()._forget(request_id)

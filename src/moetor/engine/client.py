@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
+import math
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from moetor.engine.config import EngineConfig
+from moetor.engine.heartbeat import Heartbeat
 from moetor.engine.intake import Intake, Prompt
 from moetor.engine.news import Batch, RequestNews, copy_of, request_output, take_news
 from moetor.engine.outputs import EngineStats, RequestOutput
@@ -17,8 +21,9 @@ from moetor.engine.params import SamplingParams
 from moetor.engine.sequence import Request
 from moetor.engine.source import Fused
 from moetor.engine.text import Decode, decode_function
-from moetor.errors import InputError, MoetorError
+from moetor.errors import ConfigError, InputError, MoetorError
 
+_log = logging.getLogger("moetor.engine")
 STOPPED = "the engine has stopped"
 """How the error of a request begins that did not fail itself."""
 
@@ -127,6 +132,7 @@ class EngineClient(ABC):
         intake: makes requests and refuses bad ones.
         config: the engine's settings.
         fused: what the fusion report says.
+        heart: beats in the engine.
         groups: data-parallel groups, of which each computes `max_num_seqs` sequences.
 
     Attributes:
@@ -135,7 +141,13 @@ class EngineClient(ABC):
     """
 
     def __init__(
-        self, intake: Intake, config: EngineConfig, fused: Fused, *, groups: int = 1
+        self,
+        intake: Intake,
+        config: EngineConfig,
+        fused: Fused,
+        heart: Heartbeat,
+        *,
+        groups: int = 1,
     ) -> None:
         self.intake, self.config, self.fused = intake, config, fused
         self.places = groups * config.max_num_seqs
@@ -145,6 +157,8 @@ class EngineClient(ABC):
         self._decoders: dict[bool, Decode] = {}
         self._stopping = False
         self._dead: str | None = None
+        self._heart, self._patience = heart, math.inf
+        self._over = threading.Event()
 
     @property
     def tokenizer(self) -> Any:
@@ -159,7 +173,50 @@ class EngineClient(ABC):
     @property
     def healthy(self) -> bool:
         """Whether the engine runs and takes requests."""
-        return not self._stopping and self._dead is None and self._alive()
+        return self.trouble is None
+
+    @property
+    def hung(self) -> bool:
+        """Whether the engine has been at one step for longer than `watch` was told."""
+        return self._heart.age > self._patience
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the engine takes no requests, as words after "the engine"; None where it does."""
+        if self._dead is not None and not self._stopping:
+            return f"has failed: {self._dead}"
+        if self._stopping or not self._alive():
+            return "was shut down"
+        if self.hung:
+            return (
+                f"has given no sign of life for {self._heart.age:.0f} s, and {self._patience:g} s "
+                "are the limit"
+            )
+        return None
+
+    def watch(self, patience: float) -> None:
+        """Lets an engine count as hung that is at one step for longer than `patience` seconds: what
+        is under way ends with an error, and nothing is taken, until the engine goes on.
+
+        Raises:
+            ConfigError: it is watched already.
+        """
+        if self._patience < math.inf:
+            raise ConfigError("the engine is watched already, by another server")
+        self._patience = patience
+        threading.Thread(target=self._watch, name="moetor-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        before = False
+        while not self._over.wait(min(1.0, self._patience / 4)):
+            trouble = self.trouble if self.hung else None
+            # Twice in a row: where the whole machine stood still, this thread may be the first to
+            # go on.
+            if trouble is not None and before:
+                self._give_up(f"it {trouble}")
+            if before != (trouble is not None):
+                _log.warning("the engine %s", trouble or "goes on")
+            before = trouble is not None
 
     async def add_request(
         self,
@@ -208,7 +265,7 @@ class EngineClient(ABC):
 
         Raises:
             ConfigError: the engine was built without `record_expert_load`.
-            EngineStoppedError: the engine has ended.
+            EngineStoppedError: the engine has ended, or hangs.
         """
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
@@ -223,6 +280,7 @@ class EngineClient(ABC):
         for name in list(self._streams):
             self._abort(name)
         await self._end()
+        self._over.set()
 
     @abstractmethod
     async def _add(self, request: Request, stream: OutputStream) -> None:
@@ -237,14 +295,17 @@ class EngineClient(ABC):
         """Ends the engine when what was asked before is done."""
 
     @abstractmethod
+    def _give_up(self, why: str) -> None:
+        """Ends with an error what is under way, on any thread: the engine hangs."""
+
+    @abstractmethod
     def _alive(self) -> bool:
         """Whether what runs the engine is still there."""
 
     def _check_running(self) -> None:
-        if not self.healthy:
-            failed = self._dead is not None and not self._stopping
-            reason = f"has failed ({self._dead})" if failed else "was shut down"
-            raise EngineStoppedError(f"the engine {reason} and takes no more requests")
+        trouble = self.trouble
+        if trouble is not None:
+            raise EngineStoppedError(f"the engine takes no requests: it {trouble}")
 
     def _decoder(self, skip_special_tokens: bool) -> Decode | None:
         if self.tokenizer is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 
 from moetor.engine.build import Engine
+from moetor.engine.heartbeat import INTERVAL_S, Heartbeat
 from moetor.engine.news import Batch, RequestNews, news_of
 from moetor.engine.ranks import RankedCore
 from moetor.engine.sequence import Request
@@ -22,17 +24,19 @@ class EngineLoop:
     Args:
         engine: as `build_engine` made it; nobody else may drive it.
         emit: called on the loop's thread with what a turn has to tell; must not raise.
+        heart: beats before every step, and while there is nothing to do.
     """
 
-    def __init__(self, engine: Engine, emit: Callable[[Batch], None]) -> None:
+    def __init__(self, engine: Engine, emit: Callable[[Batch], None], heart: Heartbeat) -> None:
         self.engine = engine
-        self._emit = emit
+        self._emit, self._heart = emit, heart
         self._work = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._errors: list[str] = []
         self._stats_at = 0.0
         if isinstance(engine.core, RankedCore):
             engine.core.lead()
+        heart.beat()
         self.thread = threading.Thread(target=self._run, name="moetor-engine", daemon=True)
 
     def start(self) -> None:
@@ -90,9 +94,9 @@ class EngineLoop:
     def _turn(self) -> None:
         """Takes in what was posted, and makes a step."""
         core = self.engine.core
+        self._heart.beat()
         with self._work:
-            while core.idle and not self._inbox and self._work.wait(core.patience):
-                pass
+            self._wait(core.patience)
             actions = list(self._inbox)
             self._inbox.clear()
         for action in actions:
@@ -105,6 +109,14 @@ class EngineLoop:
             self._attempt(core.rest)
         if core.fatal is not None:
             raise core.fatal
+
+    def _wait(self, patience: float | None) -> None:
+        """Waits until there is something to do, or for `patience` seconds."""
+        core = self.engine.core
+        end = time.monotonic() + (math.inf if patience is None else patience)
+        while core.idle and not self._inbox and (left := end - time.monotonic()) > 0:
+            self._work.wait(min(left, INTERVAL_S))
+            self._heart.beat()
 
     def _attempt(self, action: Callable[[], None]) -> None:
         try:

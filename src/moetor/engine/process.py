@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from moetor.engine.client import STOPPED, EngineClient, EngineStoppedError, OutputStream
 from moetor.engine.config import EngineConfig
+from moetor.engine.heartbeat import Heartbeat
 from moetor.engine.outputs import EngineStats
 from moetor.engine.sequence import Request
 from moetor.engine.source import ModelSource
@@ -40,7 +42,7 @@ _GRACE_S = 10.0
 # It finds modules where this process does, and no others in the current folder.
 _MAIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from moetor.engine.worker import main; main(int(sys.argv[1]))"
+    "from moetor.engine.worker import main; main(int(sys.argv[1]), int(sys.argv[3]))"
 )
 
 
@@ -64,10 +66,13 @@ class EngineProcess(EngineClient):
         if not isinstance(source.model, str):
             raise ConfigError("a live model cannot go to another process; give its path")
         self._socket, theirs = socket.socketpair()
+        heart = Heartbeat()
         with theirs:
-            number = theirs.fileno()
-            command = [sys.executable, "-P", "-c", _MAIN, str(number), json.dumps(sys.path)]
-            self._process = subprocess.Popen(command, pass_fds=[number])
+            numbers = theirs.fileno(), heart.descriptor
+            words = str(numbers[0]), json.dumps(sys.path), str(numbers[1])
+            command = [sys.executable, "-P", "-c", _MAIN, *words]
+            self._process = subprocess.Popen(command, pass_fds=numbers)
+        heart.close()
         self._ended = False
         try:
             self._socket.sendall(frame(Build(source, config, prepare)))
@@ -81,7 +86,7 @@ class EngineProcess(EngineClient):
             raise told.error
         assert isinstance(told, Ready)
         groups = 1 if source.parallel is None else source.parallel.data_parallel_size
-        super().__init__(told.intake, config, told.fused, groups=groups)
+        super().__init__(told.intake, config, told.fused, heart, groups=groups)
         self._stats = told.stats
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
@@ -105,11 +110,11 @@ class EngineProcess(EngineClient):
 
         Raises:
             ConfigError: the engine was built without `record_expert_load`.
-            EngineStoppedError: the engine has ended.
+            EngineStoppedError: the engine has ended, or hangs.
         """
         await self.connect()
-        if self._ended:
-            raise EngineStoppedError(f"the engine has ended: {self._dead or 'it was shut down'}")
+        if self._ended or self.hung:
+            raise EngineStoppedError(f"the engine {self.trouble}")
         number = next(self._load_numbers)
         answer: asyncio.Future[dict[str, list[int]]]
         answer = self._loads[number] = asyncio.get_running_loop().create_future()
@@ -140,7 +145,7 @@ class EngineProcess(EngineClient):
         await self.connect()
         if self._ended:  # since this call began
             self._forget(request.request_id)
-            stream.fail(f"{STOPPED}: {self._dead or 'it was shut down'}")
+            stream.fail(f"{STOPPED}: it {self.trouble}")
             return
         self._send(Add(request))
 
@@ -155,7 +160,7 @@ class EngineProcess(EngineClient):
         await self.connect()
         self._send(Quit())
         try:
-            await asyncio.to_thread(self._process.wait, _GRACE_S)
+            await asyncio.to_thread(self._process.wait, 0 if self.hung else _GRACE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
@@ -189,12 +194,22 @@ class EngineProcess(EngineClient):
         why = self._dead or self._how_it_ended()
         if not self._stopping:
             self._dead = why
+        self._fail_all(why)
+
+    def _give_up(self, why: str) -> None:
+        if self._connecting is not None:  # else nobody waits
+            with suppress(RuntimeError):  # that loop was closed
+                self._connecting.get_loop().call_soon_threadsafe(self._fail_all, why)
+
+    def _fail_all(self, why: str) -> None:
+        """The end of all that is waited for, on the event loop's own thread."""
         for name, stream in list(self._streams.items()):
             self._forget(name)
+            self._abort(name)
             stream.fail(f"{STOPPED}: {why}")
         for answer in self._loads.values():
             if not answer.done():
-                answer.set_exception(EngineStoppedError(f"the engine has ended: {why}"))
+                answer.set_exception(EngineStoppedError(f"the engine has stopped: {why}"))
 
     def _how_it_ended(self) -> str:
         try:

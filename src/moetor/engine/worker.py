@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from moetor.engine.build import build_engine, described
+from moetor.engine.heartbeat import Heartbeat
 from moetor.engine.load import ExpertLoad, expert_counts
 from moetor.engine.loop import EngineLoop
 from moetor.engine.news import Batch
@@ -29,23 +30,24 @@ from moetor.engine.wire import (
 from moetor.errors import MoetorError
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, heart: int) -> None:
     """Builds the engine that the first message asks for, and runs it until the other side says so
     or is gone.
 
     Args:
         descriptor: of the socket.
+        heart: of the heartbeat's memory.
     """
     # A terminal and systemd signal all processes; the owner drains and ends this one itself.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as connection, suppress(EOFError, OSError):
-        _Worker(connection).run()
+        _Worker(connection, Heartbeat(heart)).run()
 
 
 class _Worker:
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, heart: Heartbeat) -> None:
+        self._connection, self._heart = connection, heart
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -57,7 +59,7 @@ class _Worker:
         except MoetorError as error:
             self._send(Failed(error))
             return
-        loop, load = EngineLoop(engine, self._tell), engine.core.runner.load
+        loop, load = EngineLoop(engine, self._tell, self._heart), engine.core.runner.load
         self._send(Ready(engine.intake, described(engine), engine.core.stats()))
         # What was made until now stays; looking through it again and again would cost pauses.
         gc.collect()

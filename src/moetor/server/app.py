@@ -96,10 +96,10 @@ def _add_small(app: FastAPI) -> None:
     @app.get("/health", response_model=None, responses=answers(Health))
     async def health() -> Response:
         """Whether the engine lives and takes requests."""
-        if service.healthy:
+        trouble = service.trouble
+        if trouble is None:
             return JSONResponse({"status": "ok", **service.state()})
-        reason = "the server is stopping" if service.draining else "the engine has stopped"
-        return JSONResponse(error_body(503, reason, code="service_unavailable"), 503)
+        return JSONResponse(error_body(503, trouble, code="service_unavailable"), 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:

@@ -104,6 +104,15 @@ class ServerConfig:
             LIMITS, "how long running requests may go on after SIGTERM before they end", "SECONDS"
         ),
     )
+    engine_timeout: float = field(
+        default=300.0,
+        metadata=_flag(
+            LIMITS,
+            "an engine whose step takes longer hangs: requests and /health are answered with "
+            "status 503 until it goes on",
+            "SECONDS",
+        ),
+    )
     log_level: LogLevel = field(
         default="info", metadata=_flag(SERVER, "what is logged, on standard error")
     )
@@ -133,9 +142,17 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port {self.port} must be between 0 and 65535")
-        for name in ("max_body_mib", "read_timeout", "write_timeout", "log_interval"):
+        for name in (
+            "max_body_mib",
+            "read_timeout",
+            "write_timeout",
+            "log_interval",
+            "engine_timeout",
+        ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+        if self.engine_timeout < 1:
+            raise ConfigError(f"engine_timeout {self.engine_timeout} must be at least 1")
         if self.max_requests_per_minute is not None and self.max_requests_per_minute < 1:
             raise ConfigError(
                 f"max_requests_per_minute {self.max_requests_per_minute} must be at least 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from moetor.server.service import Service
 
 router = APIRouter()
+# Less than a scrape of Prometheus takes at most; the other figures do not depend on the engine.
+_PATIENCE_S = 5.0
 # Of what the fusion report says of a block.
 _SHOWN = (
     "family_block",
@@ -41,8 +44,8 @@ async def expert_load(engine: EngineClient) -> dict[str, list[int]] | None:
     if not engine.config.record_expert_load:
         return None
     try:
-        return await engine.expert_load()
-    except EngineStoppedError:
+        return await asyncio.wait_for(engine.expert_load(), _PATIENCE_S)
+    except (EngineStoppedError, TimeoutError):
         return None
 
 
@@ -63,7 +66,7 @@ async def experts_stats(request: Request) -> dict[str, Any]:
     return {
         "model": service.names[0],
         "time": time.time(),
-        "healthy": service.healthy,
+        "healthy": service.trouble is None,
         "recorded": engine.config.record_expert_load,
         "layers": layers,
         "fusion": [_block(block) for block in engine.fused.blocks or []],

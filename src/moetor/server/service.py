@@ -135,6 +135,7 @@ class Service:
 
     def __init__(self, engine: EngineClient, config: ServerConfig, name: str) -> None:
         self.engine, self.config = engine, config
+        engine.watch(config.engine_timeout)
         self.names = config.served_model_name or (name,)
         self.created = int(time.time())
         self.metrics = Metrics(engine, self.names[0], expert_tokens=config.expert_token_metrics)
@@ -149,9 +150,11 @@ class Service:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="moetor-tokenizer")
 
     @property
-    def healthy(self) -> bool:
-        """Whether requests are taken."""
-        return self.engine.healthy and not self.draining
+    def trouble(self) -> str | None:
+        """Why no requests are taken; None where they are."""
+        if self.draining:
+            return "the server is stopping"
+        return None if self.engine.trouble is None else f"the engine {self.engine.trouble}"
 
     def state(self) -> dict[str, Any]:
         """What the engine holds now."""
@@ -279,8 +282,9 @@ class Service:
                 code="rate_limit_exceeded",
                 headers={"Retry-After": "1"},
             )
-        if not self.healthy:
-            raise unavailable("the engine takes no requests: it has stopped or is about to")
+        trouble = self.trouble
+        if trouble is not None:
+            raise unavailable(f"no requests are taken: {trouble}")
         self.sequences += wanted
         job = Job(
             name,
