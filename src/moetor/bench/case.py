@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moetor.bench.floor import Work, layer_work
 from moetor.bench.hardware import OtherUse, available_memory
+from moetor.bench.llama_cpp import LLAMA_CPP, llama_cpp_refusal
 from moetor.bench.peers import make_peer, refusal
 from moetor.bench.plan_variants import VariantCall, plan_variants
-from moetor.bench.quantized import QuantizedSets
 from moetor.bench.request import LayerBenchRequest
 from moetor.bench.rotation import Rotation, Step
 from moetor.bench.shapes import LayerShape
@@ -81,11 +82,36 @@ def first_line(failure: Exception) -> str:
     return lines[0][:200]
 
 
+class CopiedSets(Protocol):
+    """The weight sets in other formats, under labels by which rows of a table are called."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of all formats."""
+
+    def rounds_inputs(self, label: str) -> bool:
+        """Whether the inputs of its products become codes too."""
+
+    def run(
+        self, label: str, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, weight_set: int
+    ) -> Tensor:
+        """The layer's output [T, H]."""
+
+    def reference(
+        self, label: str, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, weight_set: int
+    ) -> Tensor:
+        """The same in float32 arithmetic, on the same codes."""
+
+    def work(self, label: str, plain: Work) -> Work:
+        """The work of a call whose twin in the request's dtype has `plain`."""
+
+
 class Case:
     """One shape at one T.
 
     Args:
         weights: the sets that `rotation` walks through.
+        copies: the same sets in other formats.
     """
 
     def __init__(
@@ -96,16 +122,16 @@ class Case:
         weights: Sequence[ExpertWeights],
         tokens: int,
         rotation: Rotation,
-        quantized: QuantizedSets,
+        copies: Sequence[CopiedSets],
     ) -> None:
-        self.quantized = quantized
+        self.copies = {label: sets for sets in copies for label in sets.labels}
         self.request, self.shape, self.kernel, self.weights = request, shape, kernel, weights
         self.tokens, self.rotation = tokens, rotation
         self.steps = [step.to(request.device) for step in rotation.steps]
         self.hidden = self._hidden_states()
         self.expected = self._reference(self.steps[0])
         self._expected_of = {
-            label: self._quantized_reference(label, self.steps[0]) for label in quantized.labels
+            label: self._copied_reference(label, self.steps[0]) for label in self.copies
         }
 
     def times(self) -> LayerTimes:
@@ -148,7 +174,7 @@ class Case:
             timings=timings,
             skipped=skipped,
             other_use=other_use,
-            works={label: self.quantized.work(label, work) for label in self.quantized.labels},
+            works={label: sets.work(label, work) for label, sets in self.copies.items()},
         )
 
     def _measure(
@@ -198,16 +224,20 @@ class Case:
             kinds = self.request.variants
             for name, variant in plan_variants(self.shape, self.tokens, itemsize, kinds):
                 yield name, self._variant(variant)
-        for label in self.quantized.labels:
-            yield label, partial(self._run_quantized, label)
+        for label in self.copies:
+            yield label, partial(self._run_copied, label)
         device = self.request.device
         for name in self.request.peers:
+            if name == LLAMA_CPP:
+                if (reason := llama_cpp_refusal(self.shape)) is not None:
+                    yield name, reason
+                continue
             free = available_memory(device) // 2
             reason = refusal(name, self.shape, self.tokens, itemsize, device, free)
             yield name, self._peer(name) if reason is None else reason
 
-    def _run_quantized(self, label: str, step: Step) -> Tensor:
-        return self.quantized.run(
+    def _run_copied(self, label: str, step: Step) -> Tensor:
+        return self.copies[label].run(
             label, self._hidden(step), step.topk_weights, step.topk_ids, step.weight_set
         )
 
@@ -239,7 +269,7 @@ class Case:
         limit = TOLERANCES[self.request.dtype]
         if name in self.request.peers:
             limit *= _PEER_TOLERANCE
-        if name in self._expected_of and self.quantized.rounds_inputs(name):
+        if name in self.copies and self.copies[name].rounds_inputs(name):
             limit = max(limit, _CODES_TOLERANCE)
         sampler = self._sampler(name, call, shared)
         try:
@@ -269,9 +299,9 @@ class Case:
             self.shape.experts,
         )
 
-    def _quantized_reference(self, label: str, step: Step) -> Tensor:
+    def _copied_reference(self, label: str, step: Step) -> Tensor:
         rows = self._checked_rows()
-        return self.quantized.reference(
+        return self.copies[label].reference(
             label,
             self._hidden(step)[rows],
             step.topk_weights[rows],

@@ -28,7 +28,7 @@ _FLAGS = (
 
 
 # Beside torch and Transformers, what may take part where it is installed.
-_OPTIONAL = ("triton", "vllm")
+_OPTIONAL = {"cuda": ("triton", "vllm"), "cpu": ("llama_cpp_python",)}
 
 
 def describe_run(device: str, threads: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def describe_versions(device: str) -> dict[str, str]:
     from transformers import __version__ as transformers_version
 
     optional = {}
-    for name in _OPTIONAL if device == "cuda" else ():
+    for name in _OPTIONAL.get(device, ()):
         try:
             optional[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

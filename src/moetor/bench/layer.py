@@ -16,9 +16,16 @@ from typing import Any
 
 import torch
 
-from moetor.bench.case import Case, LayerTimes, first_line
+from moetor.bench.case import Case, CopiedSets, LayerTimes, first_line
 from moetor.bench.ceilings import Ceilings, measure_ceilings
 from moetor.bench.hardware import available_memory, last_level_cache
+from moetor.bench.llama_cpp import (
+    LLAMA_CPP,
+    LlamaCppSets,
+    bytes_of_types,
+    check_llama_cpp,
+    llama_cpp_refusal,
+)
 from moetor.bench.quantized import QuantizedSets, quantized_kernel, share_of_bytes
 from moetor.bench.request import LayerBenchRequest
 from moetor.bench.rotation import RotationRequest, plan_rotation
@@ -77,6 +84,8 @@ def bench_layers(
     """
     started = time.monotonic()
     _check_device(request.device)
+    if LLAMA_CPP in request.peers:
+        check_llama_cpp(request.device)
     with _threads(request.threads), torch.inference_mode():
         kernels = {shape.name: _kernel(request, shape) for shape in request.shapes}
         for shape, name in product(request.shapes, request.quantizations):
@@ -153,7 +162,8 @@ def _kernel(request: LayerBenchRequest, shape: LayerShape) -> ExpertsKernel:
 def _check_memory(request: LayerBenchRequest) -> None:
     free = available_memory(request.device)
     for shape in request.shapes:
-        needed = int(shape.parameters * request.dtype.itemsize * _copies(request, shape))
+        copies = 1 + sum(_shares(request, shape))
+        needed = int(shape.parameters * request.dtype.itemsize * copies)
         if needed > _WEIGHTS_SHARE * free:
             raise UnsupportedError(
                 f"shape {shape.name} takes {needed / 1e9:.2f} GB of weights in "
@@ -163,10 +173,17 @@ def _check_memory(request: LayerBenchRequest) -> None:
             )
 
 
-def _copies(request: LayerBenchRequest, shape: LayerShape) -> float:
-    """Bytes of a weight set with its quantised copies, over its own."""
+def _shares(request: LayerBenchRequest, shape: LayerShape) -> list[float]:
+    """Bytes of each copy of a weight set in another format, over its own."""
     itemsize = request.dtype.itemsize
-    return 1 + sum(share_of_bytes(shape, name, itemsize) for name in request.quantizations)
+    shares = [share_of_bytes(shape, name, itemsize) for name in request.quantizations]
+    if _with_llama_cpp(request, shape):
+        shares += [size / itemsize for size in bytes_of_types(request)]
+    return shares
+
+
+def _with_llama_cpp(request: LayerBenchRequest, shape: LayerShape) -> bool:
+    return LLAMA_CPP in request.peers and llama_cpp_refusal(shape) is None
 
 
 def _shape_rows(
@@ -187,8 +204,8 @@ def _shape_rows(
         return
     itemsize = request.dtype.itemsize
     cache = last_level_cache(request.device) or _UNKNOWN_CACHE
-    room = int(_WEIGHTS_SHARE * available_memory(request.device) / _copies(request, shape))
-    shares = [share_of_bytes(shape, name, itemsize) for name in request.quantizations]
+    shares = _shares(request, shape)
+    room = int(_WEIGHTS_SHARE * available_memory(request.device) / (1 + sum(shares)))
     rotations = [
         plan_rotation(
             RotationRequest(
@@ -207,9 +224,13 @@ def _shape_rows(
     ]
     num_sets = max(rotation.num_sets for rotation in rotations)
     weights = make_weights(shape, num_sets, request.dtype, request.device, request.seed)
-    quantized = QuantizedSets(
-        shape, weights, request.quantizations, device=request.device, kernel=request.kernel
-    )
+    copies: list[CopiedSets] = [
+        QuantizedSets(
+            shape, weights, request.quantizations, device=request.device, kernel=request.kernel
+        )
+    ]
+    if _with_llama_cpp(request, shape):
+        copies.append(LlamaCppSets(shape, weights, request.quantizations))
     if request.device == "cuda":
         _compile_all(request, shape, kernel, weights[0])
     for tokens, rotation in zip(request.tokens, rotations, strict=True):
@@ -217,7 +238,7 @@ def _shape_rows(
             yield shape.name, tokens
             continue
         try:
-            yield Case(request, shape, kernel, weights, tokens, rotation, quantized).times()
+            yield Case(request, shape, kernel, weights, tokens, rotation, copies).times()
         except Exception as failure:  # Triton's compiler has errors of its own
             yield f"{shape.name}, T={tokens}: {first_line(failure)}"
         _release(request.device)

@@ -1,5 +1,5 @@
 """Other implementations, run on the very tensors that our kernel reads: Transformers' own experts
-here, the rest in `moetor.bench.gpu_peers`.
+here, the rest in `moetor.bench.gpu_peers`; `moetor.bench.llama_cpp` has weights in its own formats.
 
 Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate.
 """
@@ -18,9 +18,13 @@ from moetor.config import Activation
 from moetor.errors import UnsupportedError
 from moetor.kernels.base import ExpertWeights
 
-PeerName = Literal["eager", "grouped_mm", "batched_mm", "vllm", "dense"]
+PeerName = Literal["eager", "grouped_mm", "batched_mm", "vllm", "dense", "llama.cpp"]
 PEERS: tuple[str, ...] = get_args(PeerName)
-LIBRARIES = dict.fromkeys(PEERS, "transformers") | {"vllm": "vllm", "dense": "torch"}
+LIBRARIES = dict.fromkeys(PEERS, "transformers") | {
+    "vllm": "vllm",
+    "dense": "torch",
+    "llama.cpp": "llama_cpp_python",
+}
 # `batched_mm` copies an expert's weights for every slot; beyond this a call takes seconds, on a GPU
 # tens of milliseconds.
 _CPU_COPY_BYTES, _CUDA_COPY_BYTES = 2 * 2**30, 16 * 2**30

@@ -24,6 +24,7 @@ _PEERS = {
     "batched_mm": ("#8C6BB1", "D", "Transformers batched_mm"),
     "vllm": ("#E69F00", "v", "vLLM fused_experts"),
     "dense": ("#999999", "x", "dense products of the same size (torch)"),
+    "llama.cpp": ("#56B4E9", "P", "llama.cpp"),
 }
 
 
@@ -74,12 +75,13 @@ def plot_record(record: dict[str, Any], path: Path) -> None:
 
 
 def _drawn(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our kernel and the peers, without other plans of ours, and without dense products where
-    reading weights bounds the layer: they read one expert's."""
+    """Our kernel and the peers of its dtype, without other plans of ours, and without dense
+    products where reading weights bounds the layer: they read one expert's."""
     return [
         found
         for found in row["implementations"]
         if (found["name"] == row["kernel"] or found["library"] != "moetor")
+        and found["read_bytes"] == row["read_bytes"]
         and (found["name"] != "dense" or row["bound"] == "flops")
     ]
 
@@ -96,8 +98,8 @@ def _draw_panel(panel: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
             points.setdefault(found["name"], []).append(share)
     lines = {}
     for name, pairs in points.items():
-        ours = name not in _PEERS or name == rows[0]["kernel"]
-        color, marker, label = (*_OURS, f"moetor {name}") if ours else _PEERS[name]
+        ours = name.split()[0] not in _PEERS or name == rows[0]["kernel"]
+        color, marker, label = (*_OURS, f"moetor {name}") if ours else _PEERS[name.split()[0]]
         (lines[label],) = panel.plot(
             [tokens for tokens, _ in pairs],
             [share for _, share in pairs],

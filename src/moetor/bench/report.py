@@ -9,6 +9,7 @@ from moetor.bench.case import QUIET, LayerTimes
 from moetor.bench.ceilings import Ceilings
 from moetor.bench.floor import Floor, layer_floor
 from moetor.bench.layer import LayerReport
+from moetor.bench.llama_cpp import LLAMA_CPP, label_of
 from moetor.bench.peers import LIBRARIES
 from moetor.bench.timing import Timing
 
@@ -38,7 +39,7 @@ def table(report: LayerReport) -> tuple[list[str], list[list[str]]]:
         _table_row(report, times, name)
         for times in report.times
         for name in times.timings
-        if name not in peers
+        if name.split()[0] not in peers
     ]
     return columns, rows
 
@@ -63,10 +64,11 @@ def _table_row(report: LayerReport, times: LayerTimes, name: str) -> list[str]:
     ]
     if timing.rested is not None:
         row += [_micros(timing.rested), f"{floor.seconds / timing.rested:.0%}"]
-    return row + [
-        f"{times.timings[peer].median / timing.median:.2f}x" if peer in times.timings else ""
-        for peer in report.request.peers
-    ]
+    for peer in report.request.peers:
+        other = label_of(name, report.request.dtype) if peer == LLAMA_CPP else peer
+        found = times.timings.get(other)
+        row.append("" if found is None else f"{found.median / timing.median:.2f}x")
+    return row
 
 
 def notes(report: LayerReport) -> list[str]:
@@ -171,7 +173,7 @@ def _row(times: LayerTimes, ceilings: Ceilings) -> dict[str, Any]:
 def _implementation(name: str, timing: Timing, times: LayerTimes, floor: Floor) -> dict[str, Any]:
     return {
         "name": name,
-        "library": LIBRARIES.get(name, "moetor"),
+        "library": LIBRARIES.get(name.split()[0], "moetor"),
         "median_us": timing.median * 1e6,
         "p10_us": timing.p10 * 1e6,
         "p90_us": timing.p90 * 1e6,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moetor.bench.shapes import LayerShape
 from moetor.kernels.base import ExpertWeights
+from moetor.kernels.native.pages import prefer_huge_pages
 
 # A prime, so that repetitions of the pool start at another column in every row and expert: no two
 # rows or experts are equal, and a kernel that mixes them up is found out.
@@ -27,6 +28,7 @@ def make_weights(
 
     def matrix(sizes: tuple[int, ...], fan_in: int, start: int) -> Tensor:
         tensor = torch.empty(sizes, dtype=dtype, device=device)
+        prefer_huge_pages(tensor)  # as loaded models have them
         scaled = (pool.roll(start) * fan_in**-0.5).to(device=device, dtype=dtype)
         flat = tensor.view(-1)
         for at in range(0, flat.numel(), _POOL):

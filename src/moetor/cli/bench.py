@@ -59,19 +59,20 @@ class LayerBenchOptions:
             "fastest that can",
         },
     )
-    peers: tuple[Literal["eager", "grouped_mm", "batched_mm", "vllm", "dense", "none"], ...] = (
-        field(
-            default=("eager", "grouped_mm", "batched_mm"),
-            metadata={
-                "group": WHAT,
-                "metavar": "NAME,...",
-                "help": "what to compare with: Transformers' eager, grouped_mm, batched_mm; vllm, "
-                "its fused_experts where it is installed; dense, torch's products of the same "
-                "total size with one weight, where arithmetic bounds; or none. One that cannot "
-                "run, or would take gigabytes or far too long, is left out, and the output says "
-                "why",
-            },
-        )
+    peers: tuple[
+        Literal["eager", "grouped_mm", "batched_mm", "vllm", "dense", "llama.cpp", "none"], ...
+    ] = field(
+        default=("eager", "grouped_mm", "batched_mm"),
+        metadata={
+            "group": WHAT,
+            "metavar": "NAME,...",
+            "help": "what to compare with: Transformers' eager, grouped_mm, batched_mm; vllm, its "
+            "fused_experts where it is installed; dense, torch's products of the same total size "
+            "with one weight, where arithmetic bounds; llama.cpp on the CPU where "
+            "llama-cpp-python is installed, each row in its type of as many bits (BF16, Q8_0, "
+            "Q4_0, MXFP4); or none. One that cannot run, or would take gigabytes or far too long, "
+            "is left out, and the output says why",
+        },
     )
     variants: tuple[Literal["small", "large", "plans", "routing"], ...] = field(
         default=(),

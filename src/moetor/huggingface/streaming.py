@@ -98,11 +98,9 @@ class PlainSink(WeightSink):
 
     def _new(self, item: Streamed) -> Tensor:
         shape = self._shapes[item.name].shape
-        if self.stays_on_host(item.name):
-            made = torch.empty(shape, dtype=item.dtype)
-            prefer_huge_pages(made)
-        else:
-            made = torch.empty(shape, dtype=item.dtype, device=self._device)
+        device = "cpu" if self.stays_on_host(item.name) else self._device
+        made = torch.empty(shape, dtype=item.dtype, device=device)
+        prefer_huge_pages(made)
         if tuple(shape) != item.layout.shape:
             made[item.layout.shape[0] :].zero_()  # rows of experts without weights
         return made

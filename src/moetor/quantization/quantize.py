@@ -15,6 +15,7 @@ from torch import Tensor
 from moetor.errors import InputError
 from moetor.kernels.dequantize import E2M1_VALUES, e2m1, pack_nibbles, shared_exponent
 from moetor.kernels.formats import E2M1_MAX, E4M3_MAX, QuantizedMatrix, WeightFormat
+from moetor.kernels.native.pages import prefer_huge_pages
 
 # Neither a subnormal of float8 e4m3 nor zero: nvfp4 multiplies by it.
 _SMALLEST_E4M3 = 2.0**-6
@@ -173,7 +174,9 @@ def empty_matrix(
         raise InputError(f"format {kind.name} has no scales in {wanted}")
 
     def new(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty((experts, *shape), dtype=dtype, device=device)
+        made = torch.empty((experts, *shape), dtype=dtype, device=device)
+        prefer_huge_pages(made)
+        return made
 
     scales = new(kind.scale_shape(rows, depth), wanted)
     return QuantizedMatrix(
