@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -187,3 +189,13 @@ def test_keys_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ServerConfig(**wrong)
+
+
+def test_sigterm_before_the_engine_is_ready() -> None:
+    command = [sys.executable, "-m", "moetor", "serve", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "loading" in process.stderr.readline()
+    process.terminate()
+    assert "interrupted" in process.stderr.read()  # to its end: the engine's process is gone too
+    assert process.wait(30) == 130

@@ -34,6 +34,7 @@ def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: 
 
     Raises:
         ConfigError: the port cannot be had, or a setting does not fit.
+        KeyboardInterrupt: a signal came before the engine was ready.
     """
     logging.getLogger("moetor").setLevel(config.log_level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -41,6 +42,8 @@ def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: 
     if config.otlp_traces_endpoint is not None:
         require_otel()
     with listen(config.host, config.port) as listening:
+        # As the first process of a container this one is not ended by SIGTERM on its own.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         engine = make_engine()
         try:
             app = create_app(engine, config, model)
