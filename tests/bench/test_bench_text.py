@@ -23,7 +23,8 @@ from moetor.bench.generation import (
     measure_throughput,
 )
 from moetor.cli.main import main
-from moetor.errors import KernelRefusedError, MoetorError
+from moetor.errors import KernelRefusedError, MoetorError, UnsupportedError
+from moetor.huggingface import dummy
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.tools.tiny.models import tiny_config, tiny_model
 
@@ -176,6 +177,7 @@ def record_of(folder: str, command: str, *flags: str) -> dict[str, Any]:
     assert main(["bench", command, folder, *SMALL, *flags, "--json", str(path)]) == 0
     record: dict[str, Any] = json.loads(path.read_text())
     assert {"command", "git", "versions", "hardware", "settings", "fusion"} <= set(record)
+    assert record["peak_host_bytes"] > 2**20
     return record
 
 
@@ -218,6 +220,8 @@ def test_throughput(folder: str) -> None:
         (["throughput", "--backend", "vllm"], 2, "generate"),
         (["throughput", "--rounds", "0"], 2, "--rounds 0"),
         (["latency", "./no/such"], 1, "no/such"),
+        (["latency", "--layers", "0"], 2, "--layers 0"),
+        (["latency", "--layers", "2"], 2, "qwen3-30b-a3b"),
     ],
 )
 def test_bad_usage(
@@ -227,3 +231,26 @@ def test_bad_usage(
     out, err = capsys.readouterr()
     assert out == ""
     assert word in err
+
+
+def test_the_machine_is_measured_before_the_model_takes_its_memory(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(device: str, dtype: torch.dtype) -> None:
+        raise UnsupportedError("too little memory to read from")
+
+    monkeypatch.setattr(ceilings, "measure_ceilings", full)
+    monkeypatch.setattr(dummy, "dummy_model", lambda *_: pytest.fail("a model was made first"))
+    assert main(["bench", "latency", folder, *SMALL]) == 1
+    assert "too little memory" in capsys.readouterr().err
+
+
+def test_fewer_layers_of_a_built_in_configuration(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, "tiny", lambda: tiny_config("qwen3_moe"))
+    path = Path(folder) / "out.json"
+    flags = [*SMALL, "--layers", "2", "--json", str(path)]
+    assert main(["bench", "latency", "tiny", *flags]) == 0
+    assert tiny_config("qwen3_moe").num_hidden_layers == 3  # the first one is dense
+    assert len(json.loads(path.read_text())["fusion"]["blocks"]) == 1

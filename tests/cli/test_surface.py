@@ -54,6 +54,7 @@ TEXT_BENCH: dict[str, object] = {
     "--revision": None,
     "--trust-remote-code": False,
     "--load-format": "auto",
+    "--layers": None,
     "--level": "auto",
     "--quantization": None,
     "--backend": "engine",

@@ -167,6 +167,16 @@ def available_memory(device: str) -> int:
     return min(host, _container_memory() or host)
 
 
+def process_memory(name: str) -> int | None:
+    """A figure of this process's memory by Linux's record, such as VmRSS or VmHWM, in bytes; None
+    elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
 def _container_memory() -> int | None:
     """What a control group leaves, its reclaimable file cache counted as free; None: no limit."""
     folder = Path("/sys/fs/cgroup")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from moetor.bench.hardware import process_memory
 from moetor.huggingface.loading import find_device, find_dtype, load_config, load_model, model_class
 from moetor.huggingface.model_classes import MoEForCausalLM, MoEForMultimodalLM
 
@@ -42,19 +42,10 @@ def touch(model: torch.nn.Module) -> None:
         torch.cuda.synchronize()
 
 
-def memory(name: str) -> int | None:
-    """A figure of this process's memory by Linux's record, in bytes; None elsewhere."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
 def main() -> None:
     """Loads, measures and prints."""
     how, folder, dtype, device = sys.argv[1:]
-    before = memory("VmRSS")
+    before = process_memory("VmRSS")
     start = time.perf_counter()
     model = load(how, folder, dtype, device)
     returned = time.perf_counter() - start
@@ -67,8 +58,8 @@ def main() -> None:
                 "ready": ready,
                 "nbytes": sum(parameter.nbytes for parameter in model.parameters()),
                 "before": before,
-                "held": memory("VmRSS"),
-                "peak": memory("VmHWM"),
+                "held": process_memory("VmRSS"),
+                "peak": process_memory("VmHWM"),
             }
         )
     )

@@ -3,192 +3,23 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from io import StringIO
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from moetor.cli.bench_text_options import LatencyOptions, TextBenchOptions, ThroughputOptions
 from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
-from moetor.cli.options import (
-    MODEL,
-    QUANTIZATION,
-    ModelSource,
-    OffloadOptions,
-    QuantizationName,
-    ServingParallelFlags,
-    check_one_gpu,
-)
-from moetor.engine.config import ENGINE, EngineConfig
-from moetor.errors import InputError
+from moetor.engine.config import EngineConfig
 from moetor.parallel.launch import rank_number
 
 if TYPE_CHECKING:
+    import torch
+
+    from moetor.bench.ceilings import Ceilings
     from moetor.bench.generation import TextBackend, Workload
     from moetor.huggingface import FusionReport
     from moetor.offload_config import OffloadConfig
-
-WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParallelFlags):
-    """What both commands take.
-
-    The prompts are random tokens, the next token is always the likeliest, and no text ends before
-    its length.
-    """
-
-    load_format: Literal["auto", "dummy"] = field(
-        default="auto",
-        metadata={
-            "group": MODEL,
-            "help": "auto loads the checkpoint; dummy draws random weights on the device, from "
-            "the model's configuration alone or from a built-in one: qwen3-30b-a3b",
-        },
-    )
-    level: Literal["auto", "block", "experts"] = field(
-        default="auto",
-        metadata={"group": MODEL, "help": "fuse whole MoE blocks or their experts alone"},
-    )
-    quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
-    backend: Literal["engine", "generate"] = field(
-        default="engine",
-        metadata={
-            "group": WHAT,
-            "help": "what generates: our engine, or Transformers' own generate on the fused model",
-        },
-    )
-    peer: Literal["none", "transformers", "continuous"] = field(
-        default="none",
-        metadata={
-            "group": WHAT,
-            "help": "also measure, in turns, the same model as Transformers runs it, unfused: by "
-            "its generate, or by its continuous batching",
-        },
-    )
-    input_len: int = field(
-        default=128, metadata={"group": WHAT, "metavar": "N", "help": "tokens of each prompt"}
-    )
-    output_len: int = field(
-        default=128, metadata={"group": WHAT, "metavar": "N", "help": "tokens generated for each"}
-    )
-    cache: Literal["static", "dynamic"] = field(
-        default="static",
-        metadata={
-            "group": HOW,
-            "help": "keys and values; with static ones on a GPU, generate compiles the decoding "
-            "step and captures it in CUDA graphs",
-        },
-    )
-    compile: bool = field(
-        default=True, metadata={"group": HOW, "help": "let generate compile where it does"}
-    )
-    # the same prompts come again in every round
-    enable_prefix_caching: bool = field(
-        default=False,
-        metadata={"group": ENGINE, "help": "let a round find the blocks of the one before"},
-    )
-    rounds: int = field(
-        default=3, metadata={"group": HOW, "metavar": "N", "help": "timed runs; medians are told"}
-    )
-    seed: int = field(default=0, metadata={"group": HOW, "help": "of prompts and random weights"})
-    json: Path | None = field(
-        default=None,
-        metadata={"group": OUTPUT, "metavar": "FILE", "help": "write everything there"},
-    )
-
-    def __post_init__(self) -> None:
-        EngineConfig.__post_init__(self)
-        for name in ("input_len", "output_len", "rounds"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(self, name)} must be at least 1")
-        if self.quantization is not None and self.peer != "none":
-            raise InputError(
-                f"--peer {self.peer} runs the same weights unfused, which quantised experts have "
-                "not; leave out --peer or --quantization"
-            )
-        if self.parallel() is not None:
-            self._check_ranks()
-        check_one_gpu(self, self.parallel())
-        if self.offload() is not None and self.peer != "none":
-            raise InputError(
-                f"--peer {self.peer} runs the same weights unfused, which it cannot with experts "
-                "in host memory; leave out --peer or --cpu-experts"
-            )
-        if self.cpu_experts is not None and self.backend == "generate" and self.compile:
-            raise InputError(
-                "generate compiles the step into CUDA graphs of its own, which do not let experts "
-                "change their place; give --no-compile or --backend engine with --cpu-experts"
-            )
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
-
-    def _check_ranks(self) -> None:
-        if self.peer != "none":
-            raise InputError(
-                f"--peer {self.peer} runs the whole model on one device, and several ranks were "
-                "asked for; leave out one of the two"
-            )
-        if self.fuse_dense == "on":
-            raise InputError(
-                "--fuse-dense on joins what several ranks split: dense parts are joined, or split "
-                "by Transformers' plan, not both; leave out one of the two"
-            )
-        if self.backend == "generate" and self.data_parallel_size > 1:
-            raise InputError(
-                "--backend generate has no scheduler that shares prompts out between data-parallel "
-                "ranks; take --backend engine, or -tp alone"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LatencyOptions(TextBenchOptions):
-    """Time one batch of prompts: the first token (TTFT) and each one after it (TPOT).
-
-    The floor of a token is reading every weight that it needs once, at the measured read bandwidth;
-    keys and values are not counted. The prompts are random tokens, the next token is always the
-    likeliest, and no text ends before its length.
-    """
-
-    batch_size: tuple[int, ...] = field(
-        default=(1,), metadata={"group": WHAT, "metavar": "B,...", "help": "prompts of a batch"}
-    )
-
-    def __post_init__(self) -> None:
-        TextBenchOptions.__post_init__(self)
-        if not self.batch_size or min(self.batch_size) < 1:
-            raise InputError("--batch-size takes numbers of at least 1, for example 1,8,32")
-        if self.backend == "engine" and max(self.batch_size) > self.max_num_seqs:
-            raise InputError(
-                f"--batch-size {max(self.batch_size)} is above --max-num-seqs {self.max_num_seqs}, "
-                "so that prompts would wait; raise the latter"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ThroughputOptions(TextBenchOptions):
-    """Time many prompts: tokens per second.
-
-    Plain generate takes them in batches, one after another. The prompts are random tokens, the next
-    token is always the likeliest, and no text ends before its length.
-    """
-
-    num_prompts: int = field(
-        default=64, metadata={"group": WHAT, "metavar": "N", "help": "prompts in all"}
-    )
-    batch_size: int = field(
-        default=32, metadata={"group": WHAT, "metavar": "B", "help": "prompts at once at most"}
-    )
-
-    def __post_init__(self) -> None:
-        TextBenchOptions.__post_init__(self)
-        if self.num_prompts < 1 or self.batch_size < 1:
-            raise InputError(
-                f"--num-prompts {self.num_prompts} and --batch-size {self.batch_size} must be at "
-                f"least 1"
-            )
 
 
 def run(options: LatencyOptions | ThroughputOptions) -> int:
@@ -200,15 +31,18 @@ def run(options: LatencyOptions | ThroughputOptions) -> int:
 
 def _run(options: LatencyOptions | ThroughputOptions) -> int:
     config = _config(options)
-    model = _load(options, config)
+    device = _device(options)
+    # Before the model takes the memory: reading takes a gigabyte of its own.
+    ceilings = _ceilings(options, device, _dtype(options, config))
+    model = _load(options, config, device)
     backends, report = _backends(options, model)
     vocabulary = config.get_text_config().vocab_size
     if isinstance(options, LatencyOptions):
-        record = _latency(options, backends, model, vocabulary)
+        record = _latency(options, backends, model, vocabulary, ceilings)
     else:
         record = _throughput(options, backends, vocabulary)
     print(f"kernels: {', '.join(report.kernels) or 'none of ours'}")
-    record |= _hot_experts(model)
+    record |= _hot_experts(model) | _host_memory()
     if options.json is not None and rank_number() == 0:
         _write(options, model, record | {"fusion": report.to_dict()})
     return 0
@@ -226,6 +60,16 @@ def _hot_experts(model: Any) -> dict[str, float]:
     return {"hot_expert_hits": hits}
 
 
+def _host_memory() -> dict[str, int | None]:
+    """The most memory that this process has had."""
+    from moetor.bench.hardware import process_memory
+
+    peak = process_memory("VmHWM")
+    if peak is not None:
+        print(f"host memory: at most {peak / 2**30:.2f} GiB")
+    return {"peak_host_bytes": peak}
+
+
 def _config(options: TextBenchOptions) -> Any:
     """The model's configuration, long enough for the texts."""
     from moetor.huggingface import loading
@@ -238,7 +82,11 @@ def _config(options: TextBenchOptions) -> Any:
                 f"--load-format dummy, or a folder or hub id"
             )
         config = CONFIGS[options.model]()
+        if options.layers is not None:
+            config.num_hidden_layers = options.layers
     else:
+        if options.layers is not None:
+            raise UsageError(f"--layers is for a built-in configuration: {', '.join(CONFIGS)}")
         config = loading.load_config(
             options.model,
             revision=options.revision,
@@ -253,19 +101,44 @@ def _config(options: TextBenchOptions) -> Any:
     return config
 
 
-def _load(options: TextBenchOptions, config: Any) -> Any:
-    import torch
-
+def _device(options: TextBenchOptions) -> torch.device:
+    """This rank's device."""
     from moetor.huggingface import loading
-    from moetor.huggingface.dummy import dummy_model
     from moetor.parallel.groups import join_ranks
 
     several = options.parallel() is not None
-    device_name = join_ranks(options.device) if several else options.device
+    return loading.find_device(join_ranks(options.device) if several else options.device)
+
+
+def _dtype(options: TextBenchOptions, config: Any) -> torch.dtype:
+    """The model's dtype."""
+    import torch
+
+    from moetor.huggingface import loading
+
+    dtype: torch.dtype | None = loading.find_dtype(options.dtype) or getattr(config, "dtype", None)
+    return dtype or torch.bfloat16
+
+
+def _ceilings(
+    options: TextBenchOptions, device: torch.device, dtype: torch.dtype
+) -> dict[str, Ceilings]:
+    """What the devices that take part can do, where a floor is told; by their kind."""
+    from moetor.bench.ceilings import measure_ceilings
+
+    if not isinstance(options, LatencyOptions):
+        return {}
+    kinds = [device.type] if options.offload() is None else [device.type, "cpu"]
+    return {kind: measure_ceilings(kind, dtype) for kind in dict.fromkeys(kinds)}
+
+
+def _load(options: TextBenchOptions, config: Any, device: torch.device) -> Any:
+    from moetor.huggingface import loading
+    from moetor.huggingface.dummy import dummy_model
+
     offload = _offload(options, config)
     if options.load_format == "dummy":
-        dtype = loading.find_dtype(options.dtype) or config.dtype or torch.bfloat16
-        device = loading.find_device(device_name)
+        dtype = _dtype(options, config)
         made = loading.model_class(config)
         seed, quantization = options.seed, options.quantization
         model = dummy_model(config, made, dtype, device, seed, quantization, offload)
@@ -275,13 +148,13 @@ def _load(options: TextBenchOptions, config: Any) -> Any:
         return loading.load_model(
             options.model,
             dtype=options.dtype,
-            device=device_name,
+            device=str(device),
             revision=options.revision,
             trust_remote_code=options.trust_remote_code,
             quantization=options.quantization,
             kernel=options.kernel,
             for_fusing=options.peer == "none",
-            sharded=several,
+            sharded=options.parallel() is not None,
             cpu_experts=offload,
             progress=loaded,
         ).requires_grad_(False)
@@ -329,17 +202,14 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
 
 def _offload(options: TextBenchOptions, config: Any) -> OffloadConfig | None:
     """Which experts stay in host memory, with room for what the engine needs."""
-    import torch
-
     from moetor.engine.reserve import settle_offload
     from moetor.huggingface import loading
 
-    dtype = loading.find_dtype(options.dtype) or getattr(config, "dtype", None) or torch.bfloat16
     return settle_offload(
         options.offload(),
         _engine_config(options),
         config.get_text_config(decoder=True),
-        dtype,
+        _dtype(options, config),
         loading.find_device(options.device),
     )
 
@@ -361,20 +231,21 @@ def _engine_backend(options: TextBenchOptions, model: Any) -> TextBackend:
 
 
 def _latency(
-    options: LatencyOptions, backends: list[TextBackend], model: Any, vocabulary: int
+    options: LatencyOptions,
+    backends: list[TextBackend],
+    model: Any,
+    vocabulary: int,
+    ceilings: dict[str, Ceilings],
 ) -> dict[str, Any]:
-    from moetor.bench.ceilings import measure_ceilings
     from moetor.bench.generation import decode_bytes, host_decode_bytes, measure_latency
     from moetor.bench.generation_report import latency_dict, latency_table
 
     sizes = tuple(dict.fromkeys(options.batch_size))
-    ceilings = measure_ceilings(model.device.type, model.dtype)
-    floors = {size: decode_bytes(model, size) / ceilings.read_bytes_per_s for size in sizes}
-    if any(host_decode_bytes(model, size) for size in sizes):
+    own = ceilings[model.device.type]
+    floors = {size: decode_bytes(model, size) / own.read_bytes_per_s for size in sizes}
+    for size in sizes if "cpu" in ceilings else ():
         # A layer's host part and the layers around it wait for each other.
-        host = measure_ceilings("cpu", model.dtype)
-        for size in sizes:
-            floors[size] += host_decode_bytes(model, size) / host.read_bytes_per_s
+        floors[size] += host_decode_bytes(model, size) / ceilings["cpu"].read_bytes_per_s
     rows = []
     with progress("measuring", "batches") as measured:
         total, done = len(sizes) * len(backends) * (options.rounds + 1), 0
@@ -388,8 +259,8 @@ def _latency(
             work = _workload(options, size, size, vocabulary)
             rows += measure_latency(backends, work, options.rounds, count)
     print_table("one batch; tok/s of all its prompts", *latency_table(rows, floors))
-    print(f"ceilings: {ceilings.describe()}")
-    return latency_dict(rows, floors) | {"ceilings": asdict(ceilings)}
+    print(f"ceilings: {own.describe()}")
+    return latency_dict(rows, floors) | {"ceilings": asdict(own)}
 
 
 def _throughput(
