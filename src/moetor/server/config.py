@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from moetor.errors import ConfigError
 
@@ -161,6 +162,8 @@ class ServerConfig:
             raise ConfigError(f"max_waiting {self.max_waiting} must be at least 0")
         if not 0 <= self.drain_timeout < float("inf"):
             raise ConfigError(f"drain_timeout {self.drain_timeout} must be at least 0")
+        if self.otlp_traces_endpoint is not None:
+            _check_endpoint(self.otlp_traces_endpoint)
         if any(not name for name in self.served_model_name):
             raise ConfigError("served_model_name has an empty name")
 
@@ -191,6 +194,20 @@ class ServerConfig:
                     f"{name} gives a key that is empty or has characters that a header cannot carry"
                 )
         return tuple(key for _, key in keys)
+
+
+def _check_endpoint(url: str) -> None:
+    """Refuses what spans would be sent to in vain."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and parts.hostname and parts.path.strip("/")
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ConfigError(
+            f"otlp_traces_endpoint {url!r} is not the whole URL at which a collector takes traces "
+            "by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces"
+        )
 
 
 def read_text(path: Path, what: str) -> str:
