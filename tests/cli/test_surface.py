@@ -140,6 +140,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--chat-template": None,
         "--allow-image-host": (),
         "--allow-origins": (),
+        "--stream-interval": 1,
         "--max-waiting": 1024,
         "--max-body-mib": 16.0,
         "--max-requests-per-minute": None,

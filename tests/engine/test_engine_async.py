@@ -258,6 +258,26 @@ def test_outputs_that_nobody_reads_become_one(engine: AsyncEngine) -> None:
     run(work())
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_outputs_of_several_tokens(engine: AsyncEngine, merge: bool) -> None:
+    async def work() -> None:
+        params = greedy(14)
+        stream = await engine.add_request([5, 6, 7], params, merge=merge, interval=4)
+        outputs = [output async for output in stream]
+        new = [len(output.outputs[0].new_token_ids) for output in outputs]
+        if merge:  # what nobody read in time became part of the next
+            assert all(count >= 4 for count in new[1:-1])
+        else:
+            assert new == [1, 4, 4, 4, 1]
+        pieces = [token for output in outputs for token in output.outputs[0].new_token_ids]
+        assert pieces == outputs[-1].outputs[0].token_ids
+        several = SamplingParams(n=3, seed=4, max_tokens=11, ignore_eos=True)
+        stream = await engine.add_request([5, 6, 7], several, interval=100)
+        assert len([output async for output in stream]) == 2
+
+    run(work())
+
+
 def test_expert_load_is_counted_when_asked_for() -> None:
     model = make_model("qwen3_moe", 3)
     engine = AsyncEngine.from_model(

@@ -320,7 +320,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"choice": ["a", ""]}, "list of texts"),
     ({"regex": "a", "disable_any_whitespace": True}, "json"),
     ({"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}, "give one"),
-    ({"json_object": True, "disable_additional_properties": True}, "json alone"),
+    ({"json_object": True, "disable_additional_properties": True}, "schemas"),
 ]
 
 

@@ -128,6 +128,42 @@ def test_completions_answer_in_json(client: openai.OpenAI) -> None:
     assert is_house(made.choices[0].text)
 
 
+TAGS: Any = {
+    "structures": [{"begin": "e<", "schema": {"type": "integer", "maximum": 9}, "end": ">"}],
+    "triggers": ["e"],
+}
+
+
+@pytest.mark.parametrize("field", ["response_format", "structured_outputs"])
+def test_tags_in_a_free_text(client: openai.OpenAI, field: str) -> None:
+    form: Any = {"type": "structural_tag", **TAGS}
+    if field == "structured_outputs":
+        form = {"structural_tag": json.dumps(form)}
+    made = client.chat.completions.create(
+        model="demo", messages=MESSAGES, max_tokens=80, seed=5, extra_body={field: form}
+    )
+    text = made.choices[0].message.content or ""
+    assert re.fullmatch(r"([^e]|e<-?\d+>)*(e(<(-?\d*)?)?)?", text), text
+    assert "e<" in text
+
+
+@pytest.mark.parametrize(
+    ("form", "told"),
+    [
+        ({"type": "structural_tag"}, "structures"),
+        ({"type": "structural_tag", "format": {"type": "any_text"}}, "format"),
+        ({"type": "structural_tag", **TAGS, "triggers": ["a"]}, "none of the triggers"),
+        ({"type": "json_object", **TAGS}, "structural_tag"),
+    ],
+)
+def test_tags_that_are_refused(client: openai.OpenAI, form: Any, told: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=told) as refused:
+        client.chat.completions.create(
+            model="demo", messages=MESSAGES, extra_body={"response_format": form}
+        )
+    assert refused.value.param == "response_format"
+
+
 def function(name: str, strict: bool | None = None, **properties: Any) -> Any:
     parameters = {
         "type": "object",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
@@ -189,6 +190,28 @@ def test_keys_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ServerConfig(**wrong)
+
+
+def test_events_of_several_tokens() -> None:
+    engine = AsyncEngine.from_model("demo", config=EngineConfig(kv_cache_blocks=64))
+    app = create_app(engine, ServerConfig(stream_interval=5), "demo")
+
+    async def work() -> None:
+        transport = httpx.ASGITransport(app=app)
+        body = {"prompt": "ROMEO:", "max_tokens": 18, "ignore_eos": True, "temperature": 0}
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+            whole = (await http.post(TEXT, json=body)).json()["choices"][0]["text"]
+            told = await http.post(TEXT, json={**body, "stream": True, "logprobs": 0})
+        await engine.shutdown()
+        lines = told.text.split("\n\n")[:-2]
+        events = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+        counts = [len(event["logprobs"]["tokens"]) for event in events]
+        assert counts[0] == 1
+        assert all(count >= 5 for count in counts[1:-1])
+        assert sum(counts) == 18
+        assert "".join(event["text"] for event in events) == whole
+
+    asyncio.run(asyncio.wait_for(work(), 60))
 
 
 def test_sigterm_before_the_engine_is_ready() -> None:

@@ -42,15 +42,25 @@ class OutputStream(AsyncIterator[RequestOutput]):
         abort: ends the request of a name.
         merge: whether an output that was not read yet becomes one with the next, so that a slow
             reader costs no memory; what is new in the two is then new in the one.
+        interval: new tokens of a sequence for which there is an output; also the first one and the
+            last one make one.
 
     Attributes:
         request: as the last news made it; is not to be changed.
         watch: is told what is new when it comes, whoever reads when; None for nobody.
     """
 
-    def __init__(self, request: Request, abort: Callable[[str], None], *, merge: bool) -> None:
+    def __init__(
+        self,
+        request: Request,
+        abort: Callable[[str], None],
+        *,
+        merge: bool,
+        interval: int = 1,
+    ) -> None:
         self.request_id = request.request_id
         self.request, self._abort, self._merge = request, abort, merge
+        self._interval = interval
         self._ready: deque[RequestOutput] = deque()
         self._changed = self._done = self._end_alone = False
         self._waiter: asyncio.Future[None] | None = None
@@ -78,12 +88,22 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
     def _note(self) -> None:
         self._changed = True
+        if self._interval > 1 and not self._is_due():
+            return
         if not self._merge and not self._end_alone:
             self._ready.append(self._output())
         waiter = self._waiter
         if waiter is None or waiter.done() or (self._end_alone and not self.finished):
             return
         waiter.set_result(None)
+
+    def _is_due(self) -> bool:
+        """Whether there is enough for an output."""
+        for one in self.request.sequences:
+            new = one.known - one.prompt_len - one.reported
+            if new >= self._interval or (new and (one.finished or not one.reported)):
+                return True
+        return self.finished
 
     def _output(self) -> RequestOutput:
         self._changed = False
@@ -92,7 +112,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
     async def __anext__(self) -> RequestOutput:
         if self._done:
             raise StopAsyncIteration
-        if not self._ready and not self._changed:
+        if not self._ready and not (self._changed and (self._interval == 1 or self._is_due())):
             await self._wait()
         output = self._ready.popleft() if self._ready else self._output()
         self._done = output.finished
@@ -225,13 +245,14 @@ class EngineClient(ABC):
         request_id: str | None = None,
         *,
         merge: bool = False,
+        interval: int = 1,
     ) -> OutputStream:
         """Queues a request; iterate over what this returns for its outputs.
 
         Args:
             prompt: text, token ids, or a mapping (see `Prompt`).
             request_id: None makes one.
-            merge: see `OutputStream`.
+            merge, interval: see `OutputStream`.
 
         Raises:
             InputError: the request is refused, or there is one of this name.
@@ -242,9 +263,8 @@ class EngineClient(ABC):
         if name in self._streams:
             raise InputError(f"there is a request {name!r} under way; choose another id")
         request = self.intake.request(prompt, params, name)
-        stream = OutputStream(
-            copy_of(request, self._decoder(params.skip_special_tokens)), self._abort, merge=merge
-        )
+        copy = copy_of(request, self._decoder(params.skip_special_tokens))
+        stream = OutputStream(copy, self._abort, merge=merge, interval=interval)
         self._streams[name] = stream
         await self._add(request, stream)
         return stream

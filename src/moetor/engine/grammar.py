@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from moetor.engine.structural_tag import lark
 from moetor.engine.structured import WHITE_SPACE, StructuredOutputsParams
 from moetor.errors import ConfigError, InputError, MoetorError
 
@@ -81,7 +83,7 @@ class GrammarCompiler:
 
     def compile(self, asked: StructuredOutputsParams) -> LLMatcher:
         """The compiled grammar; one that was asked for lately is kept. Raises as `start` does."""
-        source = _source(asked)
+        source = self._source(asked)
         with self._lock:
             found = self._made.get(source)
             if found is not None:
@@ -137,6 +139,21 @@ class GrammarCompiler:
         if token is not None and tokens.is_special_token(token):
             return text
         return json.dumps(text)
+
+    def _source(self, asked: StructuredOutputsParams) -> str:
+        if asked.structural_tag is None:
+            return _source(asked)
+        return lark(asked.tags(), self._pieces, asked.document)
+
+    def _pieces(self, text: str) -> list[str]:
+        """A text in Lark's syntax: the tokens in it that stand apart from text, and the rest."""
+        tokens = self.tokens()
+        added = self._tokenizer.get_added_vocab()
+        apart = sorted(
+            (name for name in added if tokens.is_special_token(added[name])), key=len, reverse=True
+        )
+        found = re.split(f"({'|'.join(map(re.escape, apart))})", text) if apart else [text]
+        return [self.mark(piece) for piece in found if piece]
 
     def executor(self) -> LLExecutor:
         """Threads that compute the masks of several rows."""

@@ -7,17 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moetor.engine.structural_tag import Tag, read_tags
 from moetor.errors import InputError
 
 # Without a bound a model may write blanks until its text is full.
 WHITE_SPACE = r"[ \t]?|\r?\n[ \t]{0,20}"
-FORMS = ("json", "json_object", "regex", "choice", "grammar")
+FORMS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+_WITH_JSON = ("json", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StructuredOutputsParams:
-    """The form that a text must have: one of `json`, `json_object`, `regex`, `choice`, `grammar`.
-    The names are those of vLLM.
+    """The form that a text must have: one of `json`, `json_object`, `regex`, `choice`, `grammar`,
+    `structural_tag`. The names are those of vLLM.
 
     Every token is chosen among those with which the text can still come to have that form, and an
     end token only where it has it. A text that `max_tokens` or a stop string ends is cut short.
@@ -29,10 +31,13 @@ class StructuredOutputsParams:
         regex: the text matches it as a whole.
         choice: the text is one of these.
         grammar: the text follows it; Lark's syntax with a rule `start`, or GBNF with a rule `root`.
+        structural_tag: the text is free, but what follows one of `triggers` is one of `structures`:
+            its `begin`, a JSON document of its `schema`, and its `end`. A mapping with these, or
+            its JSON.
         disable_any_whitespace: no white space between JSON's tokens.
         whitespace_pattern: a regular expression for the white space between JSON's tokens; without
             it that is at most one blank, or a line break and an indentation of 20 blanks.
-        disable_additional_properties: an object of the schema has only the properties that the
+        disable_additional_properties: an object of a schema has only the properties that the
             schema lists, unless the schema itself speaks of further ones.
 
     Raises:
@@ -44,6 +49,7 @@ class StructuredOutputsParams:
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
     disable_additional_properties: bool = False
@@ -63,17 +69,22 @@ class StructuredOutputsParams:
             self._check_choice()
         if form == "json":
             self.schema()
+        if form == "structural_tag":
+            self.tags()
         for name in ("disable_any_whitespace", "whitespace_pattern"):
-            if getattr(self, name) and form not in ("json", "json_object"):
-                raise InputError(f"structured_outputs: {name} goes with json or json_object alone")
+            if getattr(self, name) and form not in _WITH_JSON:
+                raise InputError(
+                    f"structured_outputs: {name} goes with {', '.join(_WITH_JSON)} alone"
+                )
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise InputError(
                 "structured_outputs: whitespace_pattern says which white space there is, and "
                 "disable_any_whitespace that there is none; give one"
             )
-        if self.disable_additional_properties and form != "json":
+        if self.disable_additional_properties and form not in ("json", "structural_tag"):
             raise InputError(
-                "structured_outputs: disable_additional_properties goes with json alone"
+                "structured_outputs: disable_additional_properties goes with schemas, of json or "
+                "structural_tag, alone"
             )
 
     def _check_choice(self) -> None:
@@ -106,6 +117,29 @@ class StructuredOutputsParams:
         if self.disable_additional_properties:
             _close_objects(schema)
         return schema
+
+    def tags(self) -> list[Tag]:
+        """The tags of `structural_tag`.
+
+        Raises:
+            InputError: it is malformed.
+        """
+        tags = read_tags(self.structural_tag or {})
+        if self.disable_additional_properties:
+            for tag in tags:
+                _close_objects(tag.schema)
+        return tags
+
+    def document(self, schema: Mapping[str, Any]) -> str:
+        """A document of a schema in Lark's syntax, with the white space that is asked for."""
+        if self.disable_any_whitespace:
+            return lark_json(schema, {"whitespace_flexible": False})
+        return lark_json(schema, {"whitespace_pattern": self.whitespace_pattern or WHITE_SPACE})
+
+
+def lark_json(schema: Mapping[str, Any], spaces: Mapping[str, Any]) -> str:
+    """A document of a schema in Lark's syntax, with what llguidance is told of white space."""
+    return f"%json {jsonlib.dumps({**schema, 'x-guidance': spaces})}"
 
 
 def _kind(value: Any) -> str:

@@ -72,6 +72,15 @@ class ServerConfig:
             API, "web origins whose pages may call the API (CORS); * for all", "URL,..."
         ),
     )
+    stream_interval: int = field(
+        default=1,
+        metadata=_flag(
+            API,
+            "tokens of an event of a stream, at least, but for the first and the last; larger "
+            "events cost the server less",
+            "N",
+        ),
+    )
     max_waiting: int = field(
         default=1024,
         metadata=_flag(
@@ -158,6 +167,8 @@ class ServerConfig:
             raise ConfigError(
                 f"max_requests_per_minute {self.max_requests_per_minute} must be at least 1"
             )
+        if self.stream_interval < 1:
+            raise ConfigError(f"stream_interval {self.stream_interval} must be at least 1")
         if self.max_waiting < 0:
             raise ConfigError(f"max_waiting {self.max_waiting} must be at least 0")
         if not 0 <= self.drain_timeout < float("inf"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from moetor.engine import StructuredOutputsParams
 from moetor.engine.grammar import GrammarCompiler
-from moetor.engine.structured import WHITE_SPACE
+from moetor.engine.structured import WHITE_SPACE, lark_json
 from moetor.errors import ConfigError, InputError
 from moetor.server.errors import refusal
 from moetor.server.protocol import ChatBody, Sampling
@@ -49,6 +49,12 @@ def text_form(body: Sampling) -> Form | None:
             raise refusal(
                 "response_format: json_schema goes with type 'json_schema', which needs it", FORMAT
             )
+    if asked is not None and (kind == "structural_tag") != (asked.tags is not None):
+        raise refusal(
+            "response_format: structures and triggers go with type 'structural_tag', which needs "
+            "both",
+            FORMAT,
+        )
     if kind == "text":
         if body.structured_outputs is None:
             return None
@@ -60,11 +66,13 @@ def text_form(body: Sampling) -> Form | None:
     if body.structured_outputs is not None:
         raise refusal("response_format and structured_outputs both ask for a form", OUTPUTS)
     assert asked is not None
-    if asked.json_schema is None:
-        return Form(StructuredOutputsParams(json_object=True), FORMAT)
-    schema = asked.json_schema.schema_ if asked.json_schema.schema_ is not None else {}
+    wanted: dict[str, Any] = {"json_object": True}
+    if asked.json_schema is not None:
+        wanted = {"json": asked.json_schema.schema_ or {}}
+    if asked.tags is not None:
+        wanted = {"structural_tag": asked.tags}
     try:
-        return Form(StructuredOutputsParams(json=schema), FORMAT)
+        return Form(StructuredOutputsParams(**wanted), FORMAT)
     except InputError as error:
         raise refusal(f"response_format: {error}", FORMAT) from error
 
@@ -112,7 +120,11 @@ def _grammar(offer: Offer, text: StructuredOutputsParams | None, begin: str, end
     more = "?" if offer.single else "*"
     if offer.forced or text is not None:
         calls = "call" if offer.single else 'call ("\\n" call)*'
-        rules.append(f"start: {calls}" if text is None else f"start: {calls} | {_document(text)}")
+        rules.append(
+            f"start: {calls}"
+            if text is None
+            else f"start: {calls} | {text.document(text.schema())}"
+        )
         rules.append(f"call: {begin} call_body")
     elif begin.startswith("<"):
         rules += [f"start: (TEXT {begin} call_body){more} TEXT", "TEXT: /(.|\\n)*/"]
@@ -126,7 +138,7 @@ def _grammar(offer: Offer, text: StructuredOutputsParams | None, begin: str, end
         head = json.dumps('\n{"name": ' + json.dumps(function["name"]) + ', "arguments": ')
         held = offer.forced or function.get("strict")
         schema = {"type": "object", **(_arguments(function) if held else {})}
-        arguments = _json(schema, {"whitespace_pattern": " ?" if offer.forced else WHITE_SPACE})
+        arguments = lark_json(schema, {"whitespace_pattern": " ?" if offer.forced else WHITE_SPACE})
         rules.append(f'{name}: {head} {arguments} "}}\\n"')
     return "\n".join(rules)
 
@@ -135,14 +147,3 @@ def _arguments(function: dict[str, Any]) -> dict[str, Any]:
     """The schema of a function's arguments; OpenAI's rule is that one without has none."""
     nothing: dict[str, Any] = {"properties": {}, "additionalProperties": False}
     return dict(function.get("parameters") or nothing)
-
-
-def _document(text: StructuredOutputsParams) -> str:
-    if text.disable_any_whitespace:
-        return _json(text.schema(), {"whitespace_flexible": False})
-    return _json(text.schema(), {"whitespace_pattern": text.whitespace_pattern or WHITE_SPACE})
-
-
-def _json(schema: dict[str, Any], spaces: dict[str, Any]) -> str:
-    """A schema inside of Lark's syntax, with what it says of white space."""
-    return f"%json {json.dumps(schema | {'x-guidance': spaces})}"

@@ -38,21 +38,42 @@ class JsonSchema(Body):
     strict: bool | None = None
 
 
-class ResponseFormat(Body):
-    """The form of the text; `text` leaves it free."""
+class Structure(Body):
+    """A tag in a text that is free: a document of a schema between two texts."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    begin: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    end: str
+
+
+class ResponseFormat(Body):
+    """The form of the text; `text` leaves it free. With `structural_tag` what follows a trigger is
+    one of the structures.
+    """
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    structures: list[Structure] | None = None
+    triggers: list[str] | None = None
+
+    @property
+    def tags(self) -> dict[str, Any] | None:
+        """The structural tag; None where there is none."""
+        if self.structures is None and self.triggers is None:
+            return None
+        given = self.model_dump(include={"structures", "triggers"}, by_alias=True)
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class StructuredOutputs(Body):
-    """The form of the text, as vLLM asks for it: one of the first five."""
+    """The form of the text, as vLLM asks for it: one of the first six."""
 
     json_: str | dict[str, Any] | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool | None = None
     whitespace_pattern: str | None = None
     disable_additional_properties: bool | None = None

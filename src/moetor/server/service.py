@@ -295,9 +295,14 @@ class Service:
         )
         try:
             for index, prompt in enumerate(prompts):
-                job.take(
-                    await self.engine.add_request(prompt, params, f"{name}-{index}", merge=True)
+                stream = await self.engine.add_request(
+                    prompt,
+                    params,
+                    f"{name}-{index}",
+                    merge=True,
+                    interval=self.config.stream_interval,
                 )
+                job.take(stream)
         except InputError as error:
             await job.aclose()
             raise refusal(str(error), "prompt") from error
