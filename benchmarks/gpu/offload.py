@@ -1,12 +1,12 @@
 """Experts in host memory: tokens a second by how many layers' experts are there, and by the cache.
 
-    python benchmarks/gpu/offload.py --out FILE.json [--cases 48:0:0,24:64:auto,...]
+    python benchmarks/gpu/offload.py --out FILE.json [--cases 48:0,24:64,...]
 
-A case is LAYERS:CACHE:DIRECT: layers whose experts are in host memory, experts of each of them that
-the GPU caches, and `OffloadConfig.direct_share`. Random weights of a built-in configuration, so
-that routing is nearly uniform: real texts choose some experts more often, and a cache serves more
-of them. One process and one engine; layers in host memory take turns with the memory of a few
-(`--distinct`), which is far more than the processor caches.
+A case is LAYERS:CACHE: layers whose experts are in host memory, and experts of each of them that
+the GPU caches. Random weights of a built-in configuration, so that routing is nearly uniform: real
+texts choose some experts more often, and a cache serves more of them. One process and one engine;
+layers in host memory take turns with the memory of a few (`--distinct`), which is far more than the
+processor caches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from moetor.layer.offload import ExpertOffload
 from moetor.offload_config import OffloadConfig
 
 DEVICE = torch.device("cuda", 0)
-CASES = "48:0:0,48:64:0,24:0:0,24:64:0,12:0:0,12:64:0,0:0:0,48:0:auto,48:64:auto"
+CASES = "48:0,48:64,24:0,24:64,12:0,12:64,0:0"
 STEP_SIZES = (1, 8)
 
 
@@ -70,7 +70,7 @@ class Bench:
         locked = ExpertOffload(away, DEVICE, OffloadConfig(stream_min_tokens=0), 0)
         return cls(model, layers, hosts, locked)
 
-    def place(self, count: int, cache: int, direct: str) -> ExpertOffload | None:
+    def place(self, count: int, cache: int) -> ExpertOffload | None:
         """Experts of the last `count` layers go into host memory, all others on the GPU."""
         first = len(self.layers) - count
         for number, experts in enumerate(self.layers):
@@ -84,8 +84,7 @@ class Bench:
         torch.cuda.empty_cache()
         if not count:
             return None
-        share: Any = direct if direct == "auto" else float(direct)
-        config = OffloadConfig(cpu_experts=count, direct_share=share)
+        config = OffloadConfig(cpu_experts=count)
         return ExpertOffload(self.layers[first:], DEVICE, config, cache)
 
     def backend(self, group: ExpertOffload | None, longest: int) -> EngineBackend:
@@ -137,7 +136,6 @@ def measure(
         row[f"prompt {length} tok/s"] = length / taken
     if group is not None:
         row["hits"] = group.hot.hits / max(1, group.hot.choices)
-        row["direct share"] = group.direct_share
         row["balance"] = str(group.balance)
     return row
 
@@ -151,9 +149,9 @@ def sweep(bench: Bench, given: argparse.Namespace) -> None:
         if given.seconds and time.perf_counter() - start > given.seconds:
             print(f"{case}: no time left", flush=True)
             continue
-        count, cache, direct = case.split(":")
-        group = bench.place(int(count), int(cache), direct)
-        row = {"layers": int(count), "cache": int(cache), "direct": direct}
+        count, cache = (int(number) for number in case.split(":"))
+        group = bench.place(count, cache)
+        row = {"layers": count, "cache": cache}
         rows.append(row | measure(bench, group, prompts, given.new))
         del group
         shown = {k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}

@@ -26,9 +26,6 @@ class OffloadConfig:
         stream_min_tokens: calls with at least so many tokens compute on the GPU, to which the
             layer's experts are copied for the time of the call; `auto` measures from how many on
             that is faster; 0: never.
-        direct_share: part of a token's experts that the GPU reads and computes where they are, in
-            host memory, while the host computes the others; with at most four tokens. `auto`
-            measures it; 0: none.
         moves_per_step: experts that may change their place in the cache in one step, of all layers
             together.
         decay: what a step's choices count in the next step.
@@ -46,7 +43,6 @@ class OffloadConfig:
     cpu_experts: CpuExperts = "auto"
     cache_experts: CpuExperts = "auto"
     stream_min_tokens: CpuExperts = "auto"
-    direct_share: float | Literal["auto"] = 0.0
     moves_per_step: int = 8
     decay: float = 0.95
     gpu_memory: int | None = None
@@ -73,8 +69,6 @@ class OffloadConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1 byte")
-        if self.direct_share != "auto" and not 0 <= self.direct_share <= 1:
-            raise ConfigError(f"direct_share={self.direct_share!r} is neither 'auto' nor 0 to 1")
         if not 0 <= self.decay < 1:
             raise ConfigError(f"decay={self.decay:g} must be from 0 to below 1")
         if self.accelerator not in ("cuda", "cpu"):

@@ -109,23 +109,6 @@ def test_as_all_on_the_gpu(quantization: str | None, copied: bool, rng: torch.Ge
         close(experts.run(drawn.hidden.cuda(), routing), wanted)
 
 
-@pytest.mark.parametrize("share", ["auto", 0.5, 1.0])
-def test_experts_that_the_gpu_reads_in_host_memory(
-    share: float | str, rng: torch.Generator
-) -> None:
-    case, drawn = big(rng)
-    weights = ExpertWeights(**drawn.tensors._asdict())
-    moved = build(weights, case).cuda()
-    experts = build(weights, case)
-    group = offload(experts, cache=3, direct_share=share)
-    assert 0 < group.direct_share <= 1
-    for tokens in (1, 2, 3, 24):
-        routing = Routing(drawn.topk_weights[:tokens].cuda(), drawn.topk_ids[:tokens].cuda())
-        hidden = drawn.hidden[:tokens].cuda()
-        for _ in range(3):
-            close(experts.run(hidden, routing), moved.run(hidden, routing))
-
-
 def test_a_captured_graph_follows_the_cache(rng: torch.Generator) -> None:
     """Replayed with other tokens and other choices, while experts come into the cache."""
     case, drawn = big(rng, torch.float32)
@@ -210,8 +193,11 @@ def test_models_give_the_logits_of_all_on_the_gpu(name: str, how: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4 * float(wanted.abs().max()))
 
 
+EXPERTS = 96
+
+
 def large(tmp_path: Path) -> tuple[Path, int, int]:
-    """A checkpoint of 620 MB, nearly all of it experts; bytes of a layer's and of all else."""
+    """A checkpoint of 920 MB, nearly all of it experts; bytes of a layer's and of all else."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -219,7 +205,7 @@ def large(tmp_path: Path) -> tuple[Path, int, int]:
         hidden_size=512,
         moe_intermediate_size=512,
         num_hidden_layers=6,
-        num_experts=64,
+        num_experts=EXPERTS,
         num_experts_per_tok=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -228,7 +214,7 @@ def large(tmp_path: Path) -> tuple[Path, int, int]:
     torch.manual_seed(3)
     model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path)
-    layer = 64 * 3 * 512 * 512 * 2
+    layer = EXPERTS * 3 * 512 * 512 * 2
     whole = sum(parameter.nbytes for parameter in model.parameters())
     return tmp_path, layer, whole - 6 * layer
 
@@ -274,6 +260,10 @@ def test_a_model_larger_than_its_share_of_the_gpu(
 
 
 def test_what_stays_on_the_host_never_goes_through_the_gpu(tmp_path: Path) -> None:
+    """The largest allocation while loading shows whether a matrix of all experts was one. The
+    smaller of a layer's two has 48 MiB. That must be more than the workspace which torch allocates
+    for cuBLAS at its first product: 32 MiB on compute capability 9.0 and later, as much as that
+    matrix had with 64 experts."""
     folder, layer, dense = large(tmp_path)
     torch.cuda.memory._record_memory_history(max_entries=100_000)
     torch.cuda.reset_peak_memory_stats()
@@ -293,7 +283,9 @@ def test_what_stays_on_the_host_never_goes_through_the_gpu(tmp_path: Path) -> No
         for event in trace
         if event["action"] == "alloc"
     )
-    assert largest < layer // 3, "no matrix of all experts"
+    workspace, matrix = 32 * 2**20, layer // 3
+    assert workspace < matrix
+    assert largest < matrix, "no matrix of all experts"
     assert peak < dense + layer // 2
     assert all(
         parameter.device.type == "cpu"

@@ -22,7 +22,6 @@ from moetor.kernels.routing import Routing
 from moetor.layer.experts import Experts
 from moetor.layer.offload import ExpertOffload, LayerNeed, plan_memory
 from moetor.layer.offload.balance import Balance
-from moetor.layer.offload.direct import split
 from moetor.layer.offload.hot import NOWHERE, HotExperts
 from moetor.layer.offload.store import runs
 from moetor.layer.quantized_experts import make_experts
@@ -61,7 +60,6 @@ def offload(*experts: Experts, cache: int = 0, **settings: object) -> ExpertOffl
 
 HOW = [
     *("host", "cached", "all cached", "copied", "cached and copied", "half copied", "all three"),
-    *("direct", "cached and direct"),
 ]
 
 
@@ -75,14 +73,12 @@ def test_every_form_wherever_its_experts_are(
     experts = build(drawn, case)
     count = case.config.num_experts
     caches = {"cached": 2, "all cached": count, "cached and copied": 1, "all three": 1}
-    cache = (caches | {"cached and direct": 1}).get(how, 0)
+    cache = caches.get(how, 0)
     monkeypatch.setattr("moetor.layer.offload.store.CHUNK_BYTES", 1)  # one expert a chunk
-    monkeypatch.setattr("moetor.layer.offload.direct.MOST_TOKENS", 100)
     group = offload(
         experts,
         cache=cache,
         stream_min_tokens=1 if "copied" in how else 0,
-        direct_share=0.5 if "direct" in how else 0,
     )
     if how in ("half copied", "all three"):
         group.balance = Balance(1, ((1, 1.0),), copy_seconds=1.0)
@@ -193,16 +189,6 @@ def test_the_host_and_the_copies_end_together() -> None:
     assert Balance(5).copied(5, 128) == 128
 
 
-def test_the_gpu_reads_its_share_of_every_token(rng: torch.Generator) -> None:
-    host = torch.tensor([[3, 8, 5, 1], [8, 8, 8, 8], [8, 2, 8, 7], [6, 8, 8, 8]], dtype=torch.int32)
-    weights = torch.rand(4, 4, generator=rng)
-    direct, rest = split(weights, host, 8, 1 / 3)
-    assert direct.topk_ids.tolist() == [[3, 8, 8, 8], [8] * 4, [8, 2, 8, 8], [8] * 4]
-    assert rest.topk_ids.tolist() == [[8, 8, 5, 1], [8] * 4, [8, 8, 8, 7], [6, 8, 8, 8]]
-    assert torch.equal(split(weights, host, 8, 0.0)[1].topk_ids, host)
-    assert torch.equal(split(weights, host, 8, 1.0)[0].topk_ids, host)
-
-
 def test_runs_without_a_gap() -> None:
     assert list(runs([1, 2, 3, 7, 9, 10])) == [(1, 0, 3), (7, 3, 1), (9, 4, 2)]
     assert list(runs([])) == []
@@ -290,7 +276,6 @@ def test_auto_needs_to_know_the_memory() -> None:
         {"moves_per_step": -1},
         {"gpu_memory": 0},
         {"decay": 1.0},
-        {"direct_share": 1.5},
         {"accelerator": "tpu"},
     ],
 )

@@ -15,7 +15,6 @@ from torch import Tensor
 from moetor.errors import UnsupportedError
 from moetor.layer.experts import Experts
 from moetor.layer.offload.balance import Balance, measured_balance
-from moetor.layer.offload.direct import measured_share
 from moetor.layer.offload.host import check_host
 from moetor.layer.offload.hot import HotExperts, Move
 from moetor.layer.offload.lane import HostLane
@@ -72,12 +71,10 @@ class ExpertOffload:
         self._pending: list[Move] = []
         self._arrived: torch.cuda.Event | None = None
         self._staging: dict[tuple[object, ...], Staging] = {}
-        self.direct_share = 0.0
         made = [OffloadedLayer(self, store, n) for n, store in enumerate(self.stores)]
         for experts, layer in zip(layers, made, strict=True):
             experts.offload = layer
         self.balance = self._balance()
-        self.direct_share = self._direct_share(made[0])
 
     def _balance(self) -> Balance:
         asked = self.config.stream_min_tokens
@@ -87,14 +84,6 @@ class ExpertOffload:
             return Balance(None)
         store = self.stores[0]
         return measured_balance(store, self.staging(store), self.device)
-
-    def _direct_share(self, layer: OffloadedLayer) -> float:
-        asked = self.config.direct_share
-        if asked != "auto":
-            return asked
-        if layer.direct is None or self.device.type != "cuda":
-            return 0.0
-        return measured_share(layer.direct, layer.on_host, self.device)
 
     @property
     def stream_min_tokens(self) -> int | None:

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from moetor.kernels.routing import Routing
-from moetor.layer.experts import Experts
-from moetor.layer.offload.direct import on_gpu, reads_directly, run_directly, split
 from moetor.layer.offload.lane import Join
-from moetor.layer.offload.store import LayerStore, with_tensors
+from moetor.layer.offload.store import LayerStore
 from moetor.parallel.placement import held_by_table
 
 if TYPE_CHECKING:
@@ -35,15 +33,6 @@ class OffloadedLayer:
         self.num_experts = store.experts.config.num_experts
         self.host_weights = store.experts.kernel_weights
         self.config = store.experts.config
-        self.direct = self._direct()
-
-    def _direct(self) -> Experts | None:
-        """The experts as the GPU sees them in host memory; None where it is not to read them."""
-        group, experts = self.group, self.store.experts
-        if group.config.direct_share == 0 or experts.method.weight_format != "unquantized":
-            return None
-        seen = [on_gpu(tensor, group.device) for tensor in self.store.tensors]
-        return with_tensors(experts, seen, self.num_experts)
 
     def run(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the routed experts, [T, H]: two sums, each rounded to the dtype of
@@ -66,26 +55,12 @@ class OffloadedLayer:
                 hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, self.num_experts)
             )
         on_host = held_by_table(weights_TK, ids_TK, host_E1, self.num_experts)
-        direct: Routing | None = None
-        if self.direct is not None and reads_directly(self.direct, hidden_TH.shape[0]):
-            direct, on_host = split(
-                weights_TK, on_host.topk_ids, self.num_experts, group.direct_share
-            )
         join = self._start(hidden_TH, on_host)
-        made: list[Tensor] = []
-        if cached is not None:
-            slots = cached.config.num_experts
-            made.append(cached.run(hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, slots)))
-        if direct is not None and self.direct is not None:
-            made.append(run_directly(self.direct, hidden_TH, direct))
-        sum_TH = join()
-        for part_TH in made:
-            sum_TH = sum_TH.add_(part_TH)
-        return sum_TH
-
-    def on_host(self, hidden_TH: Tensor, routing: Routing) -> Tensor:
-        """All of it by the host."""
-        return self._start(hidden_TH, routing)()
+        if cached is None:
+            return join()
+        slots = cached.config.num_experts
+        cached_TH = cached.run(hidden_TH, held_by_table(weights_TK, ids_TK, slots_E1, slots))
+        return join().add_(cached_TH)
 
     def _start(self, hidden_TH: Tensor, on_host: Routing) -> Join:
         return self.group.lane.start(
