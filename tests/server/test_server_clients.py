@@ -108,6 +108,39 @@ def test_chat_streams_what_it_answers_at_once(client: openai.OpenAI, own: Any) -
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+def test_fields_that_change_nothing_here(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 8, "temperature": 0}
+    plain = client.chat.completions.create(**asked, messages=MESSAGES).choices[0]
+    made = client.chat.completions.create(
+        **asked,
+        messages=MESSAGES,
+        modalities=["text"],
+        service_tier="auto",
+        store=False,
+        user="somebody",
+        safety_identifier="somebody",
+        prompt_cache_key="somewhere",
+        tool_choice="none",
+        seed=-(2**63),
+        stop=["never", "ever", "this", "or", "that one"],
+    ).choices[0]
+    assert made.message.content == plain.message.content
+
+
+def test_a_developer_speaks_as_the_system(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 8, "temperature": 0}
+    first, second = (
+        client.chat.completions.create(
+            **asked, messages=[{"role": role, "content": "Speak briefly."}, *MESSAGES]
+        )
+        for role in ("system", "developer")
+    )
+    assert first.usage is not None
+    assert second.usage is not None
+    assert first.usage.prompt_tokens == second.usage.prompt_tokens
+    assert first.choices[0].message.content == second.choices[0].message.content
+
+
 def test_the_bytes_of_a_stream(http: httpx.Client) -> None:
     body = {"messages": MESSAGES, "max_tokens": 3, "stream": True}
     answer = http.post("/v1/chat/completions", json=body, headers={"X-Request-Id": "mine-7"})

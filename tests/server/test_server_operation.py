@@ -214,6 +214,41 @@ def test_events_of_several_tokens() -> None:
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
+def test_what_a_chat_template_is_told(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ reasoning_effort }}"
+        "{# it knows the developer #}"
+    )
+    engine = AsyncEngine.from_model("demo", config=EngineConfig(kv_cache_blocks=64))
+    app = create_app(engine, ServerConfig(chat_template=template), "demo")
+    said = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    body: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+    async def work() -> None:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+
+            async def ask(**fields: Any) -> Any:
+                asked = {**body, "messages": said, **fields}
+                return (await http.post("/v1/chat/completions", json=asked)).json()
+
+            for effort in ("low", "high"):
+                prompt = f"developer:Be brief.;user:Hi;{effort}"
+                text = {**body, "prompt": prompt, "add_special_tokens": False}
+                own = (await http.post(TEXT, json=text)).json()
+                told = await ask(reasoning_effort=effort)
+                assert told["usage"]["prompt_tokens"] == own["usage"]["prompt_tokens"]
+                assert told["choices"][0]["message"]["content"] == own["choices"][0]["text"]
+            same = {"reasoning_effort": "low"}
+            assert "choices" in await ask(**same, chat_template_kwargs=same)
+            other = await ask(reasoning_effort="high", chat_template_kwargs=same)
+            assert other["error"]["param"] == "reasoning_effort"
+        await engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
 def test_sigterm_before_the_engine_is_ready() -> None:
     command = [sys.executable, "-m", "moetor", "serve", "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -17,6 +17,8 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 OTHER = {"type": "function", "function": {"name": "other"}}
 BAD_SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
 UNNAMED = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
@@ -34,6 +36,9 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages", "roles of this model"),
     (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages", "text alone"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "text"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages", "content is missing"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": []}]}, "messages", "content"),
+    (CHAT, {"messages": [CALLED, *HELLO]}, "messages", "no tool_calls"),
     (CHAT, {"messages": HELLO, "temperature": "hot"}, "temperature", "number"),
     (CHAT, {"messages": HELLO, "temperature": -0.1}, "temperature", "must be"),
     (CHAT, {"messages": HELLO, "temperature": 0, "n": 2}, "n", "same text"),
@@ -69,6 +74,15 @@ WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"messages": HELLO, "chat_template_kwargs": PADDED}, None, "max_length, padding"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, None, "messages"),
     (CHAT, {"messages": HELLO, "continue_final_message": True}, None, "add_generation_prompt"),
+    (CHAT, {"messages": HELLO, "modalities": ["text", "audio"]}, "modalities", "text"),
+    (CHAT, {"messages": HELLO, "modalities": []}, "modalities", "at least 1"),
+    (CHAT, {"messages": HELLO, "audio": {"voice": "x"}}, "audio", "not a field"),
+    (CHAT, {"messages": HELLO, "prediction": {"content": "x"}}, "prediction", "not a field"),
+    (CHAT, {"messages": HELLO, "service_tier": "flex"}, "service_tier", "default"),
+    (CHAT, {"messages": HELLO, "store": True}, "store", "False"),
+    (CHAT, {"messages": HELLO, "metadata": {"a": "b"}}, "metadata", "not a field"),
+    (CHAT, {"messages": HELLO, "reasoning_effort": "low"}, "reasoning_effort", "template"),
+    (CHAT, {"messages": HELLO, "reasoning_effort": "much"}, "reasoning_effort", "high"),
     (TEXT, {}, "prompt", "missing"),
     (TEXT, {"prompt": ""}, "prompt", "no tokens"),
     (TEXT, {"prompt": []}, "prompt", ""),

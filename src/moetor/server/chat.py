@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from moetor.engine import CompletionOutput, RequestOutput
 from moetor.server.answers import Answer, routed_experts
-from moetor.server.conversation import conversation_prompt, prompt_ids
+from moetor.server.conversation import chat_template, conversation_prompt, prompt_ids
 from moetor.server.errors import refusal
 from moetor.server.forms import chat_form
 from moetor.server.logprobs import chat_logprobs
@@ -37,7 +37,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     limit = body.max_completion_tokens
     if limit is None:
         limit = body.max_tokens
-    offer = offered_tools(body, getattr(service.engine.tokenizer, "chat_template", None))
+    offer = offered_tools(body, chat_template(service.engine.tokenizer))
     form = await service.in_thread(chat_form, body, offer, service.grammars)
     await service.check_form(form)
     params = sampling_params(
@@ -52,13 +52,31 @@ async def chat(body: ChatBody, request: Request) -> Response:
         tools=None if offer is None else offer.tools,
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
-        extra=body.chat_template_kwargs,
+        extra=_template_kwargs(body, service),
     )
     service.check_length(prompt_ids(prompt), limit, "messages")
     name = request_name("chatcmpl")
     job = await service.submit([prompt], params, name, request.headers)
     answer = _Answer(service, body, name, offer)
     return await service.respond(request, answer, job, name, stream=bool(body.stream))
+
+
+def _template_kwargs(body: ChatBody, service: Service) -> dict[str, Any]:
+    """Further variables of the chat template, of which an effort of reasoning is one."""
+    given = dict(body.chat_template_kwargs or {})
+    effort = body.reasoning_effort
+    if effort is None:
+        return given
+    if "reasoning_effort" not in chat_template(service.engine.tokenizer):
+        raise refusal(
+            "reasoning_effort: the chat template of this model knows none; leave it out",
+            "reasoning_effort",
+        )
+    if given.setdefault("reasoning_effort", effort) != effort:
+        raise refusal(
+            "reasoning_effort and chat_template_kwargs name different efforts", "reasoning_effort"
+        )
+    return given
 
 
 def _check(body: ChatBody) -> None:

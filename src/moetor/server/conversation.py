@@ -47,8 +47,14 @@ async def conversation_prompt(
             "continue_final_message needs add_generation_prompt to be false",
             "continue_final_message",
         )
+    for index, message in enumerate(messages):
+        _check(message, index, chat_template(tokenizer))
     urls: list[str] = []
     plain = [_plain(message, index, urls) for index, message in enumerate(messages)]
+    if "developer" not in chat_template(tokenizer):
+        # OpenAI's later name, which most templates would leave out without a word.
+        for made in plain:
+            made["role"] = "system" if made["role"] == "developer" else made["role"]
     given: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
@@ -80,10 +86,33 @@ async def conversation_prompt(
         raise refusal(str(error), "messages") from error
 
 
+def chat_template(tokenizer: Any) -> str:
+    """The text of the chat template; empty where there is none."""
+    found = getattr(tokenizer, "chat_template", None)
+    return found if isinstance(found, str) else ""
+
+
 def prompt_ids(prompt: Prompt) -> list[int]:
     """The token ids of what `conversation_prompt` makes."""
     ids: Any = prompt["prompt_token_ids"] if isinstance(prompt, Mapping) else prompt
     return list(ids)
+
+
+def _check(message: Message, index: int, template: str) -> None:
+    """Refuses a message of which a part would be lost."""
+    called = message.role == "assistant" and message.tool_calls
+    if message.content is None and not called:
+        raise refusal(
+            f"messages.{index}: content is missing; an assistant's message with tool_calls alone "
+            "may leave it out",
+            "messages",
+        )
+    if message.tool_calls and "tool_calls" not in template:
+        raise refusal(
+            f"messages.{index}: the chat template of this model knows no tool_calls; start the "
+            "server with --chat-template FILE, or write the call into the content",
+            "messages",
+        )
 
 
 def _plain(message: Message, index: int, urls: list[str]) -> dict[str, Any]:

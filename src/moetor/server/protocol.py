@@ -149,8 +149,15 @@ class ChatBody(Sampling):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    # What OpenAI offers besides, as far as a server of one model has it.
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
 
 class TokenizeBody(Body):
