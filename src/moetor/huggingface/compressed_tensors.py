@@ -5,8 +5,9 @@ Shape letters: N outputs of a product, D its depth, G group size.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from moetor.errors import CheckpointError, UnsupportedError
@@ -17,22 +18,27 @@ from moetor.huggingface.packed_matrices import (
     check_shape,
     eight_bits,
     group_kind,
+    shape_error,
 )
 from moetor.huggingface.packed_tensors import CompressedIntegers, MicroFloats, PackedTensor
 from moetor.kernels.formats import find_format
+
+_CODES = ("F8_E4M3", "I8")
 
 
 def compressed(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found, str]:
     """compressed-tensors: one scheme for each group of modules."""
     groups: dict[str, Any] = dict(settings.get("config_groups") or {})
     if not groups:
-        raise CheckpointError("its compressed-tensors configuration has no config_groups")
+        raise CheckpointError("the checkpoint's quantization_config has no config_groups")
+    _check_around(settings)
     found: Found = []
     activations: set[str] = set()
     stems = dict.fromkeys(
         name.rpartition(".")[0]
         for name in tensors
         if name.rpartition(".")[2] in ("weight_packed", "weight_scale")
+        or (name.endswith(".weight") and tensors[name].dtype in _CODES)
     )
     for stem in stems:
         if _matches(stem, settings.get("ignore") or ()):
@@ -51,6 +57,25 @@ def compressed(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple
             "not read"
         )
     return found, next(iter(activations), "unquantized")
+
+
+def _check_around(settings: Settings) -> None:
+    """Refuses what changes a model beyond its weights' codes.
+
+    Raises:
+        UnsupportedError: rotations of activations, or weights that are stored as sparse ones.
+    """
+    sparse = settings.get("sparsity_config") or {}
+    if sparse.get("format", "dense") != "dense":
+        raise UnsupportedError(
+            f"compressed-tensors' sparsity_config with format={sparse['format']} is not read; take "
+            "a checkpoint without it"
+        )
+    if settings.get("transform_config"):
+        raise UnsupportedError(
+            "compressed-tensors' transform_config rotates activations, which is not done here; "
+            "take a checkpoint without it"
+        )
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:
@@ -82,18 +107,22 @@ def _compressed_matrix(
     rounding = _compressed_activations(scheme, form)
     packed, scale = f"{stem}.weight_packed", f"{stem}.weight_scale"
     if form in ("float-quantized", "int-quantized", "naive-quantized"):
-        size = weights.get("block_structure")
+        _check_eight_bits(tensors, stem, weights)
         inputs = f"{stem}.input_scale" if rounding == "fp8_static" else None
         matrix, names = eight_bits(
             tensors,
             f"{stem}.weight",
             scale,
-            block=None if size is None else (int(size[0]), int(size[1])),
+            block=_block(weights.get("block_structure")),
             input_scale=inputs,
         )
         return matrix, names, rounding
-    if packed not in tensors:
-        raise CheckpointError(f"{tensors[scale].file}: {stem} lacks the tensor {packed}")
+    for name in (packed, scale):
+        if name not in tensors:
+            there = next(
+                tensors[one] for one in (packed, scale, f"{stem}.weight") if one in tensors
+            )
+            raise CheckpointError(f"{there.file}: {stem} lacks the tensor {name}")
     rows, width = tensors[packed].shape[-2:]
     if form in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
         nvfp4 = form.startswith("nvfp4")
@@ -119,6 +148,42 @@ def _compressed_matrix(
     return (*_packed_integers(tensors, stem, weights), rounding)
 
 
+def _block(size: str | Sequence[int] | None) -> tuple[int, int] | None:
+    """Rows and depth of a block: a pair, or written as `128x128`."""
+    if size is None:
+        return None
+    rows, depth = size.split("x") if isinstance(size, str) else size
+    return int(rows), int(depth)
+
+
+def _check_eight_bits(
+    tensors: Mapping[str, StoredTensor], stem: str, weights: Mapping[str, Any]
+) -> None:
+    """Refuses values other than the scheme's.
+
+    Raises:
+        CheckpointError: another dtype, or scales that the scheme's strategy does not have.
+        UnsupportedError: not eight bits, or zero points.
+    """
+    bits, kind = int(weights.get("num_bits", 8)), str(weights.get("type", "int"))
+    symmetric = bool(weights.get("symmetric", True))
+    if bits != 8 or not symmetric:
+        raise UnsupportedError(
+            f"{stem} has weights of {bits} bits{'' if symmetric else ' with zero points'}, stored "
+            "one in a byte; read are 8 bits without zero points"
+        )
+    values = tensors.get(f"{stem}.weight")
+    wanted = {"float": "F8_E4M3", "int": "I8"}.get(kind)
+    if values is not None and values.dtype != wanted:
+        raise CheckpointError(
+            f"{values.file}: tensor {values.name} has dtype {values.dtype}, and the configuration "
+            f"says num_bits=8, type={kind}"
+        )
+    scales = tensors.get(f"{stem}.weight_scale")
+    if weights.get("strategy") == "tensor" and scales is not None and math.prod(scales.shape) > 1:
+        raise shape_error(scales, "[] or [1]: strategy=tensor")
+
+
 def _packed_integers(
     tensors: Mapping[str, StoredTensor], stem: str, weights: Mapping[str, Any]
 ) -> tuple[PackedTensor, list[str]]:
@@ -126,6 +191,11 @@ def _packed_integers(
     if f"{stem}.weight_g_idx" in tensors:
         raise UnsupportedError(
             f"{stem}.weight_g_idx orders the depth by activations (actorder), which is not read"
+        )
+    if weights.get("actorder") in ("group", True):
+        raise UnsupportedError(
+            f"{stem} is quantised with actorder=group, which orders the depth by activations and "
+            "is not read; take a checkpoint with actorder=static or none"
         )
     bits, symmetric = int(weights.get("num_bits", 4)), bool(weights.get("symmetric", True))
     rows, width = tensors[packed].shape[-2:]
@@ -137,6 +207,8 @@ def _packed_integers(
     check_shape(tensors, scale, (rows, depth // size))
     assert groups * size == depth, "checked with the scales' shape"
     zero = None if symmetric else f"{stem}.weight_zero_point"
+    if zero is not None:
+        check_shape(tensors, zero, (-(-rows * bits // 32), depth // size))
     matrix = CompressedIntegers(
         name=f"{stem}.weight",
         rows=rows,
@@ -167,9 +239,15 @@ def _compressed_activations(scheme: Mapping[str, Any], form: str) -> str:
         ("int", "token", True): "int8_token",
     }
     found = known.get((kind, strategy, dynamic))
-    if bits != 8 or found is None:
+    symmetric, group = bool(inputs.get("symmetric", True)), inputs.get("group_size")
+    if strategy == "group" and group != 128:
+        found = None
+    if bits != 8 or found is None or not symmetric:
         raise UnsupportedError(
-            f"compressed-tensors activations of {bits} bits, {kind}, by {strategy}, "
-            f"{'dynamic' if dynamic else 'static'} are not read"
+            f"compressed-tensors activations of {bits} bits, {kind}, by {strategy}"
+            f"{'' if group is None else f' of {group}'}, {'dynamic' if dynamic else 'static'}"
+            f"{'' if symmetric else ', with zero points'} are not read; read are 8 bits without "
+            "zero points: float by token or by group of 128, dynamic, or by tensor, static; int by "
+            "token, dynamic"
         )
     return found

@@ -36,8 +36,9 @@ def eight_bits(
     input_scale: str | None,
 ) -> tuple[PackedTensor, list[str]]:
     """int8 or fp8 values with one scale, one a row or one a block."""
-    if scale not in tensors:
-        raise CheckpointError(f"{tensors[weight].file}: {weight} lacks the tensor {scale}")
+    for name, other in ((weight, scale), (scale, weight)):
+        if name not in tensors:
+            raise CheckpointError(f"{tensors[other].file}: {other} lacks the tensor {name}")
     values, scales = tensors[weight], tensors[scale]
     *lead, rows, depth = values.shape
     kind = find_format("fp8" if values.dtype == "F8_E4M3" else "int8")
@@ -46,7 +47,8 @@ def eight_bits(
     if block is not None and tuple(scales.shape[len(lead) :]) == blocks:
         kind = WeightFormat(element="e4m3", group=block)
     elif block is not None or shape not in ((), (rows,)):
-        raise shape_error(scales, blocks or f"[], [1], [{rows}] or [{rows}, 1]")
+        one_a_row = f"[], [1], [{rows}] or [{rows}, 1]"
+        raise shape_error(scales, one_a_row if blocks is None else list(blocks))
     names = [weight, scale, *([input_scale] if input_scale else [])]
     matrix = Plain8Bit(
         name=weight,

@@ -98,6 +98,11 @@ class Plain8Bit(PackedTensor):
     def codes(self, read: Read, expert: int | None) -> Codes:
         """See `PackedTensor.codes`."""
         values = read(self.weight, expert)
+        # Of float8 e4m3, all bits but the sign set are NaN.
+        if values.dtype == torch.float8_e4m3fn and bool(
+            ((values.view(torch.uint8) & 127) == 127).any()
+        ):
+            raise CheckpointError(f"tensor {self.weight} holds a NaN")
         scales = checked_scales(self.scale, read(self.scale, expert)).float()
         if self.kind.group[1]:
             return Codes(values=values, scales=scales.reshape(self.kind.scale_shape(*values.shape)))

@@ -7,13 +7,14 @@ outputs of a product, D its depth, G group size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from moetor.errors import CheckpointError, UnsupportedError
+from moetor.errors import CheckpointError, MoetorError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, StoredTensor
 from moetor.huggingface.compressed_tensors import compressed
 from moetor.huggingface.packed_matrices import (
@@ -32,6 +33,14 @@ from moetor.huggingface.packed_tensors import (
 from moetor.kernels.formats import find_format
 
 _READ = "fp8, compressed-tensors, gptq, awq, mxfp4"
+# What a configuration or a tensor that is not as it should be makes of arithmetic on it.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, re.error)
+# No model has weights of these types, or tensors of these names, that are not quantised.
+_CODES = ("F8_E4M3", "F8_E5M2", "I8")
+_PARTS = (
+    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_g_idx"),
+    *("weight_global_scale", "qweight", "qzeros", "scales", "g_idx"),
+)
 
 
 class StoredTensors(Protocol):
@@ -68,7 +77,15 @@ class QuantizedCheckpoint(Checkpoint):
                 f"{plain.folder} is quantised with {method or 'an unnamed method'}, which is not "
                 f"read; read are {_READ}. Or {hint}"
             )
-        found, self.activations = finder(plain.tensors, settings)
+        try:
+            found, self.activations = finder(plain.tensors, settings)
+        except MoetorError:
+            raise
+        except _MALFORMED as error:
+            raise CheckpointError(
+                f"{plain.folder}: its quantization_config, or the shape of a tensor, makes no "
+                f"sense for {method}: {error}"
+            ) from error
         self.packed: dict[str, PackedTensor] = {}
         parts: set[str] = set()
         for matrix, names in found:
@@ -85,11 +102,26 @@ class QuantizedCheckpoint(Checkpoint):
                 "that kind"
             )
         self.tensors = {name: t for name, t in plain.tensors.items() if name not in parts}
+        self._check_rest(method)
         for matrix, names in found:
             first = plain.tensors[names[0]]
             self.tensors[matrix.name] = replace(
                 first, name=matrix.name, dtype="BF16", shape=matrix.shape
             )
+
+    def _check_rest(self, method: str) -> None:
+        """Refuses what belongs to a quantised matrix and makes up none: read as numbers, or left
+        alone, it would give another model."""
+        for name, tensor in self.tensors.items():
+            if name in self.packed:
+                raise CheckpointError(
+                    f"{tensor.file}: {name} is there twice, quantised and as numbers"
+                )
+            if tensor.dtype in _CODES or name.rpartition(".")[2] in _PARTS:
+                raise CheckpointError(
+                    f"{tensor.file}: tensor {name} ({tensor.dtype}) belongs to no matrix that is "
+                    f"quantised as the configuration says ({method})"
+                )
 
     @property
     def stored_bytes(self) -> int:
@@ -105,7 +137,13 @@ def _fp8(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found
     """DeepSeek's and Transformers' float8 checkpoints."""
     size = settings.get("weight_block_size")
     block = None if size is None else (int(size[0]), int(size[1]))
-    static = settings.get("activation_scheme", "dynamic") == "static"
+    scheme, number = settings.get("activation_scheme", "dynamic"), settings.get("fmt", "e4m3")
+    if scheme not in ("dynamic", "static") or number != "e4m3":
+        raise UnsupportedError(
+            f"an fp8 checkpoint with activation_scheme={scheme} and fmt={number} is not read; read "
+            "are activation_scheme=dynamic or static, fmt=e4m3"
+        )
+    static = scheme == "static"
     found: Found = []
     for name, tensor in tensors.items():
         if tensor.dtype != "F8_E4M3":
@@ -133,7 +171,18 @@ def _fp8(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found
 def _gptq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found, str]:
     bits, group = int(settings.get("bits", 4)), int(settings.get("group_size", 128))
     symmetric = bool(settings.get("sym", True))
-    shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    layout = settings.get("checkpoint_format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise UnsupportedError(
+            f"a GPTQ checkpoint with checkpoint_format={layout} is not read; read are gptq and "
+            "gptq_v2"
+        )
+    if settings.get("desc_act") and group not in (-1, 0):
+        raise UnsupportedError(
+            f"a GPTQ checkpoint with desc_act=true and group_size={group} orders the depth by "
+            "activations (act-order), which is not read; take one with desc_act=false"
+        )
+    shift = 0 if layout == "gptq_v2" else 1
     found: Found = []
     for name, tensor in tensors.items():
         if not name.endswith(".qweight"):
@@ -145,6 +194,8 @@ def _gptq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Foun
         grouped = f"{prefix}.g_idx" in tensors
         size = depth if group in (-1, 0) else group
         check_shape(tensors, f"{prefix}.scales", (depth // size, rows))
+        check_shape(tensors, f"{prefix}.qzeros", (depth // size, rows * bits // 32))
+        check_shape(tensors, f"{prefix}.g_idx", (depth,))
         matrix = Gptq(
             name=f"{prefix}.weight",
             rows=rows,
@@ -166,10 +217,11 @@ def _awq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found
     bits = int(settings.get("bits", settings.get("w_bit", 4)))
     group = int(settings.get("group_size", settings.get("q_group_size", 128)))
     version = str(settings.get("version", "gemm")).lower()
-    if bits != 4 or version != "gemm":
+    zeros = bool(settings.get("zero_point", True))
+    if bits != 4 or version != "gemm" or not zeros:
         raise UnsupportedError(
-            f"an AWQ checkpoint with bits={bits} and version={version} is not read; read is "
-            "bits=4, version=gemm"
+            f"an AWQ checkpoint with bits={bits}, version={version} and zero_point={zeros} is not "
+            "read; read is bits=4, version=gemm, zero_point=True"
         )
     found: Found = []
     for name, tensor in tensors.items():
@@ -180,6 +232,7 @@ def _awq(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Found
         kind, repeat = group_kind(bits, group, depth, True, name)
         size = depth if group in (-1, 0) else group
         check_shape(tensors, f"{prefix}.scales", (depth // size, rows))
+        check_shape(tensors, f"{prefix}.qzeros", (depth // size, rows // 8))
         matrix = Awq(
             name=f"{prefix}.weight",
             rows=rows,
