@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import moetor
 from huggingface.tiny import GPT_OSS, OLMOE
@@ -15,7 +18,9 @@ from moetor.cli.main import main
 from moetor.demo import model_path
 from moetor.errors import CheckpointError, InputError, MoetorError, UnsupportedError
 from moetor.huggingface import quantized_writing
+from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.quantized_writing import quantize_checkpoint
+from moetor.kernels.dequantize import dequantize_expert
 
 Captured = pytest.CaptureFixture[str]
 IDS = torch.arange(5, 37)[None]
@@ -48,6 +53,53 @@ def test_a_written_checkpoint_is_what_quantising_on_loading_makes(
         assert (ours - theirs).norm() < 0.1 * theirs.norm()
     else:
         assert torch.equal(ours, theirs)
+
+
+def stored(folder: Path, stem: str) -> dict[str, torch.Tensor]:
+    """A matrix's tensors by the end of their names."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name.removeprefix(stem): t for name, t in tensors.items() if name.startswith(stem)}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_layouts_own_library_reads_the_same_weights(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    quantize_checkpoint("demo", tmp_path / "out", name)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(settings)
+    scheme = config.config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
+    model = moetor.MoEForCausalLM.from_pretrained(str(tmp_path / "out"), device="cpu")
+    path, block = fused_modules(model)[1]
+    weights, parts = block.routed_experts.quantized_weights, {}
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        tensors = stored(tmp_path / "out", f"{path}.experts.5.{part}.")
+        parts[part] = compressor.decompress(tensors, scheme)["weight"].float()
+    gate_up = torch.cat((parts["gate_proj"], parts["up_proj"]))
+    for matrix, expected in ((weights.gate_up, gate_up), (weights.down, parts["down_proj"])):
+        # It multiplies in the scales' dtype, bfloat16.
+        torch.testing.assert_close(dequantize_expert(matrix, 5), expected, rtol=2**-7, atol=0)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"), reason="takes no experts of this layout"
+)
+@pytest.mark.parametrize("name", ["fp8", "fp8_tensor", "int4", "int4_g64", "mxfp4"])
+def test_transformers_loads_what_is_written(name: str, tmp_path: Path) -> None:
+    """Its own quantiser for this layout; of the other formats it does not take experts."""
+    pytest.importorskip("compressed_tensors")
+    quantize_checkpoint("demo", tmp_path / "out", name)
+    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(str(model_path()), dtype=torch.float32)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert not any(one.startswith("lm_head") for one in weights)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in settings["ignore"]
+    found, wanted = logits(theirs), logits(plain)
+    assert 1e-3 < (found - wanted).norm() / wanted.norm() < 0.2
 
 
 def test_everything_else_is_copied(tmp_path: Path) -> None:

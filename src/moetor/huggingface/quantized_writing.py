@@ -362,10 +362,11 @@ def _copy_rest(
         if file.is_file() and not weights and file.name != "config.json":
             shutil.copy(file, target)
     config = json.loads((folder / "config.json").read_text())
-    ignored = sorted(
+    ignored = {
         name.removesuffix(".weight")
         for name, tensor in checkpoint.tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2 and name not in experts
-    )
-    config["quantization_config"] = scheme | {"ignore": ignored}
+    }
+    # A head that is tied to the embedding has no tensor, and is a linear layer nevertheless.
+    config["quantization_config"] = scheme | {"ignore": sorted(ignored | {"lm_head"})}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
