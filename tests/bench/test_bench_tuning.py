@@ -230,8 +230,11 @@ def test_no_candidate_exceeds_the_shared_memory(name: str, shared: int) -> None:
         assert plan not in [other for _, other in found]
         for _, other in found:
             assert other.up.rows == other.down.rows
-            assert other.up.shared_bytes(width=halves * other.up.columns, itemsize=2) <= shared
-            assert other.down.shared_bytes(width=other.down.columns, itemsize=2) <= shared
+            for tile, width, first in (
+                (other.up, halves * other.up.columns, True),
+                (other.down, other.down.columns, False),
+            ):
+                assert tile.shared_bytes(width=width, itemsize=2, first=first) <= shared
 
 
 @pytest.mark.parametrize("name", SHAPES)

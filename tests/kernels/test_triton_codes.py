@@ -1,7 +1,7 @@
 """Codes to numbers in Triton: every code of every element under Triton's interpreter (this file as
 a script), and the hand-written instructions compiled for two generations of GPUs.
 
-`tests/gpu/test_triton_quantized.py` runs the instructions themselves.
+`tests/gpu/test_large_quantized_cuda.py` runs the instructions themselves.
 """
 
 from __future__ import annotations

@@ -46,11 +46,15 @@ def large_candidates(
 ) -> Iterator[tuple[str, LargePlan]]:
     """The chosen tiles with one thing changed; none needs more shared memory than there is."""
     for name, changed in _large_changes(plan, device):
-        widths = ((changed.up, 2 if gated else 1), (changed.down, 1))
-        if changed != plan and all(
-            tile.shared_bytes(width=halves * tile.columns, itemsize=itemsize) <= device.shared
-            for tile, halves in widths
-        ):
+        needed = (
+            changed.up.shared_bytes(
+                width=(2 if gated else 1) * changed.up.columns, itemsize=itemsize, first=True
+            ),
+            changed.down.shared_bytes(
+                width=changed.down.columns, itemsize=itemsize, first=False
+            ),
+        )
+        if changed != plan and max(needed) <= device.shared:
             yield name, changed
 
 
@@ -63,7 +67,9 @@ def _large_changes(plan: LargePlan, device: Device) -> Iterator[tuple[str, Large
     for other in (rows // 2, rows * 2):
         if 16 <= other <= 128:
             yield f"BM{other}", both(rows=other)
-    yield f"tma={not plan.up.tma}", both(tma=not plan.up.tma)
+    describes = device.capability >= (9, 0)
+    if describes:
+        yield f"tma={not plan.up.tma}", both(tma=not plan.up.tma)
     yield "group 1", both(group=1)
     yield "group 32", both(group=32)
     yield "stages-1", both(stages=max(1, plan.up.stages - 1))
@@ -76,9 +82,10 @@ def _large_changes(plan: LargePlan, device: Device) -> Iterator[tuple[str, Large
         yield "down BN128", replace(plan, down=replace(plan.down, columns=128))
         many = 0 if plan.down.persistent else device.sms
         yield f"down persistent={many}", replace(plan, down=replace(plan.down, persistent=many))
-        walk = 0 if plan.up.persistent else device.sms
-        walking = replace(plan.up, persistent=walk, halves=not walk)
-        yield f"up persistent={walk}", replace(plan, up=walking)
+        if describes:
+            walk = 0 if plan.up.persistent else device.sms
+            walking = replace(plan.up, persistent=walk, halves=not walk)
+            yield f"up persistent={walk}", replace(plan, up=walking)
 
 
 def _wider(tile: Tile) -> Tile:

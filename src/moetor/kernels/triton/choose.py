@@ -60,16 +60,32 @@ class Tile:
     persistent: int = 0
     halves: bool = False
 
-    def shared_bytes(self, *, width: int, itemsize: int) -> int:
+    def shared_bytes(self, *, width: int, itemsize: int, first: bool) -> int:
         """Upper bound of the shared memory: all stages of both operands, and the barriers.
 
         Args:
             width: columns held at once, `2 * columns` for a gated first product.
+            first: whether it is the first product, which stores through a descriptor when programs
+                walk.
         """
         loads = self.stages * (self.rows + width) * self.depth * itemsize
+        if self.persistent:
+            return loads + self.store_bytes(itemsize, described=first) + 1024
         # After the loop the same memory turns accumulators into coalesced rows.
         epilogue = self.rows * width * 4 + self.rows * 64
         return max(loads, epilogue) + 1024
+
+    def store_bytes(self, itemsize: int, *, described: bool) -> int:
+        """Upper bound of what a program that walks over tiles needs to store one, while the next
+        one's operands arrive.
+
+        Args:
+            itemsize: bytes of a value of the result.
+            described: through a tensor descriptor; otherwise a tile in half precision is brought
+                into rows in two halves.
+        """
+        tile = self.rows * self.columns * itemsize
+        return tile if described or itemsize > 2 else tile // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,12 +315,14 @@ def large_plan(
         up=fit(
             up,
             device,
-            lambda tile: tile.shared_bytes(width=halves * tile.columns, itemsize=itemsize),
+            lambda tile: tile.shared_bytes(
+                width=halves * tile.columns, itemsize=itemsize, first=True
+            ),
         ),
         down=fit(
             down,
             device,
-            lambda tile: tile.shared_bytes(width=tile.columns, itemsize=itemsize),
+            lambda tile: tile.shared_bytes(width=tile.columns, itemsize=itemsize, first=False),
         ),
         pdl=device.capability[0] >= 9,
     )

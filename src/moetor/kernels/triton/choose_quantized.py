@@ -50,12 +50,14 @@ class Operands:
         arithmetic: how it is computed.
         kind: of the weight.
         itemsize: bytes of a value of the input as it is multiplied.
+        result: of one of the result.
         gated: whether a tile has two blocks of columns.
     """
 
     arithmetic: Arithmetic
     kind: WeightFormat
     itemsize: int
+    result: int
     gated: bool
 
     def shared_bytes(self, tile: Tile) -> int:
@@ -68,22 +70,25 @@ class Operands:
             scales *= 2
         stage = tile.rows * tile.depth * self.itemsize + codes + scales
         numbers = width * tile.depth * self.itemsize if self.arithmetic == "numbers" else 0
+        loads = tile.stages * stage + numbers
+        if tile.persistent:
+            return loads + tile.store_bytes(self.result, described=False) + 1024
         # After the loop the same memory turns accumulators into coalesced rows.
         epilogue = tile.rows * width * 4 + tile.rows * 64
-        return max(tile.stages * stage + numbers, epilogue) + 1024
+        return max(loads, epilogue) + 1024
 
 
 def operands(
     kind: WeightFormat, activations: ActivationFormat, itemsize: int, *, gated: bool
 ) -> Operands:
     """What a product of these formats reads, where hidden states have `itemsize` bytes."""
-    found = arithmetic(kind, activations)
+    found, result = arithmetic(kind, activations), itemsize
     assert found is not None, "refused before"
     if found != "numbers":
         itemsize = 1
     elif activations == "mxfp8":
         itemsize = 2
-    return Operands(arithmetic=found, kind=kind, itemsize=itemsize, gated=gated)
+    return Operands(arithmetic=found, kind=kind, itemsize=itemsize, result=result, gated=gated)
 
 
 def use_workspace(

@@ -202,8 +202,8 @@ def _fits(plan: Plan, device: Device) -> bool:
         return True
     # At least: a gated product has twice the columns, larger numbers twice the bytes.
     return all(
-        tile.shared_bytes(width=tile.columns, itemsize=2) <= device.shared
-        for tile in (plan.up, plan.down)
+        tile.shared_bytes(width=tile.columns, itemsize=2, first=first) <= device.shared
+        for tile, first in ((plan.up, True), (plan.down, False))
     )
 
 
