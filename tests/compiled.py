@@ -1,7 +1,7 @@
 """Triton kernels compiled for GPUs that are not here.
 
-Launches on meta tensors go the kernels' own way through plans, descriptors and arguments, and end as
-compilations for the asked compute capability, which need no GPU.
+Launches on meta tensors go the kernels' own way through plans, descriptors and arguments, and end
+as compilations for the asked compute capability, which need no GPU.
 """
 
 from __future__ import annotations

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moetor.bench import gpu_tuning
 from moetor.bench.gpu_tuning import gpu_cases
 from moetor.bench.shapes import SHAPES
 from moetor.bench.tuning import PlanTimer, TuneCase, TuneRow, tune
 from moetor.cli.main import main
 from moetor.cli.tune import TuneOptions, _shapes
+from moetor.config import Activation
+from moetor.errors import UnsupportedError
 from moetor.huggingface import loading
 from moetor.kernels.triton import choose, fused, support, tuned
 from moetor.kernels.triton.candidates import large_candidates, small_candidates
@@ -215,6 +218,59 @@ def test_one_plan_out_of_memory_is_one_plan_less(store: TunedPlans) -> None:
     assert row.found.plan.up.stages == 5
 
 
+# --- the timer's errors, on a GPU that is made up ------------------------------------------------
+
+
+def made_up_timer(call: Callable[[Plan, object], torch.Tensor]) -> gpu_tuning.GpuPlanTimer:
+    timer = object.__new__(gpu_tuning.GpuPlanTimer)
+    timer._steps, timer._passes, timer._expected = (object(),), 1, None
+    timer._call = call
+    return timer
+
+
+def fail(plan: Plan, step: object) -> torch.Tensor:
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_a_plan_that_does_not_compile_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert made_up_timer(fail).seconds(START) is None
+
+
+def test_a_capture_that_ran_out_of_memory_is_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`torch.cuda.graph` ends the capture on the way out, which fails with an error of its own."""
+
+    class Sampler:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def warm_up(self) -> None:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_tuning, "CudaSampler", Sampler)
+    with pytest.raises(torch.OutOfMemoryError):
+        made_up_timer(lambda plan, step: torch.ones(3)).seconds(START)
+
+
+def test_a_lost_gpu_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or every further plan would not run, and the computed one be kept as the fastest."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(UnsupportedError, match=r"illegal memory access.*run again"):
+        made_up_timer(fail).seconds(START)
+    with pytest.raises(UnsupportedError, match="illegal memory access"):
+        made_up_timer(fail).prepare([START])
+
+
 # --- candidates ----------------------------------------------------------------------------------
 
 
@@ -235,6 +291,14 @@ def test_no_candidate_exceeds_the_shared_memory(name: str, shared: int) -> None:
                 (other.down, other.down.columns, False),
             ):
                 assert tile.shared_bytes(width=width, itemsize=2, first=first) <= shared
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_descriptors_are_tried_where_gpus_have_them(capability: tuple[int, int]) -> None:
+    config, device = SHAPES["mixtral-8x7b"].experts, replace(H100, capability=capability)
+    plan = choose.large_plan(config, 2, 4096, 2, device)
+    found = [other for _, other in large_candidates(plan, device, gated=True, itemsize=2)]
+    assert any(one.up.tma or one.up.persistent for one in found) == (capability >= (9, 0))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -279,6 +343,15 @@ def test_plans_are_read_as_they_were_written(store: TunedPlans) -> None:
     assert TunedPlans(store.path, H100).tokens(CONFIG, 8, 2) == [1]
 
 
+def test_a_plan_is_not_taken_for_a_form_that_its_path_lacks(store: TunedPlans) -> None:
+    store.put(plan_key(CONFIG, 8, 1, 2), SMALL)
+    normed = replace(CONFIG, post_norm_eps=1e-6)
+    called = replace(CONFIG, activation=Activation(function=torch.tanh))
+    for other in (normed, called):
+        assert choose.small_form(other) is not None
+        assert store.get(plan_key(other, 8, 1, 2)) is None
+
+
 def test_a_range_ends_at_a_power_of_two() -> None:
     keys = [plan_key(CONFIG, 8, tokens, 2) for tokens in (1, 2, 3, 4, 5, 8)]
     assert keys[2] == keys[3]
@@ -318,6 +391,8 @@ def damaged(record: dict[str, object], change: str) -> str:
             plans[KEY]["seconds"] = 0.0
         case "a list":
             return "[]"
+        case "products of unlike rows":
+            tile["rows"] = 2 * tile["rows"]
         case "too much shared memory":
             tile["stages"] = 64
     return json.dumps(record)
@@ -328,7 +403,7 @@ def damaged(record: dict[str, object], change: str) -> str:
     [
         *("cut off", "another format", "an unknown field", "a missing field"),
         *("a word for a number", "no power of two", "a negative number", "an unknown path"),
-        *("no time", "a list", "too much shared memory"),
+        *("no time", "a list", "products of unlike rows", "too much shared memory"),
     ],
 )
 def test_a_damaged_file_is_not_used_and_that_is_said(store: TunedPlans, change: str) -> None:

@@ -42,12 +42,23 @@ def test_torch_form(case: PagedCase, dtype: torch.dtype, rng: torch.Generator) -
         ({"key_cache": torch.zeros(3, 4, 3, 16)}, "key_cache"),
         ({"query": torch.zeros(3, 4, 16).half()}, "key_cache is"),
         ({"query": torch.zeros(3, 4)}, "query"),
+        ({"sinks": torch.empty(4, device="meta")}, "sinks are on meta, the query is on cpu"),
     ],
 )
 def test_refused(changes: dict[str, object], words: str, rng: torch.Generator) -> None:
     drawn = draw(SMALL[0], torch.float32, rng)
     with pytest.raises(InputError, match=words):
         paged_attention(**(drawn | changes))
+
+
+@pytest.mark.parametrize("name", ["block_table", "seq_lens", "query_start"])
+def test_lengths_and_tables_elsewhere_refused(name: str, rng: torch.Generator) -> None:
+    drawn = draw(SMALL[0], torch.float32, rng)
+    with pytest.raises(InputError, match=f"{name} is on meta, the query is on cpu"):
+        paged_attention(**(drawn | {name: drawn[name].to("meta")}))
+    spread = drawn[name].repeat_interleave(2, -1)[..., ::2]
+    with pytest.raises(InputError, match=f"{name}'s last axis must be contiguous"):
+        paged_attention(**(drawn | {name: spread}))
 
 
 def test_uneven_heads_refused(rng: torch.Generator) -> None:

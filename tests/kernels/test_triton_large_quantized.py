@@ -101,6 +101,8 @@ def test_every_format_of_ours_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({}, (8, 6), "fp8_w8a16"),
         ({"weight_format": "fp8_block128x128", "activation_format": "fp8_group128"}, (8, 0), "8.9"),
+        # mxfp8 activations pass through fp8, whatever multiplies them afterwards.
+        ({"weight_format": "mxfp8", "activation_format": "mxfp8"}, (8, 6), "8.9"),
         ({"activation_format": "int8_token"}, (9, 0), "fp8 weights with int8_token activations"),
         ({"weight_format": "fp8+int8"}, (9, 0), "int8 weights with fp8_token activations"),
         ({"weight_format": "fp8_block96x96", "activation_format": "unquantized"}, (9, 0), "96x96"),

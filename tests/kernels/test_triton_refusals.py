@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moetor.config import ExpertsConfig, RouterConfig
 from moetor.errors import InputError, KernelRefusedError
@@ -16,6 +17,9 @@ from moetor.kernels import select
 from moetor.kernels.base import ExpertWeights, KernelQuery
 from moetor.kernels.select import select_kernel, select_router
 from moetor.kernels.triton import choose, support
+from moetor.kernels.triton.fused import TritonKernel
+from moetor.kernels.triton.large_kernel import TritonLargeKernel
+from moetor.kernels.triton.small import TritonSmallKernel
 
 CONFIG = ExpertsConfig(num_experts=4, hidden_size=16, intermediate_size=8)
 QUERY = KernelQuery(device="cuda", dtype=torch.bfloat16, experts=CONFIG, top_k=2)
@@ -136,3 +140,75 @@ def test_bad_tensors_are_named(change: dict[str, Any], words: str) -> None:
 
 def test_good_tensors_are_taken() -> None:
     support.check_inputs(**inputs())
+
+
+# --- limits of sizes and of the tensors' own GPU --------------------------------------------------
+
+
+def test_an_expert_of_two_to_the_31_elements_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(Machine(id="good", words=""), monkeypatch)
+    huge = replace(CONFIG, hidden_size=2**15, intermediate_size=2**15)
+    with pytest.raises(KernelRefusedError, match=r"less than 2\^31 .*kernels that can: torch"):
+        select_kernel(replace(QUERY, experts=huge), "triton")
+    # Weights of all experts may have more.
+    many = replace(CONFIG, num_experts=1024, hidden_size=2**12, intermediate_size=2**12)
+    assert TritonLargeKernel().refusal(replace(QUERY, experts=many)) is None
+
+
+def test_strides_that_reach_too_far_are_named() -> None:
+    far = torch.empty_strided((4, 16, 16), (16, 2**28, 1), dtype=torch.bfloat16, device="meta")
+    given = inputs(
+        hidden_TH=elsewhere(3, 16, dtype=torch.bfloat16),
+        topk_weights_TK=elsewhere(3, 2, dtype=torch.float32),
+        topk_ids_TK=elsewhere(3, 2, dtype=torch.int32),
+        weights=ExpertWeights(far, elsewhere(*CONFIG.down_shape, dtype=torch.bfloat16)),
+    )
+    with pytest.raises(InputError, match=r"gate_up has strides \[16, 268435456, 1\].*contiguous"):
+        support.check_inputs(**given)
+
+
+def fake_call(config: ExpertsConfig, tokens: int, device: str) -> list[Any]:
+    """Arguments of a kernel on a GPU that is made up."""
+    bfloat16: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    return [
+        torch.empty(tokens, config.hidden_size, **bfloat16),
+        torch.empty(tokens, 2, device=device),
+        torch.empty(tokens, 2, dtype=torch.int32, device=device),
+        ExpertWeights(
+            torch.empty(config.gate_up_shape, **bfloat16),
+            torch.empty(config.down_shape, **bfloat16),
+        ),
+        config,
+    ]
+
+
+@pytest.mark.parametrize(
+    "kernel", [TritonKernel(), TritonSmallKernel(), TritonLargeKernel()], ids=lambda one: one.name
+)
+def test_tensors_on_an_older_gpu_than_the_current_one(
+    kernel: TritonKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(Machine(id="good", words=""), monkeypatch)
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    made = {
+        index: choose.Device(sms=40, shared=64 * 1024, capability=capability)
+        for index, capability in capabilities.items()
+    }
+    monkeypatch.setattr(support, "gpu", made.__getitem__)
+    monkeypatch.setattr(TritonKernel, "_tuned", staticmethod(lambda *_: None))
+    with FakeTensorMode(), pytest.raises(KernelRefusedError, match=r"this GPU has 7\.5; use"):
+        kernel(*fake_call(CONFIG, 1, "cuda:1"))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_programs_than_a_grid_has(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(Machine(id="good", words=""), monkeypatch)
+    wide = replace(CONFIG, intermediate_size=8192, transposed=transposed)
+    tokens = 2**25 if transposed else 2**18
+    with (
+        FakeTensorMode(),
+        pytest.raises(
+            KernelRefusedError, match=r"programs in one launch.*use kernel 'triton_large'"
+        ),
+    ):
+        TritonSmallKernel()(*fake_call(wide, tokens, "cuda"))

@@ -21,6 +21,7 @@ from moetor.bench.shapes import LayerShape
 from moetor.bench.timing import CudaSampler
 from moetor.bench.tuning import PlanTimer, TuneCase
 from moetor.bench.weights import make_weights
+from moetor.errors import UnsupportedError
 from moetor.kernels.base import ExpertWeights
 from moetor.kernels.triton import choose
 from moetor.kernels.triton.candidates import large_candidates, small_candidates
@@ -70,7 +71,11 @@ class GpuPlanTimer(PlanTimer):
 
     def prepare(self, plans: list[Plan]) -> None:
         """Compiles the plans side by side, by running each once; compiling takes seconds, timing
-        does not."""
+        does not.
+
+        Raises:
+            UnsupportedError: the GPU is lost to this process.
+        """
 
         def run(plan: Plan) -> None:
             # What is wrong with a plan shows when it is timed.
@@ -79,10 +84,10 @@ class GpuPlanTimer(PlanTimer):
 
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             list(pool.map(run, plans))
-        torch.cuda.synchronize()
+        _check_alive()
 
     def seconds(self, plan: Plan) -> float | None:
-        """See `PlanTimer.seconds`."""
+        """See `PlanTimer.seconds`; also raises `UnsupportedError` where the GPU is lost."""
         call = partial(self._call, plan)
         try:
             if not self._right(call(self._steps[0])):
@@ -90,11 +95,14 @@ class GpuPlanTimer(PlanTimer):
             sampler = CudaSampler(call, self._steps, passes=self._passes)
             sampler.warm_up()
             return statistics.median(sampler.sample() for _ in range(_SAMPLES))
-        except torch.OutOfMemoryError:
+        # Triton's compiler has errors of its own, and says that tiles do not fit.
+        except Exception as error:
+            _check_alive()
+            full = _out_of_memory(error)
+            if full is None:
+                return None
             torch.cuda.empty_cache()
-            raise
-        except Exception:  # Triton's compiler has errors of its own, and says that tiles do not fit
-            return None
+            raise full from None
 
     def _call(self, plan: Plan, step: Step) -> Tensor:
         weights = self._weights[step.weight_set]
@@ -105,6 +113,30 @@ class GpuPlanTimer(PlanTimer):
             self._expected = out.float()
         error = (out.float() - self._expected).norm() / self._expected.norm()
         return bool(error <= _TOLERANCES[out.dtype])
+
+
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """What stands behind an error: the end of a capture that ran out of memory fails in its own
+    words."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _check_alive() -> None:
+    """Waits for the GPU.
+
+    Raises:
+        UnsupportedError: a launch has failed in a way after which this process gets nothing more
+            from the GPU, and every further plan would seem not to run.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"a plan ended in a CUDA error, after which this process cannot use the GPU: {error}; "
+            "what was found for other numbers of tokens is kept, run again for those that are left"
+        ) from error
 
 
 def gpu_cases(

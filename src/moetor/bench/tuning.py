@@ -30,7 +30,8 @@ class PlanTimer(ABC):
 
     @abstractmethod
     def prepare(self, plans: list[Plan]) -> None:
-        """What can be done for several plans at once before they are timed; nothing fails here."""
+        """What can be done for several plans at once before they are timed; a plan that fails is
+        not told here."""
 
     @abstractmethod
     def seconds(self, plan: Plan) -> float | None:

@@ -61,6 +61,10 @@ def check_paged(
             raise InputError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, it must be int32 {list(shape)}"
             )
+        if tensor.device != query.device:
+            raise InputError(f"{name} is on {tensor.device}, the query is on {query.device}")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise InputError(f"{name}'s last axis must be contiguous")
     if window is not None and chunk is not None:
         raise InputError("window and chunk are two ways to limit the keys; name one of them")
     for limit, name in ((window, "window"), (chunk, "chunk")):
@@ -68,6 +72,8 @@ def check_paged(
             raise InputError(f"{name}={limit} leaves no key to attend to; it must be at least 1")
     if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
         raise InputError(f"sinks have shape {list(sinks.shape)}, not [{query.shape[1]}]")
+    if sinks is not None and sinks.device != query.device:
+        raise InputError(f"sinks are on {sinks.device}, the query is on {query.device}")
 
 
 def visible(position_T: Tensor, key_L: Tensor, *, window: int | None, chunk: int | None) -> Tensor:

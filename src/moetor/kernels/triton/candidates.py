@@ -50,9 +50,7 @@ def large_candidates(
             changed.up.shared_bytes(
                 width=(2 if gated else 1) * changed.up.columns, itemsize=itemsize, first=True
             ),
-            changed.down.shared_bytes(
-                width=changed.down.columns, itemsize=itemsize, first=False
-            ),
+            changed.down.shared_bytes(width=changed.down.columns, itemsize=itemsize, first=False),
         )
         if changed != plan and max(needed) <= device.shared:
             yield name, changed

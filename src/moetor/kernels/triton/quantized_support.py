@@ -67,14 +67,20 @@ def quantized_refusal(query: KernelQuery) -> str | None:
     if form.transposed or form.interleaved:
         return "reads quantised weights in canonical storage, not transposed or interleaved"
     reason = support.call_refusal(query)
-    if reason is None and query.activation_format.startswith("fp8"):
+    if reason is None:
         capability = support.gpu(torch.cuda.current_device()).capability
-        if capability < _FP8_CAPABILITY:
-            return (
-                f"multiplies fp8 by fp8 from compute capability 8.9 on, this GPU has "
-                f"{capability[0]}.{capability[1]}; with unquantised activations (fp8_w8a16) it runs"
-            )
+        return _fp8_refusal(query.activation_format, capability)
     return reason
+
+
+def _fp8_refusal(activations: str, capability: tuple[int, int]) -> str | None:
+    """GPUs before Ada neither multiply fp8 nor round to it."""
+    if "fp8" not in activations or capability >= _FP8_CAPABILITY:
+        return None
+    return (
+        f"rounds activations to fp8 from compute capability 8.9 on, this GPU has "
+        f"{capability[0]}.{capability[1]}; with unquantised activations (fp8_w8a16) it runs"
+    )
 
 
 def _check_codes(
@@ -165,6 +171,12 @@ def check_quantized_call(
         weight_format=weights.weight_format,
         activation_format=weights.activation_format,
     )
-    reason = quantized_refusal(query)
+    # The query's answer is that for the current GPU; the tensors may be on an older one.
+    capability = support.device_of(hidden_TH).capability
+    reason = (
+        quantized_refusal(query)
+        or support.capability_refusal(capability)
+        or _fp8_refusal(query.activation_format, capability)
+    )
     if reason is not None:
         raise KernelRefusedError(f"kernel {kernel!r} {reason}; use kernel 'torch'")

@@ -166,7 +166,7 @@ def _launch_down_parts(
         **support.chained(plan.pdl),
     )
     columns = min(256, next_power_of_2(hidden))
-    small_kernels.small_sum[(cdiv(hidden, columns), tokens)](
+    small_kernels.small_sum[(tokens, cdiv(hidden, columns))](
         parts,
         topk_ids_TK,
         topk_weights_TK,
@@ -212,7 +212,14 @@ class TritonSmallKernel(ExpertsKernel):
         if reason is not None:
             raise KernelRefusedError(f"kernel {self.name!r} {reason}; use kernel 'triton'")
         device = support.device_of(hidden_TH)
-        plan = small_plan(config, topk_ids_TK.shape[1], hidden_TH.element_size(), device)
+        slots, top_k = topk_ids_TK.numel(), topk_ids_TK.shape[1]
+        plan = small_plan(config, top_k, hidden_TH.element_size(), device)
+        down = slots * plan.parts if plan.parts else slots // top_k
+        programs = max(
+            slots * cdiv(config.intermediate_size, plan.up.rows),
+            down * cdiv(config.hidden_size, plan.down.rows),
+        )
+        support.check_programs(self.name, programs, "triton_large")
         return run_small(hidden_TH, topk_weights_TK, topk_ids_TK, plain, config, plan)
 
     def workspace_bytes_per_token(

@@ -239,8 +239,8 @@ def small_sum(
 ):
     """out[token] = sum over slots, in slot order, of weight * (sum of the slot's parts + bias)."""
     chain(PDL)
-    token = tl.program_id(1).to(tl.int64)
-    h = tl.program_id(0) * BN + tl.arange(0, BN)
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = h < H
     total = tl.zeros((BN,), tl.float32)
     for k in tl.static_range(K):

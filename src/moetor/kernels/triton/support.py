@@ -22,6 +22,10 @@ from moetor.kernels.triton.choose import Device
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
 _MAX_TOP_K = 64
+# Places in one expert's matrix are 32-bit numbers in the kernels; experts' own are 64-bit.
+_MAX_MATRIX = 2**31
+# Programs of a launch.
+_MAX_GRID = 2**31 - 1
 
 
 @functools.cache
@@ -89,7 +93,11 @@ def device_refusal(device: str) -> str | None:
         return "is written for NVIDIA GPUs, and this torch is built for AMD's"
     if not torch.cuda.is_available():
         return "needs an NVIDIA GPU, and torch sees none"
-    capability = gpu(torch.cuda.current_device()).capability
+    return capability_refusal(gpu(torch.cuda.current_device()).capability)
+
+
+def capability_refusal(capability: tuple[int, int]) -> str | None:
+    """Why no Triton kernel runs on a GPU of this compute capability, or None."""
     if capability < _MIN_CAPABILITY:
         return f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
     return None
@@ -101,6 +109,12 @@ def refusal(query: KernelQuery) -> str | None:
         return device_refusal(query.device)
     if query.weight_format != "unquantized":
         return f"reads unquantised weights, not {query.weight_format}"
+    form = query.experts
+    if form.hidden_size * max(form.up_size, form.intermediate_size) >= _MAX_MATRIX:
+        return (
+            f"reads matrices of less than 2^31 elements each, not {form.up_size} x "
+            f"{form.hidden_size}"
+        )
     return call_refusal(query)
 
 
@@ -203,6 +217,14 @@ def check_inputs(
     dtype, device = hidden_TH.dtype, hidden_TH.device
     check_tensor(weights.gate_up, "gate_up", config.gate_up_shape, dtype, device)
     check_tensor(weights.down, "down", config.down_shape, dtype, device)
+    for weight, name in ((weights.gate_up, "gate_up"), (weights.down, "down")):
+        _, rows, columns = weight.shape
+        last = (rows - 1) * weight.stride(1) + (columns - 1) * weight.stride(2)
+        if last >= _MAX_MATRIX:
+            raise InputError(
+                f"{name} has strides {list(weight.stride())}: one expert's matrix spans {last + 1} "
+                "elements, it must be less than 2^31; make it contiguous"
+            )
     others = (weights.gate_up_bias, weights.down_bias, weights.post_norm)
     check_others(*others, config, device, (dtype,))
 
@@ -238,9 +260,23 @@ def check_call(
     query = KernelQuery(
         device="cuda", dtype=hidden_TH.dtype, experts=config, top_k=topk_ids_TK.shape[1]
     )
-    reason = refusal(query)
+    # The query's answer is that for the current GPU; the tensors may be on an older one.
+    reason = refusal(query) or capability_refusal(device_of(hidden_TH).capability)
     if reason is not None:
         raise KernelRefusedError(f"kernel {kernel!r} {reason}; use kernel 'torch'")
+
+
+def check_programs(kernel: str, programs: int, other: str) -> None:
+    """Refuses a launch of more programs than a grid has.
+
+    Raises:
+        KernelRefusedError: saying which kernel takes the call.
+    """
+    if programs > _MAX_GRID:
+        raise KernelRefusedError(
+            f"kernel {kernel!r} would need {programs} programs in one launch, a GPU takes "
+            f"{_MAX_GRID}; use kernel {other!r}"
+        )
 
 
 def output_stride(weight_EXY: Tensor, *, transposed: bool) -> tuple[int, int, int]:

@@ -63,6 +63,9 @@ def plan_key(config: ExpertsConfig, top_k: int, tokens: int, itemsize: int) -> s
         for name in ("gated", "interleaved", "transposed", "has_bias", "weight_on_input")
         if getattr(config, name)
     ]
+    # Forms that one of the two paths does not have: its plans are none for them.
+    form += ["post_norm"] if config.post_norm_eps is not None else []
+    form += ["unfused"] if config.activation.function is not None else []
     sizes = f"E{config.num_experts} K{top_k} H{config.hidden_size} I{config.intermediate_size}"
     return " ".join((sizes, *form, f"{8 * itemsize} bits", f"T{next_power_of_2(tokens)}"))
 
@@ -164,6 +167,8 @@ def _to_json(found: TunedPlan) -> dict[str, Any]:
 
 def _from_json(value: dict[str, Any]) -> TunedPlan:
     plan = _made(_PLANS[value["path"]], value["plan"])
+    if isinstance(plan, LargePlan) and plan.up.rows != plan.down.rows:
+        raise ValueError(f"products of {plan.up.rows} and of {plan.down.rows} rows share no map")
     times = (value["seconds"], value["chosen_seconds"])
     if not all(isinstance(time, float) and time > 0 for time in times):
         raise ValueError(f"times {times} are not positive numbers")
