@@ -45,6 +45,16 @@ new MutationObserver(() => {
     window.said.push(turn.textContent);
 }).observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true});
 """
+SILENT = """
+window.silent = true;
+const asked = window.fetch;
+window.fetch = async (...words) => {
+  const reply = await asked(...words);
+  if (!window.silent || !String(words[0]).endsWith("stats")) return reply;
+  const told = await reply.json();
+  return new Response(JSON.stringify({...told, healthy: false, layers: []}));
+};
+"""
 
 
 def test_the_page_is_whole_and_asks_no_other_host(server: ServerProcess) -> None:
@@ -146,3 +156,13 @@ def test_stop_and_errors(browser: Any, server: ServerProcess) -> None:
     box.send_keys(Keys.ESCAPE)
     wait.until(lambda b: b.find_element(By.ID, "send").text == "Send")
     server.idle()
+
+    # An engine that does not answer tells nothing of its experts, until it goes on.
+    wait.until(lambda b: b.execute_script(MAP))
+    Select(browser.find_element(By.ID, "span")).select_by_value("10")
+    browser.execute_script(SILENT)
+    wait.until(lambda b: b.find_element(By.ID, "health").text == "takes no requests")
+    assert browser.execute_script(MAP), "the map is gone"
+    browser.execute_script("samples = samples.slice(-1); samples[0].layers = []; silent = false;")
+    wait.until(lambda b: b.find_element(By.ID, "health").text == "running")
+    assert browser.execute_script(MAP)
