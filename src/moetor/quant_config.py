@@ -162,6 +162,14 @@ _ELSEWHERE = {
 }
 
 
+def _wish(asked: object) -> str:
+    """A name in small letters, or the flag that is set in a `BitsAndBytesConfig`."""
+    if isinstance(asked, str):
+        return asked.lower()
+    flags = ("load_in_8bit", "load_in_4bit")
+    return next((flag for flag in flags if getattr(asked, flag, False) is True), "")
+
+
 def find_quantization(asked: str | QuantConfig) -> QuantConfig:
     """The quantisation that a name or a configuration stands for.
 
@@ -170,11 +178,12 @@ def find_quantization(asked: str | QuantConfig) -> QuantConfig:
     """
     if isinstance(asked, QuantConfig):
         return asked
-    if asked in PRESETS:
+    if isinstance(asked, str) and asked in PRESETS:
         return PRESETS[asked]
-    hint = _ELSEWHERE.get(asked.lower())
+    hint = _ELSEWHERE.get(_wish(asked))
     instead = "" if hint is None else f"; use {hint} in its place"
+    told = repr(asked) if isinstance(asked, str | int | dict) else type(asked).__name__
     raise ConfigError(
-        f"quantization={asked!r} is not known here{instead}; possible: None, "
+        f"quantization={told} is not known here{instead}; possible: None, "
         f"{', '.join(PRESETS)}, or a QuantConfig"
     )

@@ -8,10 +8,12 @@ import gc
 import weakref
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 import moetor
 from huggingface.tiny import GPT_OSS, QWEN2, QWEN3, Tiny
@@ -175,12 +177,22 @@ def test_weights_that_are_not_finite_are_refused_by_name(poison: float) -> None:
     ("asked", "words"),
     [
         ("int3", r"'int3' is not known here; possible: None, fp8"),
+        (4, r"quantization=4 is not known here; possible: None, fp8"),
+        ({"format": "int4"}, r"is not known here; possible: .* or a QuantConfig"),
+        (
+            BitsAndBytesConfig(load_in_4bit=True),
+            r"BitsAndBytesConfig is.*use int4 in its place",
+        ),
+        (
+            BitsAndBytesConfig(load_in_8bit=True),
+            r"BitsAndBytesConfig is.*use int8 in its place",
+        ),
         ("load_in_4bit", "use int4 in its place"),
         ("bitsandbytes", "use int8 in its place"),
         ("nf4", "use int4 in its place"),
     ],
 )
-def test_unknown_names_are_refused_with_what_works(asked: str, words: str) -> None:
+def test_unknown_names_are_refused_with_what_works(asked: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         moetor.fuse(QWEN3.build(), quantization=asked)
 

@@ -168,7 +168,7 @@ def quant_config(quantization: str | QuantConfig | None) -> QuantConfig | None:
     Raises:
         ConfigError: unknown name.
     """
-    if quantization is None or quantization in METHODS:
+    if quantization is None or (isinstance(quantization, str) and quantization in METHODS):
         return None
     return find_quantization(quantization)
 
