@@ -21,7 +21,7 @@ from moetor.engine import EngineConfig
 from moetor.errors import ConfigError
 from moetor.server import ServerConfig, create_app
 from moetor.server.experts import balancedness
-from moetor.server.run import listen
+from moetor.server.run import listen, serve
 from server.server_process import KEY, ServerProcess
 
 TEXT = "/v1/completions"
@@ -166,6 +166,15 @@ def test_a_taken_port_is_told() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port}.*--port"):
             listen("127.0.0.1", port)
+
+
+def test_what_cannot_be_read_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    def load() -> Any:
+        pytest.fail("a model is loaded")
+
+    for wrong in ({"chat_template": tmp_path / "none"}, {"api_key_file": tmp_path / "none"}):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            serve(load, ServerConfig(port=0, **wrong), "demo")
 
 
 def test_keys_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from moetor import __version__
 from moetor.engine import EngineClient
 from moetor.server import chat, completions, experts, page, tokens
-from moetor.server.config import ServerConfig, read_text
+from moetor.server.config import ServerConfig
 from moetor.server.errors import add_handlers, error_body
 from moetor.server.guards import BodyGuard, KeyGuard, RateGuard
 from moetor.server.openapi import DocumentedApp
@@ -35,8 +35,9 @@ def create_app(engine: EngineClient, config: ServerConfig, model: str) -> FastAP
         ConfigError: a key or the chat template cannot be read.
     """
     keys = config.api_keys()
-    if config.chat_template is not None:
-        engine.tokenizer.chat_template = read_text(config.chat_template, "chat_template")
+    template = config.template()
+    if template is not None:
+        engine.tokenizer.chat_template = template
     service = Service(engine, config, model)
     app = DocumentedApp(
         service.names,

@@ -178,6 +178,16 @@ class ServerConfig:
         if any(not name for name in self.served_model_name):
             raise ConfigError("served_model_name has an empty name")
 
+    def template(self) -> str | None:
+        """The chat template; None where the tokenizer's is taken.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return (
+            None if self.chat_template is None else read_text(self.chat_template, "chat_template")
+        )
+
     def api_keys(self) -> tuple[str, ...]:
         """The keys, from the argument, the file and the environment; none where none is asked for.
 

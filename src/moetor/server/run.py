@@ -38,7 +38,9 @@ def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: 
     """
     logging.getLogger("moetor").setLevel(config.log_level.upper())
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # What cannot be read is told before a model is loaded.
     config.api_keys()
+    config.template()
     if config.otlp_traces_endpoint is not None:
         require_otel()
     with listen(config.host, config.port) as listening:
