@@ -68,8 +68,13 @@ def write(
     rng: torch.Generator,
     change: Callable[[str, np.ndarray], np.ndarray] = lambda _, data: data,
     architecture: str = "qwen2moe",
+    poisoned: str = "",
 ) -> None:
-    """A GGUF file in `folder / gguf`, and the same numbers in `folder / dense`."""
+    """A GGUF file in `folder / gguf`, and the same numbers in `folder / dense`.
+
+    Args:
+        poisoned: a tensor that becomes Q8_0 blocks, of which one has a scale that is NaN.
+    """
     model = QWEN2.build(**SIZES)
     model.save_pretrained(folder / "dense")
     tensors = load_file(folder / "dense" / "model.safetensors")
@@ -78,7 +83,13 @@ def write(
     writer = gguf.GGUFWriter(folder / "gguf" / "model.gguf", architecture)
     numpy = np.random.default_rng(int(torch.randint(2**31, (), generator=rng)))
     for name, tensor in tensors.items():
-        if ".experts." not in name:
+        if ".experts." in name:
+            continue
+        if gguf_name(name) == poisoned:
+            data = blocks(Kind.Q8_0, tuple(tensor.shape), numpy)
+            data[0, 0:2] = np.array([np.nan], np.float16).view(np.uint8)
+            writer.add_tensor(poisoned, data, raw_dtype=Kind.Q8_0)
+        else:
             writer.add_tensor(gguf_name(name), tensor.numpy())
     for layer in range(2):
         for part in ("gate", "up", "down"):
@@ -144,6 +155,10 @@ def test_what_is_refused(tmp_path: Path, rng: torch.Generator) -> None:
     write(tmp_path / "nan", Kind.Q8_0, Kind.Q8_0, rng, broken)
     with pytest.raises(CheckpointError, match=r"blk\.1\.ffn_up_exps\.weight.*NaN"):
         load(tmp_path / "nan" / "gguf")
+    key = "blk.1.attn_q.weight"
+    write(tmp_path / "dense nan", Kind.Q8_0, Kind.Q8_0, rng, poisoned=key)
+    with pytest.raises(CheckpointError, match=rf"{key}.*NaN"):
+        load(tmp_path / "dense nan" / "gguf")
     write(tmp_path / "llama", Kind.Q8_0, Kind.Q8_0, rng, architecture="llama")
     with pytest.raises(UnsupportedError, match=r"'llama'; read are olmoe, qwen2moe"):
         load(tmp_path / "llama" / "gguf")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from huggingface.checkpoint_formats import FORMATS, fp8_block, write
+from huggingface.checkpoint_formats import FORMATS, fp8_block, mxfp4, save_both, write
 from huggingface.test_quantized_checkpoints import (
     EXPERT,
     SIZES,
@@ -20,7 +20,7 @@ from huggingface.test_quantized_checkpoints import (
     load,
     with_settings,
 )
-from huggingface.tiny import OLMOE
+from huggingface.tiny import GPT_OSS, OLMOE
 from moetor.errors import CheckpointError, MoetorError, UnsupportedError
 
 DENSE = "model.layers.0.self_attn.q_proj"
@@ -199,3 +199,34 @@ def test_a_quantised_checkpoint_keeps_what_is_no_part_of_it(
     tensors["model.layers.0.self_attn.k_proj.output_scale"] = torch.ones(1)
     save_file(tensors, folder / "model.safetensors")
     check_weights(load(folder), load(tmp_path / "dense"))
+
+
+def gpt_oss(tmp_path: Path, rng: torch.Generator) -> tuple[Path, dict[str, Tensor]]:
+    model = GPT_OSS.build(hidden_size=64, intermediate_size=32)
+    model.save_pretrained(tmp_path / "dense")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    packed = dict(dense)
+    for name in [name for name in dense if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, depth, rows = packed.pop(name).shape
+        made = [mxfp4(rows, depth, rng)[0] for _ in range(experts)]
+        packed |= {f"{name}_{end}": torch.stack([one[end] for one in made]) for end in made[0]}
+    return save_both(tmp_path, dense, packed, {"quant_method": "mxfp4"}), packed
+
+
+@pytest.mark.parametrize(
+    ("end", "change", "words"),
+    [
+        ("blocks", lambda t: t.flatten(2), "has shape"),
+        ("blocks", lambda t: t[..., :8], "has shape"),
+        ("scales", lambda t: t[:, :3], "has shape"),
+        ("scales", lambda t: t.float(), "has dtype F32, it must be U8"),
+        ("scales", lambda t: t.fill_(255), "holds a scale that is NaN"),
+    ],
+)
+def test_blocks_and_scales_of_gpt_oss(
+    end: str, change: Any, words: str, tmp_path: Path, rng: torch.Generator
+) -> None:
+    folder, tensors = gpt_oss(tmp_path, rng)
+    name = f"model.layers.1.mlp.experts.down_proj_{end}"
+    tensors[name] = change(tensors[name]).contiguous()
+    refused(folder, tensors, f"{name} {words}")

@@ -256,6 +256,8 @@ class GgufTensors:
 
         tensor = found[keys[name]]
         numbers = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        if tensor.tensor_type.name not in _PLAIN and not bool(torch.isfinite(numbers).all()):
+            raise CheckpointError(f"tensor {keys[name]} holds a scale that is NaN or infinite")
         whole = numbers.reshape(self._checkpoint.tensors[name].shape)
         return whole[box] if box else whole
 

@@ -23,6 +23,7 @@ from moetor.huggingface.packed_matrices import (
     check_shape,
     eight_bits,
     group_kind,
+    shape_error,
 )
 from moetor.huggingface.packed_tensors import (
     Awq,
@@ -255,8 +256,16 @@ def _mxfp4(tensors: Mapping[str, StoredTensor], settings: Settings) -> tuple[Fou
         if not name.endswith("_blocks"):
             continue
         stem = name.removesuffix("_blocks")
+        if len(tensor.shape) != 4 or tensor.shape[-1] != 16:
+            raise shape_error(tensor, "[experts, rows, groups of 32, 16]")
         experts, rows, groups, _ = tensor.shape
         check_shape(tensors, f"{stem}_scales", (experts, rows, groups))
+        for end in ("_blocks", "_scales"):
+            part = tensors.get(f"{stem}{end}")
+            if part is not None and part.dtype != "U8":
+                raise CheckpointError(
+                    f"{part.file}: tensor {part.name} has dtype {part.dtype}, it must be U8"
+                )
         matrix = MicroFloats(
             name=stem,
             rows=rows,
