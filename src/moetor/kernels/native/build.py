@@ -37,6 +37,9 @@ _UNITS: dict[str, tuple[str, ...]] = {
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "isa_avx512.cpp": _AVX512,
     "isa_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+    "dense_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "dense_avx512.cpp": _AVX512,
+    "dense_avx512_bf16.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
 }
 _TIMEOUT_S = 600
 

@@ -6,7 +6,6 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,28 +20,12 @@ from moetor.kernels.native import library
 from moetor.kernels.native.build import BuildError
 from moetor.kernels.native.codes import check_tensor, code_fields, codes_refusal
 
-# Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than
-# small products.
-_KEPT_BYTES = 64 * 2**20
-_kept = threading.local()
-
-
 def _unsupported_form(config: ExpertsConfig) -> str | None:
     if config.post_norm_eps is not None:
         return "does not have the norm of each expert's output"
     if config.activation.function is not None:
         return f"cannot call a Python activation ({config.activation.label})"
     return None
-
-
-def _workspace(size: int) -> Tensor:
-    kept: Tensor | None = getattr(_kept, "buffer", None)
-    if kept is not None and kept.numel() >= size:
-        return kept
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if size <= _KEPT_BYTES:
-        _kept.buffer = buffer
-    return buffer
 
 
 def _check_inputs(
@@ -249,7 +232,7 @@ def native_experts(
         isa=isa,
         threads=threads,
     )
-    workspace = _workspace(call.workspace_bytes)
+    workspace = library.workspace(call.workspace_bytes)
     call.use_workspace(workspace)
     status = call.native.run(call.arguments)
     if status == library.BAD_EXPERT_ID:

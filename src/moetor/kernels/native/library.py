@@ -7,6 +7,7 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -21,6 +22,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATION_CODES = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 LIMIT_CODES = {"before": 1, "after": 2}
 BAD_EXPERT_ID = 1
+
+# Scratch memory up to this size is kept for a thread's next call: fresh pages would cost more than
+# small products.
+_KEPT_BYTES = 64 * 2**20
+_kept = threading.local()
 
 
 class Arguments(ctypes.Structure):
@@ -69,6 +75,10 @@ class Library:
         self._workspace_bytes = self._handle.moetor_workspace_bytes
         self._workspace_bytes.restype = ctypes.c_int64
         self._run = self._handle.moetor_experts
+        self._calls = {
+            name: getattr(self._handle, f"moetor_{name}")
+            for name in ("linear", "norm", "rotate", "attention")
+        }
         self.isas: tuple[str, ...] = tuple(
             name for name in get_args(IsaName) if self._supports(_ISA_CODES[name])
         )
@@ -89,6 +99,21 @@ class Library:
     def run(self, arguments: Arguments) -> int:
         """Runs the call without Python's lock; 0, or the number of what is wrong."""
         return int(self._run(ctypes.byref(arguments)))
+
+    def call(self, name: str, arguments: ctypes.Structure) -> int:
+        """Runs one of csrc/dense.h without Python's lock; its status."""
+        return int(self._calls[name](ctypes.byref(arguments)))
+
+
+def workspace(size: int) -> torch.Tensor:
+    """At least `size` bytes of scratch memory, this thread's until its next call."""
+    kept: torch.Tensor | None = getattr(_kept, "buffer", None)
+    if kept is not None and kept.numel() >= size:
+        return kept
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if size <= _KEPT_BYTES:
+        _kept.buffer = buffer
+    return buffer
 
 
 @cache

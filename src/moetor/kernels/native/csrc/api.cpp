@@ -1,6 +1,7 @@
 // The C interface: what the processor can do, the workspace, and the call. Compiled for plain x86-64.
 #include <cpuid.h>
 
+#include "dense.h"
 #include "isa.h"
 
 extern "C" {
@@ -57,4 +58,28 @@ int moetor_experts(const MoetorExperts* args) {
   if (args->isa == kIsaAvx2) return moetor_run_avx2(args, &plan, start_team);
   if (paired(*args)) return moetor_run_avx512_bf16(args, &plan, start_team);
   return moetor_run_avx512(args, &plan, start_team);
+}
+
+namespace {
+
+const DenseEntries& entries(int isa) { return isa == kIsaAvx2 ? moetor_dense_avx2 : moetor_dense_avx512; }
+
+}  // namespace
+
+int moetor_linear(const MoetorLinear* args) {
+  if (!moetor_supports(args->isa)) return kBadIsa;
+  const auto& own = args->isa == kIsaAvx512Bf16 ? moetor_dense_avx512_bf16 : entries(args->isa);
+  return args->tokens == 0 ? kOk : own.linear(*args, start_team);
+}
+
+int moetor_norm(const MoetorNorm* args) {
+  return moetor_supports(args->isa) ? entries(args->isa).norm(*args, start_team) : kBadIsa;
+}
+
+int moetor_rotate(const MoetorRotate* args) {
+  return moetor_supports(args->isa) ? entries(args->isa).rotate(*args, start_team) : kBadIsa;
+}
+
+int moetor_attention(const MoetorAttention* args) {
+  return moetor_supports(args->isa) ? entries(args->isa).attention(*args, start_team) : kBadIsa;
 }
