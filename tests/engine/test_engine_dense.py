@@ -22,7 +22,36 @@ from moetor.engine.cache import EngineCache
 from moetor.errors import ConfigError, FusionMismatchError
 from moetor.huggingface.dense_fusing import is_dense_fused
 from moetor.kernels.dense import CacheSlots
+from moetor.kernels.native import dense as native
 from moetor.tools.tiny import FAMILIES
+
+
+@pytest.fixture(params=["native", "torch"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the native library, where there is a compiler, and as if there were none."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_attention_with_and_without_the_native_library(name: str, library: str) -> None:
+    model = make_model(name, 3)
+    prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
+    wanted = {str(i): own_tokens(name, model, prompt) for i, prompt in enumerate(prompts)}
+    engine = make_engine(model)
+    done = run_staggered(engine, prompts, [greedy()] * len(prompts), every=3)
+    assert {key: output.outputs[0].token_ids for key, output in done.items()} == wanted
+    assert_empty(engine)
+
+
+def test_dense_parts_are_fused_on_a_cpu_with_the_library(library: str) -> None:
+    engine = make_engine(make_model("qwen3_moe", 3), level="auto")
+    fused = library == "native" and native.available()
+    assert is_dense_fused(engine.served.model) == fused
+    for asked, done in (("on", True), ("off", False)):
+        engine = make_engine(make_model("qwen3_moe", 3), level="auto", fuse_dense=asked)
+        assert is_dense_fused(engine.served.model) == done
 
 
 @pytest.mark.parametrize(
@@ -58,7 +87,7 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_nobody_asked_for_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU dense parts are fused by themselves; a mismatch there is a warning."""
+    """Where dense parts are fused by themselves, a mismatch is a warning."""
 
     def mismatch(model: object) -> None:
         raise FusionMismatchError("logits differ")

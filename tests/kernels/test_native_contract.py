@@ -30,7 +30,6 @@ from torch import Tensor
 from moetor.config import Activation, ExpertsConfig
 from moetor.errors import InputError, KernelRefusedError
 from moetor.kernels.base import ExpertWeights, KernelQuery
-from moetor.kernels.native import kernel as native_kernel
 from moetor.kernels.native import library as native_library
 from moetor.kernels.native.kernel import NativeKernel, native_experts
 from moetor.kernels.native.pages import use_huge_pages
@@ -133,10 +132,10 @@ def test_stale_scratch_memory_does_not_show(isa: str) -> None:
     call = make_call(Case(name="stale", T=11, H=45, I=33, dtype=BF16))
     expected = run(call, isa)
     run(make_call(Case(name="fills the scratch", T=64, H=97, I=65, dtype=BF16)), isa)
-    native_kernel._kept.buffer.fill_(0xFF)  # every float a NaN
+    native_library._kept.buffer.fill_(0xFF)  # every float a NaN
     assert torch.equal(run(call, isa), expected)
     empty = make_call(Case(name="dropped", T=3, routing="all_dropped"))
-    native_kernel._kept.buffer.fill_(0xFF)
+    native_library._kept.buffer.fill_(0xFF)
     assert bool((run(empty, isa) == 0).all())
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moetor.engine.cache import Batch, EngineCache, LayerBlocks, active_cache, tokens_first
 from moetor.engine.latent import LatentForm, latent_blocks
 from moetor.errors import UnsupportedError
+from moetor.kernels.native import dense as native
 from moetor.kernels.triton.attention import Only
 
 NAME = "moetor_paged"
@@ -153,10 +154,16 @@ def attend(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores)
     if batch.lens is None or batch.query_lens is None:
         batch.lens = batch.seq_lens_S.tolist()
         batch.query_lens = batch.query_start_S1.diff().tolist()
-    out_THD = query_THD.new_empty((*query_THD.shape[:2], blocks.shape.value_width))
-    for rows in _decode_groups(batch):
-        out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
     first = batch.num_decodes
+    in_place = native.ready(query_THD) and query_THD.dtype == blocks.keys.dtype
+    if in_place and first == len(query_THD):
+        return _attend_in_place(query_THD, blocks, batch, scores)
+    out_THD = query_THD.new_empty((*query_THD.shape[:2], blocks.shape.value_width))
+    if in_place and first:
+        out_THD[:first] = _attend_in_place(query_THD[:first], blocks, batch, scores)
+    elif not in_place:
+        for rows in _decode_groups(batch):
+            out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
     if _only_new_keys(batch, scores):
         keys_TD, values_TD = _new_keys(blocks, batch)
         out_THD[first:] = _attend_fresh(query_THD[first:], keys_TD, values_TD, batch, scores)
@@ -169,6 +176,24 @@ def attend(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores)
         first = last
     out_THD[first:] = 0  # tokens that belong to no sequence
     return out_THD
+
+
+def _attend_in_place(
+    query_SHD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores
+) -> Tensor:
+    """The decoding sequences, each over its own blocks where they lie."""
+    return native.paged_attention(
+        query_SHD,
+        blocks.keys,
+        blocks.values,
+        batch.block_table_SM,
+        batch.seq_lens_S,
+        scale=scores.scale,
+        softcap=scores.softcap,
+        window=scores.window,
+        chunk=scores.chunk,
+        sinks=scores.sinks_H,
+    )
 
 
 def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:

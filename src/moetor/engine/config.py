@@ -62,7 +62,8 @@ class EngineConfig:
         default="auto",
         metadata=_flag(
             "also fuse what stands around the experts: norms with sums, products with one input, "
-            "rotary positions with the cache's write; auto does so on a GPU"
+            "rotary positions with the cache's write; auto does so on a GPU, and on a CPU that has "
+            "the native kernel"
         ),
     )
     seed: int = field(default=0, metadata=_flag("of the requests that bring no seed", "N"))
@@ -86,7 +87,11 @@ class EngineConfig:
 
     def fuses_dense(self, device_type: str) -> bool:
         """Whether dense parts are to be fused on such a device."""
-        return self.fuse_dense == "on" or (self.fuse_dense == "auto" and device_type == "cuda")
+        if self.fuse_dense != "auto":
+            return self.fuse_dense == "on"
+        from moetor.kernels.native import dense as native  # with torch, which flags need not
+
+        return device_type == "cuda" or (device_type == "cpu" and native.available())
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):

@@ -91,8 +91,11 @@ class AttentionForward:
             return False
         return hidden.requires_grad or any(p.requires_grad for p in self.module.parameters())
 
+    def _child(self, name: str) -> Any:
+        return self.module._modules[name]
+
     def _project(self, out: Tensor) -> Tensor:
-        projected: Tensor = self.module.get_submodule("o_proj")(out)
+        projected: Tensor = self._child("o_proj")(out)
         return projected
 
     def heads(
@@ -107,7 +110,7 @@ class AttentionForward:
         tokens = hidden.shape[0] * hidden.shape[1]
         parts = []
         for place, name in enumerate(_PROJECTIONS[:3]):
-            part = self.module.get_submodule(name)(hidden)
+            part = self._child(name)(hidden)
             if form.norms is not None and not form.norm_per_head and place < 2:
                 part = form.norms[place](part)
             parts.append(part.view(tokens, form.heads[min(place, 1)], -1))

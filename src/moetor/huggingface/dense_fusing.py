@@ -47,6 +47,7 @@ from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.report import DenseReport
 from moetor.huggingface.trial import relative_error, tolerance
 from moetor.kernels import dense
+from moetor.kernels.native import dense as native
 
 _FORWARDS = (
     NormForward, JoinedPart, FewRowsForward, GatedMLPForward, AttentionForward, LayerForward,
@@ -279,10 +280,12 @@ def _gated_mlp(observed: Observation, calls: list[Call]) -> tuple[Call, str, Any
 
 
 def _install_rows(observed: Observation, reports: list[DenseReport]) -> None:
-    """Every other linear module on a GPU."""
+    """Every other linear module, where few rows have products of their own."""
     for path, call in observed.calls.items():
         module = call.module
-        if type(module) is not nn.Linear or not is_own(module) or not module.weight.is_cuda:
+        if type(module) is not nn.Linear or not is_own(module):
+            continue
+        if not (module.weight.is_cuda or native.ready(module.weight)):
             continue
         module.__dict__["forward"] = FewRowsForward(module)
         reports.append(DenseReport(name=path, kind="rows", done=True))

@@ -7,8 +7,9 @@ that pass, which keeps what it was given.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,11 +175,16 @@ def bind(
     return given, {name: value for name, value in kwargs.items() if name not in names}
 
 
-def parameter_names(kind: type[nn.Module]) -> list[str]:
+def parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """Named parameters of a class's forward, without self."""
-    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    return _parameter_names(kind.forward)
+
+
+@functools.cache  # asked at every call of a fused module
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return [parameter.name for parameter in parameters if parameter.kind not in kinds]
+    return tuple(parameter.name for parameter in parameters if parameter.kind not in kinds)
 
 
 def parameter_defaults(kind: type[nn.Module]) -> dict[str, Any]:

@@ -132,7 +132,7 @@ class JoinedPart:
 
 
 class FewRowsForward:
-    """The forward of a linear module on a GPU: vector sums for a few rows."""
+    """The forward of a linear module: vector sums for a few rows."""
 
     def __init__(self, module: nn.Linear) -> None:
         self.module = module
@@ -161,5 +161,6 @@ class GatedMLPForward:
             return original
         product = self.product
         act = dense.gated_linear(x, product.weight, product.bias, self.activation)
-        out: Tensor = self.mlp.get_submodule(self.down)(act)
+        down: Any = self.mlp._modules[self.down]
+        out: Tensor = down(act)
         return out

@@ -1,7 +1,8 @@
 """What stands around attention and experts: norms, rotary positions, products with few rows.
 
 Each function computes in float32 and rounds once. On an NVIDIA GPU it is one launch of
-`moetor.kernels.triton.dense`, elsewhere torch operations, which are also the launch's oracle
+`moetor.kernels.triton.dense`, on a CPU with the native library one call of
+`moetor.kernels.native.dense`, elsewhere torch operations, which are also the oracle of both
 (`in_torch=True` asks for them anywhere).
 
 Shape letters: T tokens, H hidden, N outputs, I intermediate, Hq and Hkv heads, D width of queries
@@ -21,6 +22,7 @@ from torch import Tensor
 from moetor.config import Activation
 from moetor.errors import InputError
 from moetor.kernels.activations import activate
+from moetor.kernels.native import dense as native
 from moetor.kernels.triton import support
 from moetor.kernels.triton.rows import FEW_OUTPUTS
 
@@ -40,6 +42,19 @@ def _launches(tensor: Tensor, in_torch: bool) -> bool:
         return False
     # A compiler sees torch operations, which it fuses itself.
     return not torch.compiler.is_compiling() and _have_gpu_kernels()
+
+
+def _native(tensor: Tensor, in_torch: bool) -> bool:
+    """Whether the native library computes it."""
+    if in_torch or tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return native.ready(tensor)
+
+
+def _native_rows(x: Tensor, weight: Tensor, in_torch: bool) -> bool:
+    rows = x.numel() // max(1, x.shape[-1])
+    plain = weight.dtype == x.dtype and weight.stride(1) == 1
+    return 0 < rows <= native.FEW_ROWS and plain and _native(x, in_torch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +130,8 @@ def add_rms_norm(
         from moetor.kernels.triton import dense
 
         return dense.add_rms_norm(x, residual, norm)
+    if _native(x, in_torch):
+        return native.add_rms_norm(x, residual, norm)
     total = x if residual is None else x + residual
     wide = _wide(total)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps)
@@ -157,6 +174,8 @@ def rotate(
         from moetor.kernels.triton import dense
 
         return dense.rotate(query, key, value, cos, sin, form, query_norm, key_norm, cache)
+    if query.shape[-1] <= native.WIDEST_HEAD and _native(query, in_torch):
+        return native.rotate(query, key, value, cos, sin, form, query_norm, key_norm, cache)
     turned = []
     for x, norm in ((query, query_norm), (key, key_norm)):
         wide = _wide(x)
@@ -188,11 +207,13 @@ def write_to_cache(
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_torch: bool = False
 ) -> Tensor:
-    """`x @ weight.T + bias`, [..., H] to [..., N]: by vector sums for a few rows on a GPU."""
+    """`x @ weight.T + bias`, [..., H] to [..., N]: by vector sums for a few rows."""
     if weight.dtype == x.dtype and _few(x, weight.shape[0], in_torch):
         from moetor.kernels.triton import rows
 
         return rows.few_rows(x, weight, bias, None)
+    if _native_rows(x, weight, in_torch):
+        return native.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -204,7 +225,7 @@ def linear_float32(
         from moetor.kernels.triton import rows
 
         return rows.few_rows(x, weight, bias, None, dtype=torch.float32)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _few(x: Tensor, outputs: int, in_torch: bool) -> bool:
@@ -233,6 +254,9 @@ def gated_linear(
         if _few(x, gate_up.shape[0], in_torch):
             return rows.few_rows(x, gate_up, bias, activation)
         return dense.gated_activation(F.linear(x, gate_up, bias), activation)
+    plain = activation == Activation(name=activation.name)
+    if plain and _native_rows(x, gate_up, in_torch):
+        return native.linear(x, gate_up, bias, activation)
     return activate(F.linear(x, gate_up, bias), activation)
 
 

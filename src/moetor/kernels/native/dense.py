@@ -10,6 +10,7 @@ of queries and keys, Dv of values, B tokens of a block, Nb blocks, M blocks of a
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -80,15 +81,19 @@ class _Attention(ctypes.Structure):
     )
 
 
-def ready(tensor: Tensor) -> bool:
-    """Whether the library computes with such a tensor; it is built at the first question."""
-    if tensor.device.type != "cpu" or tensor.dtype not in DTYPE_CODES:
-        return False
+@functools.cache
+def available() -> bool:
+    """Whether the library can be had here; it is built at the first question."""
     try:
         library.load()
     except BuildError:
         return False
     return True
+
+
+def ready(tensor: Tensor) -> bool:
+    """Whether the library computes with such a tensor."""
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPE_CODES and available()
 
 
 def _run(name: str, arguments: ctypes.Structure) -> None:

@@ -20,6 +20,7 @@ from moetor.kernels.native import library
 from moetor.kernels.native.build import BuildError
 from moetor.kernels.native.codes import check_tensor, code_fields, codes_refusal
 
+
 def _unsupported_form(config: ExpertsConfig) -> str | None:
     if config.post_norm_eps is not None:
         return "does not have the norm of each expert's output"
