@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +26,9 @@ HERE = Path(__file__).resolve()
     importlib.util.find_spec("triton") is None,
     reason="Triton is not installed (pip install triton)",
 )
-@pytest.mark.parametrize("path", ["small", "large", "descriptors", "walking", "map", "routing"])
+@pytest.mark.parametrize(
+    "path", ["small", "large", "descriptors", "walking", "random", "map", "routing"]
+)
 def test_under_the_interpreter(path: str, seed: int) -> None:
     done = subprocess.run(
         [sys.executable, str(HERE), path, str(seed)],
@@ -96,12 +99,81 @@ def _run(path: str, drawn: object, config: object, dtype: torch.dtype) -> Tensor
     return run_large(*inputs, plan)
 
 
+def _check_random(seed: int) -> None:
+    """Sizes, forms, routings, tiles and ways to read and walk that nobody chose."""
+    from layer.expert_cases import ExpertsCase, draw
+    from moetor.config import Activation, ExpertsConfig
+    from moetor.kernels.base import ExpertWeights
+    from moetor.kernels.triton import choose
+    from moetor.kernels.triton.large import run_large
+    from moetor.kernels.triton.small import run_small
+    from oracle import assert_close
+
+    chance, rng = random.Random(seed), torch.Generator().manual_seed(seed)
+
+    def flag() -> bool:
+        return chance.random() < 0.5
+
+    def tile(rows: int) -> choose.Tile:
+        return choose.Tile(
+            rows=rows, columns=chance.choice((16, 32, 64)), depth=chance.choice((16, 32, 64)),
+            warps=4, stages=2, group=chance.choice((1, 2, 8)), tma=flag(),
+            persistent=chance.choice((0, 1, 3, 7)), halves=rows > 16 and flag(),
+        )  # fmt: skip
+
+    def vectors() -> choose.VectorTile:
+        return choose.VectorTile(
+            rows=chance.choice((1, 2, 8)), depth=chance.choice((4, 16, 64)), warps=1
+        )
+
+    for _ in range(16):
+        experts, gated, transposed = chance.choice((1, 3, 5)), flag(), flag()
+        # Half of the sizes are multiples of 16 bytes, as descriptors need them.
+        unit = 8 if flag() else 1
+        config = ExpertsConfig(
+            num_experts=experts,
+            hidden_size=unit * chance.randint(1, 80 // unit),
+            intermediate_size=unit * chance.randint(1, 80 // unit),
+            gated=gated,
+            interleaved=gated and flag(),
+            transposed=transposed,
+            has_bias=flag(),
+            weight_on_input=flag(),
+            post_norm_eps=1e-5 if chance.random() < 0.2 else None,
+            activation=Activation() if gated else Activation(name="relu2"),
+        )
+        case = ExpertsCase(
+            id="random",
+            config=config,
+            tokens=chance.choice((2, 5, 17, 40)),
+            top_k=chance.randint(1, min(experts, 3)),
+            routing=chance.choice(("random", "all_on_one", "some_dropped", "all_dropped")),
+        )
+        drawn = draw(case, chance.choice((torch.float32, torch.float16)), rng)
+        arguments = (
+            drawn.hidden, drawn.topk_weights, drawn.topk_ids,
+            ExpertWeights(**drawn.tensors._asdict()), config,
+        )  # fmt: skip
+        rows = chance.choice((16, 32, 64))
+        plans = [choose.LargePlan(up=tile(rows), down=tile(rows))]
+        if choose.small_form(config) is None and case.tokens <= 5:
+            parts = chance.choice((1, 3, 8)) if transposed else 0
+            plans.append(choose.SmallPlan(up=vectors(), down=vectors(), parts=parts))
+        for plan in plans:
+            run = run_small if isinstance(plan, choose.SmallPlan) else run_large
+            try:
+                assert_close(run(*arguments, plan), drawn.expected(config))
+            except AssertionError as error:
+                raise AssertionError(f"{case} {plan}: {error}") from error
+
+
 def _check_map(rng: torch.Generator) -> None:
     """Every kept slot in exactly one row, in tiles of its expert, in token order."""
     from moetor.kernels.triton.sort import make_row_tiles
 
     for experts, tokens, top_k, rows in [
         (1, 1, 1, 16), (5, 40, 3, 16), (3, 200, 2, 32), (8, 700, 2, 16), (130, 90, 4, 64),
+        (1, 1100, 1, 128), (1024, 70, 16, 16),
     ]:  # fmt: skip
         ids = torch.randint(0, experts + 1, (tokens, top_k), generator=rng, dtype=torch.int32)
         made = make_row_tiles(ids, experts, rows, pdl=False)
@@ -164,6 +236,9 @@ def _main(path: str, seed: int) -> None:
 
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN
     rng = torch.Generator().manual_seed(seed)
+    if path == "random":
+        _check_random(seed)
+        return
     if path in ("map", "routing"):
         (_check_map if path == "map" else _check_routing)(rng)
         return
