@@ -129,6 +129,18 @@ def test_every_tile(
     inputs.check(inputs.run())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("name", "activations"), [("fp8", "fp8_token"), ("int8", "int8_token")])
+def test_wide_second_products_that_walk(
+    name: str, activations: ActivationFormat, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    """Their results take the most shared memory in float32."""
+    config = ExpertsConfig(num_experts=4, hidden_size=512, intermediate_size=1536)
+    case = ExpertsCase(id="wide", config=config, tokens=1100)
+    inputs = Inputs(case, name, activations, dtype, rng)
+    inputs.check(inputs.run())
+
+
 @pytest.mark.parametrize(
     ("name", "activations"), [*ROUNDED, ("mxfp4", "unquantized"), ("int8", "unquantized")]
 )

@@ -141,6 +141,24 @@ def _check_rows(rng: torch.Generator) -> None:
                     torch.testing.assert_close(numbers[row], wanted, rtol=1e-6, atol=1e-30)
 
 
+def _check_tiny_rows() -> None:
+    """Values whose scale is below the normal numbers, beside zeros: near to what they were."""
+    from moetor.kernels.triton.quantize_rows import quantize
+    from moetor.kernels.triton.sort import make_row_tiles
+
+    made = make_row_tiles(torch.zeros(4, 1, dtype=torch.int32), 1, 16, pdl=False)
+    x = torch.tensor([1e-30, 1e-36, 1e-38, 1e-40])[:, None] * torch.tensor([1.0, 0.0, -0.5, 0.0])
+    for activations in ("fp8_token", "fp8_group128", "int8_token", "mxfp8"):
+        rows = quantize(
+            x, activations, made, tile_rows=16, tokens=True, input_scales=None, weights_TK=None,
+            pdl=False,
+        )  # fmt: skip
+        numbers = rows.values.float()
+        if activations != "mxfp8":
+            numbers *= rows.scales.T
+        torch.testing.assert_close(numbers, x, rtol=0.07, atol=1e-38)
+
+
 def _check_numbers(rng: torch.Generator) -> None:
     """Weights in every format, activations unquantised, against the oracle."""
     for dtype in (torch.float32, torch.float16):
@@ -186,6 +204,7 @@ def _main(part: str, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     if part == "rows":
         _check_rows(rng)
+        _check_tiny_rows()
     elif part == "codes":
         for id in SOME:
             for name, activations in ROUNDED if id in ("silu", "bias") else ROUNDED[:2]:

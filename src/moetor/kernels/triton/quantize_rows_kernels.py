@@ -16,15 +16,20 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 @triton.jit
 def scale_of(largest, FORMAT: tl.constexpr):
-    """The scale of values of up to `largest`, in float32; 1 for a run of zeros."""
+    """The scale of values of up to `largest`, in float32; 1 for a run of zeros.
+
+    A scale below the normal numbers is held at 2^-126: the inverse of a smaller one is infinite,
+    and makes NaN of the zeros beside.
+    """
     largest = tl.where(largest > 0, largest, 1.0)
     if FORMAT == "int8":
         scale = tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+        scale = tl.maximum(scale, 1.1754943508222875e-38)
     elif FORMAT == "fp8":
         scale = tl.div_rn(largest, tl.full(largest.shape, 448.0, tl.float32))
+        scale = tl.maximum(scale, 1.1754943508222875e-38)
     else:
-        # 2^k, k = floor(log2(largest)) - 8, one more where the largest value would saturate. A
-        # scale below the normal numbers is held at 2^-126.
+        # 2^k, k = floor(log2(largest)) - 8, one more where the largest value would saturate.
         tl.static_assert(FORMAT == "mxfp8")
         bits = largest.to(tl.int32, bitcast=True)
         exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
