@@ -18,6 +18,8 @@ from moetor.kernels.triton.large_quantized import run_planned
 from moetor.kernels.triton.quantized_support import check_quantized_call, quantized_refusal
 from moetor.kernels.triton.sort import count_bytes, most_tiles
 
+_ENDS = 48  # bytes: parts of the sort's memory end at multiples of 16
+
 
 class TritonLargeKernel(ExpertsKernel):
     """Grouped products over tiles of one expert's rows; each slot's output is rounded once to the
@@ -64,7 +66,7 @@ class TritonLargeKernel(ExpertsKernel):
         """That of one token, whose slots begin a tile each, and its part of what many tokens are
         counted by."""
         counts = top_k * next_power_of_2(config.num_experts + 1) // 16
-        return top_k * (65 * _row_bytes(config, dtype) + 24) + counts
+        return top_k * (65 * _row_bytes(config, dtype) + 24) + counts + _ENDS
 
     def tokens_within(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype, budget: int
@@ -89,7 +91,7 @@ def _workspace_bytes(config: ExpertsConfig, top_k: int, dtype: torch.dtype, toke
     for height in {64, tile_rows(config, top_k, tokens)}:
         rows = max(rows, height * most_tiles(slots, config.num_experts, height))
     counts = count_bytes(slots, config.num_experts)
-    return rows * _row_bytes(config, dtype) + 24 * slots + counts
+    return rows * _row_bytes(config, dtype) + 24 * slots + counts + _ENDS
 
 
 def _row_bytes(config: ExpertsConfig, dtype: torch.dtype) -> int:

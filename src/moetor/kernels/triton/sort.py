@@ -48,6 +48,11 @@ def most_tiles(slots: int, num_experts: int, rows: int) -> int:
     return slots // rows + min(num_experts, slots)
 
 
+def _aligned(numbers: int) -> int:
+    """int32 numbers that fill whole 16 bytes, at least as many as asked."""
+    return -(-numbers // 4) * 4
+
+
 def count_bytes(slots: int, num_experts: int) -> int:
     """Bytes of the counts that many slots are placed by."""
     if slots <= _DIRECT:
@@ -66,9 +71,11 @@ def make_row_tiles(topk_ids_TK: Tensor, num_experts: int, rows: int, *, pdl: boo
 
     slots = topk_ids_TK.numel()
     tiles = most_tiles(slots, num_experts, rows)
-    memory = topk_ids_TK.new_empty((tiles * rows + slots + tiles + 1,))
-    order, place, expert, used = memory.split((tiles * rows, slots, tiles, 1))
-    made = RowTiles(order, place.view(topk_ids_TK.shape), expert, used)
+    # Each part begins at a multiple of 16 bytes whatever T is: Triton compiles a kernel again for
+    # a pointer that is aligned otherwise.
+    parts = (tiles * rows, _aligned(slots), _aligned(tiles), _aligned(1))
+    order, place, expert, used = topk_ids_TK.new_empty((sum(parts),)).split(parts)
+    made = RowTiles(order, place[:slots].view(topk_ids_TK.shape), expert[:tiles], used[:1])
     direct = slots <= _DIRECT
     chunk = min(_CHUNK, max(32, next_power_of_2(slots)))
     blocks = -(-slots // chunk)
