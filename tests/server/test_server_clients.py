@@ -127,6 +127,29 @@ def test_fields_that_change_nothing_here(client: openai.OpenAI) -> None:
     assert made.message.content == plain.message.content
 
 
+def test_the_bytes_of_parts_of_characters(client: openai.OpenAI) -> None:
+    text = "\N{SLIGHTLY SMILING FACE}e\u0301\u65e5"
+    told: list[int] = []
+    said, likeliest = "", []
+    for chunk in client.chat.completions.create(
+        model="demo",
+        messages=MESSAGES,
+        stream=True,
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"structured_outputs": {"choice": [text]}},
+    ):
+        choice = chunk.choices[0]
+        said += choice.delta.content or ""
+        for token in choice.logprobs.content or [] if choice.logprobs else []:
+            told += token.bytes or []
+            likeliest += [other.bytes for other in token.top_logprobs]
+    assert said == text
+    assert bytes(told).decode() == text
+    assert likeliest
+    assert all(likeliest)
+
+
 def test_a_developer_speaks_as_the_system(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "demo", "max_tokens": 8, "temperature": 0}
     first, second = (

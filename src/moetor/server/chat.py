@@ -113,6 +113,7 @@ class _Answer(Answer):
         frame = {"id": name, "created": int(time.time()), "model": service.names[0]}
         super().__init__(frame, ("chat.completion", "chat.completion.chunk"), body.stream_options)
         self._body, self._offer = body, offer
+        self._piece = service.tokenizer().convert_ids_to_tokens
         self._parsers: dict[int, ToolParser] = {}
 
     def _choices(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
@@ -180,4 +181,4 @@ class _Answer(Answer):
         if one.logprobs is None or not tokens:
             return None
         entries = one.logprobs[len(one.token_ids) - len(tokens) :]
-        return chat_logprobs(tokens, entries, self._body.top_logprobs or 0)
+        return chat_logprobs(tokens, entries, self._body.top_logprobs or 0, self._piece)
