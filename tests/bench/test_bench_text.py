@@ -13,7 +13,6 @@ from torch import Tensor
 import moetor
 from moetor.bench import ceilings
 from moetor.bench.generation import (
-    GenerateBackend,
     StepTimes,
     TextBackend,
     Workload,
@@ -22,6 +21,7 @@ from moetor.bench.generation import (
     measure_latency,
     measure_throughput,
 )
+from moetor.bench.generation_peers import GenerateBackend
 from moetor.cli.main import main
 from moetor.errors import KernelRefusedError, MoetorError, UnsupportedError
 from moetor.huggingface import dummy

@@ -153,7 +153,7 @@ def _load(options: TextBenchOptions, config: Any, device: torch.device) -> Any:
             trust_remote_code=options.trust_remote_code,
             quantization=options.quantization,
             kernel=options.kernel,
-            for_fusing=options.peer == "none",
+            for_fusing=options.peer in ("none", "vllm"),
             sharded=options.parallel() is not None,
             cpu_experts=offload,
             progress=loaded,
@@ -164,12 +164,12 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
     """Ours, on `model` fused in place, and the peer, on a copy that shares its weights."""
     import copy
 
-    from moetor.bench.generation import ContinuousBackend, GenerateBackend
+    from moetor.bench.generation_peers import ContinuousBackend, GenerateBackend
     from moetor.huggingface import fuse
 
     settings: dict[str, Any] = {"cache": options.cache, "compiled": options.compile}
     peers: list[TextBackend] = []
-    if options.peer != "none":
+    if options.peer in ("transformers", "continuous"):
         shared = [*model.parameters(), *model.buffers()]
         twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         if options.peer == "transformers":
@@ -197,7 +197,38 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
         ours = _engine_backend(options, model)
     else:
         ours = GenerateBackend("moetor generate", model, **settings)
+    if options.peer == "vllm":
+        peers.append(_vllm_backend(options, model))
     return [ours, *peers], report
+
+
+def _vllm_backend(options: TextBenchOptions, model: Any) -> TextBackend:
+    """vLLM on the same checkpoint; with random weights, on the same configuration."""
+    import copy
+
+    from moetor.bench.generation_peers import VllmBackend, VllmSettings
+    from moetor.huggingface import loading
+
+    config = _engine_config(options)
+    assert config.max_model_len is not None, "the texts' length where none was asked for"
+    settings = VllmSettings(
+        dtype=str(model.dtype).removeprefix("torch."),
+        load_format=options.load_format,
+        revision=options.revision if options.load_format == "auto" else None,
+        trust_remote_code=options.trust_remote_code,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enforce_eager=config.enforce_eager,
+        seed=options.seed,
+    )
+    if options.load_format == "dummy":
+        told = copy.deepcopy(model.config)
+        told.architectures = [type(model).__name__]  # by which vLLM finds its own class
+        return VllmBackend("vllm", told, settings)
+    return VllmBackend("vllm", loading.resolve(options.model), settings)
 
 
 def _offload(options: TextBenchOptions, config: Any) -> OffloadConfig | None:

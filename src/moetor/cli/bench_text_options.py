@@ -57,12 +57,12 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
             "help": "what generates: our engine, or Transformers' own generate on the fused model",
         },
     )
-    peer: Literal["none", "transformers", "continuous"] = field(
+    peer: Literal["none", "transformers", "continuous", "vllm"] = field(
         default="none",
         metadata={
             "group": WHAT,
             "help": "also measure, in turns, the same model as Transformers runs it, unfused: by "
-            "its generate, or by its continuous batching",
+            "its generate, or by its continuous batching; or as vLLM does, where it is installed",
         },
     )
     input_len: int = field(
@@ -122,8 +122,23 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
                 "generate compiles the step into CUDA graphs of its own, which do not let experts "
                 "change their place; give --no-compile or --backend engine with --cpu-experts"
             )
+        if self.peer == "vllm":
+            self._check_vllm()
         if self.json is not None and not self.json.absolute().parent.is_dir():
             raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+
+    def _check_vllm(self) -> None:
+        from moetor.bench.generation_peers import vllm_refusal
+
+        refused = vllm_refusal()
+        if refused is not None:
+            raise InputError(refused)
+        if self.gpu_memory_utilization > 0.5:
+            raise InputError(
+                "--peer vllm has weights and a cache of its own, and each engine would take "
+                f"--gpu-memory-utilization {self.gpu_memory_utilization:g} of one GPU; give at "
+                "most 0.5"
+            )
 
     def _check_ranks(self) -> None:
         if self.peer != "none":
