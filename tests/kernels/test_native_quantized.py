@@ -18,7 +18,6 @@ from moetor.errors import InputError
 from moetor.kernels.base import KernelQuery
 from moetor.kernels.dequantize import dequantize_expert
 from moetor.kernels.formats import ActivationFormat, QuantizedExpertWeights, canonical
-from moetor.kernels.native import kernel as native_kernel
 from moetor.kernels.native import library as native_library
 from moetor.kernels.native.build import BuildError
 from moetor.kernels.native.kernel import NativeKernel, native_experts
@@ -164,7 +163,7 @@ def test_neither_scratch_nor_other_tokens_show(
     drawn = draw(replace(FORMS[0], config=config, tokens=19), torch.bfloat16, rng)
     routing = (drawn.topk_weights, drawn.topk_ids, weights, config)
     clean = native_experts(drawn.hidden, *routing, isa=isa)
-    native_kernel._kept.buffer.fill_(0xFF)  # every float a NaN
+    native_library._kept.buffer.fill_(0xFF)  # every float a NaN
     assert torch.equal(native_experts(drawn.hidden, *routing, isa=isa), clean)
     hidden = drawn.hidden.clone()
     hidden[2, -1], hidden[4, 3] = torch.nan, torch.inf

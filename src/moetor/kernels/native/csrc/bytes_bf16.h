@@ -151,13 +151,13 @@ inline __m128i sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
 }
 
 template <int R, int N>
-inline __attribute__((always_inline)) void bytes_step(const uint8_t* from, int64_t stride, const int8_t* x,
-                                                      __m512i (&sum)[R][N]) {
+inline __attribute__((always_inline)) void bytes_step(const uint8_t* from, int64_t stride, __mmask64 there,
+                                                      const int8_t* x, __m512i (&sum)[R][N]) {
   const __m512i flip = _mm512_set1_epi8(-128);
   __m512i weight[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-    weight[r] = _mm512_xor_si512(_mm512_loadu_si512(from + r * stride), flip);
+    weight[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, from + r * stride), flip);
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
     const __m512i input = _mm512_loadu_si512(x + n * 64);
@@ -168,27 +168,23 @@ inline __attribute__((always_inline)) void bytes_step(const uint8_t* from, int64
 
 // tile[n][r] = x[n] . w[r] without the scale of the row.
 template <int R, int N>
-inline void bytes_block(const CodeRows& w, int64_t size, const int8_t* x, float* tile) {
+inline __attribute__((noinline)) void bytes_block(const CodeRows& w, int64_t size, const int8_t* x, float* tile) {
   constexpr int kBytes = 64;
   const uint8_t* ahead = ahead_of(w, R);
   const int8_t* inputs = x + N * kBytes;
-  const int64_t whole = size / kBytes;
+  const int64_t steps = ceil_div(size, kBytes);
   __m512i sum[R][N];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_si512();
-  if (whole * kBytes < size) {  // a row may end within a step; first, since a loop that ends the sums keeps registers
-    uint8_t rest[R * kBytes] = {};
-    for (int r = 0; r < R; ++r)
-      memcpy(rest + r * kBytes, w.at + r * w.stride + whole * kBytes, size - whole * kBytes);
-    bytes_step<R, N>(rest, kBytes, inputs + whole * N * kBytes, sum);
-  }
-  for (int64_t s = 0; s < whole; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kBytes, _MM_HINT_T0);
-    bytes_step<R, N>(w.at + s * kBytes, w.stride, inputs + s * N * kBytes, sum);
+    // A row may end within a step. (A step of its own after the loop made GCC store all sums in each pass.)
+    const __mmask64 there = ~0ull >> max64(0, (s + 1) * kBytes - size);
+    bytes_step<R, N>(w.at + s * kBytes, w.stride, there, inputs + s * N * kBytes, sum);
   }
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {

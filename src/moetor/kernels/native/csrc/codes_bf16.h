@@ -138,7 +138,7 @@ inline __attribute__((always_inline)) void nibble_step(const CodeRows& w, int64_
 }
 
 template <int kind, int R, int N>
-inline void nibble_block(const CodeRows& w, int64_t size, const Bf16* x, float* tile) {
+inline __attribute__((noinline)) void nibble_block(const CodeRows& w, int64_t size, const Bf16* x, float* tile) {
   constexpr int64_t kElements = Chunks<kind == kInt4Zero>::kElements;
   const int64_t steps = ceil_div(size, kCodes), chunks = steps / 4;
   const uint8_t* ahead = ahead_of(w, R);

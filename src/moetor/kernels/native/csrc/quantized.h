@@ -43,9 +43,8 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
       const int64_t now = task - this->up_tasks_;
       task = this->take();
       this->down(now, [&](int64_t n, int64_t begin, int64_t end) {
-        const uint8_t* then = n + 1 < p.num_active ? row_of(second_product(), p.active[n + 1], begin)
-                                                   : start_of(at, task, 0);
-        add(p.active[n], begin, end, at.thread, then);
+        add(p.active[n], begin, end, at.thread,
+            n + 1 < p.num_active ? Place{second_product(), p.active[n + 1], begin} : start_of(at, task, 0));
       });
     }
   }
@@ -74,12 +73,17 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
   static const uint8_t* row_of(const Matrix& m, int64_t expert, int64_t row) {
     return static_cast<const uint8_t*>(m.values) + expert * m.expert_stride + row * m.stride;
   }
+  struct Place {  // a row of an expert's matrix
+    Matrix matrix;
+    int64_t expert, row;
+  };
+  static const uint8_t* row_of(const Place& at) { return row_of(at.matrix, at.expert, at.row); }
   // Where the first product (0: gate, 1: up) or, after it, the second one begins to read for a task that the cursor is at.
-  const uint8_t* start_of(const Cursor& at, int64_t task, int part) const {
+  Place start_of(const Cursor& at, int64_t task, int part) const {
     if (task < this->up_tasks_)
-      return row_of(first_product(), at.task.expert, at.task.begin + part * a.intermediate_size);
+      return {first_product(), at.task.expert, at.task.begin + part * a.intermediate_size};
     const int64_t row = (task - this->up_tasks_) * this->down_width_;
-    return row_of(second_product(), p.active[0], row < a.hidden_size ? row : 0);
+    return {second_product(), p.active[0], row < a.hidden_size ? row : 0};
   }
 
   // `count` scales or zero points from place `from` on, as floats; the first is for place `from`.
@@ -98,11 +102,14 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
     }
   }
 
-  // Fetches the scales and zero points of `rows` rows: a stream of their own, too short for the processor to notice.
-  void fetch_scales(const Matrix& m, int64_t expert, int64_t row, int64_t rows) const {
+  // Fetches the scales and zero points of the panel at `panel`: a stream of their own, too short for the processor to
+  // notice.
+  void fetch_scales(const Place& panel) const {
     static constexpr int64_t kSizes[] = {4, 2, 2, 1};
+    const Matrix& m = panel.matrix;
     const int64_t each = groups_in(m) * kSizes[m.scale_type];
-    const int64_t from = (expert * m.rows + row) * each, to = from + rows * each;
+    const int64_t from = (panel.expert * m.rows + panel.row) * each;
+    const int64_t to = from + min64(kPanel, m.rows - panel.row) * each;
     for (int64_t at = from; at < to; at += kCacheLine) {
       _mm_prefetch(static_cast<const char*>(m.scales) + at, _MM_HINT_T0);
       if (kind == kInt4Zero) _mm_prefetch(static_cast<const char*>(m.zeros) + at, _MM_HINT_T0);
@@ -185,8 +192,9 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
         CodeRows& w = parts[part];
         w = code_rows(m, task.expert, i + part * a.intermediate_size, rows, at.thread, part);
         w.end = row_of(m, task.expert, task.end + part * a.intermediate_size);
-        w.then = start_of(at, next_task, part);
-        fetch_scales(m, task.expert, i + kPanel + part * a.intermediate_size, kPanel);
+        const Place then = start_of(at, next_task, part);
+        w.then = row_of(then);
+        fetch_scales(i + kPanel < task.end ? Place{m, task.expert, i + kPanel + part * a.intermediate_size} : then);
         wide[part] = widened(w, task.bottom - task.top, rows, a.hidden_size, at.thread, part);
       }
       for (int64_t block = task.top; block < task.bottom; ++block) {
@@ -217,7 +225,7 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
   }
 
   // Adds an expert's share of the output's columns [begin, end); `then` is what is read after it.
-  void add(int64_t expert, int64_t begin, int64_t end, int thread, const uint8_t* then) const {
+  void add(int64_t expert, int64_t begin, int64_t end, int thread, const Place& then) const {
     const Blocks blocks(this->slots_of(expert));
     const Matrix m = second_product();
     alignas(64) float tile[V::kMaxTokens * kTile] = {};
@@ -225,8 +233,8 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
       const int rows = static_cast<int>(min64(kPanel, end - row));
       CodeRows w = code_rows(m, expert, row, rows, thread, 0);
       w.end = row_of(m, expert, end);
-      w.then = then;
-      fetch_scales(m, expert, row + kPanel, kPanel);
+      w.then = row_of(then);
+      fetch_scales(row + kPanel < end ? Place{m, expert, row + kPanel} : then);
       const Wide* wide = widened(w, blocks.count, rows, a.intermediate_size, thread, 0);
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t first = blocks.first(block);
