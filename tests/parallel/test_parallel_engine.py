@@ -12,7 +12,7 @@ import moetor
 from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams, StructuredOutputsParams
 from moetor.engine import EngineConfig, ModelSource, build_engine
 from moetor.engine.ranks import RankedCore
-from moetor.errors import ParallelError
+from moetor.errors import MoetorError, ParallelError
 from moetor.parallel.config import EplbConfig
 from moetor.tools.tiny import tiny_model
 from parallel.pool import Pool, RankError
@@ -136,14 +136,36 @@ def served(rank: int, parallel: ParallelConfig) -> Any:
         params = SamplingParams(max_tokens=30, temperature=1, structured_outputs=form)
         *_, last = [output async for output in await engine.add_request(PROMPTS[0], params)]
         assert last.outputs[0].text in form.choice
-        if parallel.data_parallel_size == 1:
-            counts = list((await engine.expert_load()).values())
-            assert {sum(layer) for layer in counts} == {sum(counts[0])}
-            assert len(counts[0]) == engine.model_config.num_experts
+        counts = list((await engine.expert_load()).values())
+        assert {sum(layer) for layer in counts} == {sum(counts[0])}
+        assert len(counts[0]) == engine.model_config.num_experts
         await engine.shutdown()
+        with pytest.raises(MoetorError, match="stopped"):
+            await engine.expert_load()
         return tokens
 
     return asyncio.run(work())
+
+
+def load(rank: int, parallel: ParallelConfig | None) -> Any:
+    """In a worker: what `PROMPTS` did to the experts, of all ranks."""
+    config = EngineConfig(max_num_seqs=4, kv_cache_blocks=64, record_expert_load=True)
+    source = ModelSource(model="demo", dtype="float32", device="cpu", parallel=parallel)
+    engine = build_engine(source, config)
+    for index, prompt in enumerate(PROMPTS):
+        params = SamplingParams(max_tokens=5 + index, temperature=0, ignore_eos=True)
+        engine.core.add(engine.intake.request(prompt, params, f"r{index}"))
+    while not engine.core.idle:
+        engine.core.step()
+    return engine.core.expert_load()
+
+
+@pytest.mark.parametrize("name", ["tp", "sp", "dp", "dp_ep"])
+def test_the_load_is_that_of_all_ranks_tokens(name: str, two: Pool) -> None:
+    """Each token counts once, wherever it was computed; rows that fill up a part, never."""
+    expected = load(0, None)
+    assert all(sum(counts) for counts in expected.values())
+    assert two.run(load, CONFIGS[name]) == [expected, expected]
 
 
 @pytest.mark.parametrize("name", ["tp", "tp_ep", "dp_ep"])

@@ -9,7 +9,6 @@ from moetor.engine.build import Engine, build_engine, described
 from moetor.engine.client import STOPPED, EngineClient, EngineStoppedError, OutputStream
 from moetor.engine.config import EngineConfig
 from moetor.engine.heartbeat import Heartbeat
-from moetor.engine.load import expert_counts
 from moetor.engine.loop import EngineLoop
 from moetor.engine.news import Batch, RequestNews
 from moetor.engine.outputs import EngineStats
@@ -69,12 +68,12 @@ class AsyncEngine(EngineClient):
 
         Raises:
             ConfigError: the engine was built without `record_expert_load`.
-            EngineStoppedError: the engine hangs.
+            EngineStoppedError: the engine has ended, or hangs.
         """
         if self.hung:
             raise EngineStoppedError(f"the engine {self.trouble}")
         # In a thread: on a GPU this waits for the device.
-        return await asyncio.to_thread(expert_counts, self.engine.core.runner.load)
+        return await asyncio.wrap_future(await asyncio.to_thread(self._loop.expert_load))
 
     async def _add(self, request: Request, stream: OutputStream) -> None:
         self._loops[request.request_id] = asyncio.get_running_loop()

@@ -16,6 +16,7 @@ import torch
 
 from moetor.engine.grammar import GrammarCompiler, GrammarError
 from moetor.engine.launched import Launched, Started, StepResult
+from moetor.engine.load import expert_counts
 from moetor.engine.news import request_output
 from moetor.engine.outputs import EngineStats, FinishReason, Logprob, RequestOutput
 from moetor.engine.runner import Runner
@@ -73,6 +74,14 @@ class EngineCore:
     def patience(self) -> float | None:
         """Seconds without a step after which `rest` is to be called; None where nobody waits."""
         return None
+
+    def expert_load(self) -> dict[str, list[int]]:
+        """Tokens of each expert since the start, by the layer's path.
+
+        Raises:
+            ConfigError: nothing is counted.
+        """
+        return expert_counts(self.runner.load)
 
     def rest(self) -> None:
         """Tells whoever waits for this core that there is nothing to do."""

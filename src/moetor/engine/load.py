@@ -5,8 +5,9 @@ Shape letters: T tokens, K top_k, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,14 @@ class ExpertLoad(RoutingRecorder):
         super().__init__()
         self._paths: dict[str, str] = {}
         self._counts: dict[str, Tensor] = {}
+        self._split: set[str] = set()
         for path, module in fused_modules(model):
             spread = module.parallel
             size = module.routed_experts.config.num_experts
             if spread is not None and spread.experts is not None:
                 size = spread.experts.placement.num_experts  # of all ranks: ids are the router's
+            if spread is not None and spread.split_group is not None:
+                self._split.add(path)
             self._paths[module.name] = path
             # One place more for dropped slots, whose id is the number of experts.
             self._counts[module.name] = torch.zeros(size + 1, dtype=torch.int64, device=device)
@@ -45,13 +49,37 @@ class ExpertLoad(RoutingRecorder):
 
     def counts(self) -> dict[str, list[int]]:
         """Tokens of each expert, by the layer's path in the model."""
-        return {path: self._counts[name][:-1].tolist() for name, path in self._paths.items()}
+        # One copy to the host: each waits for the device.
+        whole = iter(torch.cat([self._counts[name] for name in self._paths]).tolist())
+        return {
+            path: list(islice(whole, self._counts[name].numel()))[:-1]
+            for name, path in self._paths.items()
+        }
+
+    def own_counts(self, rank: int) -> dict[str, list[int]]:
+        """The same, of tokens that no other rank of a tensor-parallel group counts.
+
+        Args:
+            rank: in this group.
+        """
+        return {
+            path: found if rank == 0 or path in self._split else [0] * len(found)
+            for path, found in self.counts().items()
+        }
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Counts the calls inside the `with` block."""
         with forward_context(ForwardContext(recorder=self)):
             yield
+
+
+def summed(counts: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """The sum of several ranks' counts."""
+    return {
+        path: [sum(one) for one in zip(*(rank[path] for rank in counts), strict=True)]
+        for path in counts[0]
+    }
 
 
 def expert_counts(load: ExpertLoad | None) -> dict[str, list[int]]:

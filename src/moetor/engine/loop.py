@@ -7,12 +7,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 
 from moetor.engine.build import Engine
 from moetor.engine.heartbeat import INTERVAL_S, Heartbeat
 from moetor.engine.news import Batch, RequestNews, news_of
 from moetor.engine.ranks import RankedCore
 from moetor.engine.sequence import Request
+from moetor.errors import MoetorError
 
 # Between two tellings of the engine's state while nothing but tokens comes.
 _STATS_S = 0.05
@@ -33,6 +36,8 @@ class EngineLoop:
         self._work = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._errors: list[str] = []
+        self._loads: deque[Future[dict[str, list[int]]]] = deque()
+        self._over = False
         self._stats_at = 0.0
         if isinstance(engine.core, RankedCore):
             engine.core.lead()
@@ -66,6 +71,42 @@ class EngineLoop:
 
         self._post(end)
 
+    def expert_load(self) -> Future[dict[str, list[int]]]:
+        """What `EngineCore.expert_load` gives or raises.
+
+        One rank's counts are read on this thread, which on a GPU waits for the device; several
+        ranks exchange theirs on the loop's, between two steps.
+        """
+        answer: Future[dict[str, list[int]]] = Future()
+
+        def ask() -> None:
+            if not answer.set_running_or_notify_cancel():
+                return  # nobody waits any more
+            try:
+                answer.set_result(self.engine.core.expert_load())
+            except Exception as error:
+                answer.set_exception(error)
+
+        if isinstance(self.engine.core, RankedCore):
+            self._loads.append(answer)
+            answer.add_done_callback(self._forget_load)
+            self._post(ask)
+            if self._over:
+                self._fail_loads()
+        else:
+            ask()
+        return answer
+
+    def _forget_load(self, answer: Future[dict[str, list[int]]]) -> None:
+        with suppress(ValueError):
+            self._loads.remove(answer)
+
+    def _fail_loads(self) -> None:
+        """What the thread will not answer any more."""
+        for answer in list(self._loads):
+            with suppress(InvalidStateError):
+                answer.set_exception(MoetorError("the engine has stopped"))
+
     def quit(self) -> None:
         """Ends the thread when what was asked before is done."""
 
@@ -90,6 +131,9 @@ class EngineLoop:
             self._errors.append(text)
             self._send([], dead=text)
             self.engine.core.close(error)
+        finally:
+            self._over = True
+            self._fail_loads()
 
     def _turn(self) -> None:
         """Takes in what was posted, and makes a step."""

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from moetor.engine.core import EngineCore
 from moetor.engine.grammar import GrammarCompiler
+from moetor.engine.load import summed
 from moetor.engine.messages import broadcast, gather
 from moetor.engine.outputs import EngineStats, FinishReason, Logprob
 from moetor.engine.runner import Runner
@@ -33,6 +34,7 @@ from moetor.parallel.launch import explain_waiting
 _COMPARE_EVERY = 64
 # Of the time after which a rank gives up waiting: rank 0 is heard so often while it has no work.
 _REST_SHARE = 0.2
+_Next = Literal["step", "rest", "load", "end"]
 _OWN_FIELDS = ("kv_cache_usage", "steps", "step_seconds", "host_seconds", "graph_steps")
 
 
@@ -79,7 +81,7 @@ class _Told:
 class _Orders:
     """What rank 0 has done since the last step, and what it does next."""
 
-    what: Literal["step", "rest", "end"]
+    what: _Next
     done: list[tuple[Literal["add", "abort"], bytes]]
     error: str | None = None
 
@@ -188,6 +190,21 @@ class RankedCore(EngineCore):
         for told in self._others:
             mine = _added(mine, told.stats)
         return mine
+
+    def expert_load(self) -> dict[str, list[int]]:
+        """See `EngineCore.expert_load`: the sum over the ranks, which exchange it here and not in
+        a step. Every rank calls it, or rank 0 leads.
+        """
+        if self.runner.load is None:
+            return super().expert_load()  # refuses; on all ranks alike
+        try:
+            if self._leads:
+                self._order("load")
+            own = self.runner.load.own_counts(self.groups.tensor.rank())
+            return summed(gather(own, self.groups.world))
+        except Exception as error:
+            self.fatal = failure(error)
+            raise self.fatal from error
 
     def _worth_starting(self, step: Step) -> bool:
         return bool(step.parts) or self.runner.lockstep is not None
@@ -335,7 +352,9 @@ class RankedCore(EngineCore):
             with suppress(RuntimeError):
                 self._order("end", None if error is None else str(error))
 
-    def _order(self, what: Literal["step", "rest", "end"], error: str | None = None) -> None:
+    def _order(
+        self, what: Literal["step", "rest", "load", "end"], error: str | None = None
+    ) -> None:
         done, self._done = self._done, []
         broadcast(_Orders(what, done, error), self.groups.world)
 
@@ -368,6 +387,8 @@ class RankedCore(EngineCore):
                 return
             if orders.what == "step":
                 self.step()
+            elif orders.what == "load":
+                self.expert_load()
 
 
 def _follow_sequence(sequence: Sequence, told: _SequenceNews) -> None:

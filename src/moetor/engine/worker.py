@@ -6,12 +6,12 @@ import gc
 import signal
 import socket
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
 from moetor.engine.build import build_engine, described
 from moetor.engine.heartbeat import Heartbeat
-from moetor.engine.load import ExpertLoad, expert_counts
 from moetor.engine.loop import EngineLoop
 from moetor.engine.news import Batch
 from moetor.engine.wire import (
@@ -59,7 +59,7 @@ class _Worker:
         except MoetorError as error:
             self._send(Failed(error))
             return
-        loop, load = EngineLoop(engine, self._tell, self._heart), engine.core.runner.load
+        loop = EngineLoop(engine, self._tell, self._heart)
         self._send(Ready(engine.intake, described(engine), engine.core.stats()))
         # What was made until now stays; looking through it again and again would cost pauses.
         gc.collect()
@@ -72,11 +72,24 @@ class _Worker:
             elif isinstance(message, Abort):
                 loop.abort(message.request_id)
             elif isinstance(message, AskLoad):
-                self._send(Load(message.number, _counts(load)))
+                self._answer(message.number, loop.expert_load())
             elif isinstance(message, Quit):
                 loop.quit()
                 loop.thread.join()
                 return
+
+    def _answer(self, number: int, found: Future[dict[str, list[int]]]) -> None:
+        """Sends expert loads when they are known."""
+
+        def send(done: Future[dict[str, list[int]]]) -> None:
+            try:
+                told: dict[str, list[int]] | Exception = done.result()
+            except Exception as error:
+                told = error
+            with suppress(OSError):  # the owner is gone, as in `_tell`
+                self._send(Load(number, told))
+
+        found.add_done_callback(send)
 
     def _send(self, message: Any) -> None:
         data = frame(message)
@@ -90,10 +103,3 @@ class _Worker:
             self._send(packed(batch))
             if batch.dead is not None:
                 self._connection.shutdown(socket.SHUT_RDWR)
-
-
-def _counts(load: ExpertLoad | None) -> dict[str, list[int]] | Exception:
-    try:
-        return expert_counts(load)
-    except Exception as error:
-        return error

@@ -147,6 +147,9 @@ class MoERunner(ABC):
         routing = layer.route(logits_TE, hidden_TX.dtype)
         if context.recorder is not None:
             chosen = routing.topk_ids if routing.chosen_ids is None else routing.chosen_ids
+            if layer.token_split is not None:
+                experts = layer.config.router.num_experts
+                chosen = layer.token_split.without_filling(chosen, logits_TE, experts)
             context.recorder.note(layer.name, chosen)
         return self.run_experts(layer, hidden_TX, routing, between=between)
 
