@@ -91,12 +91,20 @@ class Attention {
     for (int j = 0; j < count; ++j) {
       piece.keys[j] = keys + table[block] * a.key_block_stride + place * a.key_slot_stride;
       piece.values[j] = values + table[block] * a.value_block_stride + place * a.value_slot_stride;
+      fetch(piece.keys[j], a.width);
+      fetch(piece.values[j], a.value_width);
       if (++place == a.block_size) {
         place = 0;
         ++block;
       }
     }
     for (int j = count; j < static_cast<int>(round_up(count, 4)); ++j) piece.keys[j] = piece.keys[count - 1];
+  }
+
+  // Blocks lie anywhere: all that a piece reads is asked for at once.
+  static void fetch(const D* row, int64_t width) {
+    constexpr int64_t kLine = 64 / sizeof(D);
+    for (int64_t d = 0; d < width; d += kLine) _mm_prefetch(reinterpret_cast<const char*>(row + d), _MM_HINT_T0);
   }
 
   template <int Q>
