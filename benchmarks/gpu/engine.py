@@ -117,7 +117,7 @@ def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
     difference beside that of the two ways.
     """
     runner = backend._engine.core.runner
-    graphs, prompt_graphs = runner.graphs, runner.prompt_graphs
+    graphs, prompt_graphs = runner.graphs.decode, runner.graphs.prompts
     if graphs is None:
         return []
     logits: list[torch.Tensor] = []
@@ -140,7 +140,7 @@ def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
         found = []
         for ways in ((None, None), (graphs, None), (graphs, prompt_graphs)):
             logits.clear()
-            runner.graphs, runner.prompt_graphs = ways
+            runner.graphs.decode, runner.graphs.prompts = ways
             requests = backend._add(prompts, tokens)
             while not backend._engine.core.idle:
                 backend._engine.core.step()

@@ -101,8 +101,8 @@ class Bench:
             )
             self.engine = build_engine(ModelSource(model=self.model, level="none"), settings)
         runner = self.engine.core.runner
-        runner.graphs, runner.offload = None, group
-        runner.capture()
+        runner.graphs.decode, runner.graphs.offload = None, group
+        runner.graphs.capture()
         return EngineBackend("moetor", self.engine)
 
 

@@ -45,7 +45,7 @@ def test_replayed_steps_give_the_tokens_of_generate(
     wanted = [own_tokens(name, model, prompt) for prompt in prompts]
     engine = make_engine(model, max_num_seqs=5)
     runner = engine.core.runner
-    runner.capture()
+    runner.graphs.capture()
     # poison what no row may depend on: block 0, and what is left from the capture
     assert runner.cache is not None
     for blocks in runner.cache.blocks.values():
@@ -72,7 +72,7 @@ def test_draws_are_the_same_with_graphs_and_without(monkeypatch: pytest.MonkeyPa
     for captured in (False, True):
         engine = make_engine(model)
         if captured:
-            engine.core.runner.capture()
+            engine.core.runner.graphs.capture()
             engine.core._overlap = True
         done = run_staggered(engine, prompts, params, every=1)
         found.append([done[str(i)].outputs[0].token_ids for i in range(3)])
@@ -101,10 +101,10 @@ def test_steps_with_prompts_are_replayed_too(name: str, monkeypatch: pytest.Monk
     wanted = [own_tokens(name, model, prompt) for prompt in prompts]
     engine = make_engine(model, max_num_seqs=4, max_num_batched_tokens=21)
     runner = engine.core.runner
-    runner.capture()
-    runner.capture_prompts(21)
-    assert runner.prompt_graphs is not None
-    assert runner.prompt_graphs._sizes == [16, 21]
+    runner.graphs.capture()
+    runner.graphs.capture_prompts(21)
+    assert runner.graphs.prompts is not None
+    assert runner.graphs.prompts._sizes == [16, 21]
     assert runner.cache is not None
     for blocks in runner.cache.blocks.values():
         blocks.keys[0] = 3.0
@@ -132,8 +132,8 @@ def test_what_a_graph_of_prompts_does_not_do(monkeypatch: pytest.MonkeyPatch) ->
         engine = make_engine(model)
         if captured:
             monkeypatch.setattr(prompt_graphs, "_SIZES", (16,))
-            engine.core.runner.capture()
-            engine.core.runner.capture_prompts(64)
+            engine.core.runner.graphs.capture()
+            engine.core.runner.graphs.capture_prompts(64)
             engine.core._overlap = True
         done = run_staggered(engine, prompts, params, every=2)
         found.append([done[str(i)].outputs[0].token_ids for i in range(3)])

@@ -55,8 +55,8 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
     )
     group, runner = offload_of(model), engine.core.runner
     assert group is not None
-    assert runner.graph_sizes == [1, 2]  # larger steps copy experts
-    runner.capture()
+    assert runner.graphs.sizes == [1, 2]  # larger steps copy experts
+    runner.graphs.capture()
     steps = count_steps(group, monkeypatch)
     done = run_staggered(engine, prompts, [greedy()] * 3, every=1)
     assert [done[str(i)].outputs[0].token_ids for i in range(3)] == wanted

@@ -58,7 +58,7 @@ def test_ids_are_those_of_the_whole_text(
     model = make_model("qwen3_moe", 3)
     engine = make_engine(model, "auto", enable_return_routed_experts=True, **SETTINGS[name])
     if captured:
-        engine.core.runner.capture()
+        engine.core.runner.graphs.capture()
         engine.core._overlap = True
     prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
     done = run_staggered(engine, prompts, [greedy() for _ in prompts], every=1)

@@ -212,7 +212,7 @@ def test_tokens_depend_on_nothing_else_in_the_batch(
     monkeypatch.setattr(graphs, "record", rerun)
     together = engine(**settings)
     if overlap:
-        together.core.runner.capture()
+        together.core.runner.graphs.capture()
         together.core._overlap = True
     done = run_staggered(together, prompts, params, every=1)
     assert [done[str(number)].outputs[0].token_ids for number in range(9)] == wanted

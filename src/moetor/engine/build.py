@@ -201,19 +201,19 @@ def _capture(runner: Runner, config: EngineConfig, groups: ParallelGroups | None
         return "enforce_eager was asked for"
     if not runner.strategy.paged:
         return "each sequence has a cache of its own"
-    if not runner.graph_sizes:
-        return f"steps of {runner.stream_min_tokens} tokens copy experts to the GPU"
+    if not runner.graphs.sizes:
+        return f"steps of {runner.graphs.stream_min_tokens} tokens copy experts to the GPU"
     reason = ""
     try:
         with bar("capturing CUDA graphs") as progress:
-            runner.capture(progress)
+            runner.graphs.capture(progress)
         with bar("capturing CUDA graphs of prompts") as progress:
-            runner.capture_prompts(config.max_num_batched_tokens, progress)
+            runner.graphs.capture_prompts(config.max_num_batched_tokens, progress)
     except Exception as error:  # whatever code of the family's is not for graphs
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the model cannot be captured: {lines[0]}"
     if not _agreed(int(not reason), groups, runner.device):
-        runner.graphs = runner.prompt_graphs = None
+        runner.graphs.drop()
         reason = reason or "another rank's model cannot be captured"
     if reason:
         warnings.warn(

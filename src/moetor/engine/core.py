@@ -190,7 +190,7 @@ class EngineCore:
             steps=counts["steps"],
             step_seconds=self._step_seconds,
             host_seconds=self._host_seconds,
-            graph_steps=self.runner.graph_steps,
+            graph_steps=self.runner.graphs.replayed,
         )
 
     def _worth_starting(self, step: Step) -> bool:

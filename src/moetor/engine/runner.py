@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
@@ -16,17 +16,14 @@ from moetor.engine.batch import (
     DeviceInputs,
     device_inputs,
     host_inputs,
-    kept_rows,
-    no_inputs,
 )
 from moetor.engine.cache import Batch, EngineCache
-from moetor.engine.graphs import DecodeGraphs, graph_sizes
 from moetor.engine.launched import Launched, Rows, Started, prompt_logprobs
 from moetor.engine.load import ExpertLoad
 from moetor.engine.lockstep import Agreed, Lockstep
 from moetor.engine.messages import gather
 from moetor.engine.model import ServedModel
-from moetor.engine.prompt_graphs import PromptGraphs, prompt_sizes
+from moetor.engine.replay import StepGraphs
 from moetor.engine.routes import SequenceRoutes
 from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
@@ -67,7 +64,7 @@ class Runner:
         balancer: ExpertBalancer | None = None,
         offload: ExpertOffload | None = None,
     ) -> None:
-        self.served, self.strategy, self.load, self.offload = served, strategy, load, offload
+        self.served, self.strategy, self.load = served, strategy, load
         self.lockstep = Lockstep(groups) if groups is not None and groups.config.joint else None
         self._ranks = groups
         self._patience = None if groups is None else groups.config.timeout
@@ -80,10 +77,6 @@ class Runner:
         # One row more than there are sequences: padded rows of a graph write there.
         self.last_token_P = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.alone = AloneCaller(served)
-        self.graphs: DecodeGraphs | None = None
-        self.prompt_graphs: PromptGraphs | None = None
-        self.graph_steps = 0
-        self._max_blocks = max_blocks
         self.cache: EngineCache | None = None
         self.states: StateSlots | None = None
         self.routes: SequenceRoutes | None = None
@@ -99,6 +92,17 @@ class Runner:
                 self.states = StateSlots(
                     served.config, self.cache.layers, strategy.example_layers, rows + 1
                 )
+        self.graphs = StepGraphs(
+            served,
+            self.cache,
+            self.states,
+            blocks=self.blocks,
+            last_token_P=self.last_token_P,
+            max_blocks=max_blocks,
+            lockstep=self.lockstep,
+            recorder=load,
+            offload=offload,
+        )
 
     def keep_routes(self, num_blocks: int, block_size: int) -> None:
         """Notes from now on which experts each token goes to; before graphs are captured.
@@ -119,10 +123,7 @@ class Runner:
             block_size=block_size,
             outer=self.load,
         )
-
-    def _recording(self) -> AbstractContextManager[None]:
-        recorder = self.load if self.routes is None else self.routes
-        return nullcontext() if recorder is None else recorder.recording()
+        self.graphs.recorder = self.routes
 
     @torch.inference_mode()
     def start(self, step: Step) -> Started | None:
@@ -134,7 +135,7 @@ class Runner:
         agreed = self._agree(step)
         if agreed is not None and not agreed.calls:
             return None
-        started = self._replay(step, agreed) or self._replay_prompts(step)
+        started = self.graphs.replay(step, agreed) or self.graphs.replay_prompts(step)
         started = started or self._run(step, agreed)
         if self.balancer is not None:
             self.balancer.step()
@@ -144,9 +145,10 @@ class Runner:
         """What the ranks do in this step, where they must do it together."""
         if self.lockstep is None:
             return None
-        plain = self.graphs is not None and self._plain(step.parts)
-        if plain and self.graphs is not None:
-            plain = len(step.parts) <= self.graphs.sizes[-1]
+        decode = self.graphs.decode
+        plain = decode is not None and self.graphs.plain(step.parts)
+        if plain and decode is not None:
+            plain = len(step.parts) <= decode.sizes[-1]
         groups = self._groups(step.parts)
         rows = [sum(part.count for part in group) for group, _ in groups]
         return self.lockstep.agree(rows, replay=plain)
@@ -158,7 +160,7 @@ class Runner:
         with ExitStack() as around:
             if agreed is not None and self.lockstep is not None:
                 around.enter_context(self.lockstep.bounded(agreed.rows))
-            with self._recording():
+            with self.graphs.recording():
                 rows = self.forward(step.parts, errors)
             for _ in range(0 if agreed is None else agreed.calls - len(self._groups(step.parts))):
                 self._call_nobody()
@@ -215,91 +217,6 @@ class Runner:
         self._fetch(launched)
         return launched
 
-    @property
-    def stream_min_tokens(self) -> int | None:
-        """From how many tokens on experts are copied to the GPU, which no graph can hold."""
-        return None if self.offload is None else self.offload.stream_min_tokens
-
-    @property
-    def graph_sizes(self) -> list[int]:
-        """Batch sizes to capture."""
-        sizes, bound = graph_sizes(self.last_token_P.shape[0] - 1), self.stream_min_tokens
-        return sizes if bound is None else [size for size in sizes if size < bound]
-
-    def capture(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Captures the decoding step in CUDA graphs; from then on it is replayed.
-
-        Raises:
-            RuntimeError: something in the model cannot be captured.
-        """
-        graphs = DecodeGraphs(
-            self._decode if self.lockstep is None else self._decode_together,
-            self.last_token_P,
-            max_blocks=self._max_blocks,
-            sizes=self.graph_sizes,
-        )
-        with torch.inference_mode(), self._recording():
-            graphs.capture(progress)
-        self.graphs = graphs
-
-    def capture_prompts(
-        self, max_tokens: int, progress: Callable[[int, int], None] | None = None
-    ) -> None:
-        """Captures steps with prompts in CUDA graphs, where all parts go through the model in one
-        row, on one rank's account, with the experts on the GPU; padding would also be counted in
-        the experts' load.
-
-        Args:
-            max_tokens: of a step.
-
-        Raises:
-            RuntimeError: something in the model cannot be captured.
-        """
-        shared = (self.lockstep, self.load, self.offload, self.states, self.routes)
-        if not self.strategy.paged or any(one is not None for one in shared):
-            return
-        graphs = PromptGraphs(
-            self._compute_prompts,
-            self.last_token_P,
-            sequences=self.last_token_P.shape[0] - 1,
-            max_blocks=self._max_blocks,
-            sizes=prompt_sizes(max_tokens),
-        )
-        with torch.inference_mode():
-            graphs.capture(progress)
-        self.prompt_graphs = graphs
-
-    def _compute_prompts(
-        self, ids_T: Tensor, positions_T: Tensor, keep_S: Tensor, batch: Batch
-    ) -> Tensor:
-        """Logits [S, V] of some tokens of packed parts; everything it needs is on the device."""
-        assert self.cache is not None
-        with self.served.paged_attention(), self.cache.running(batch, 1):
-            logits, _ = self.served(ids_T[None], positions_T[None], self.cache, keep_S)
-        return logits
-
-    def _decode(self, ids_S: Tensor, positions_S: Tensor, rows_S: Tensor, batch: Batch) -> Tensor:
-        """Logits [S, V] of one token of each row; everything it needs is on the device."""
-        assert self.cache is not None
-        shape = (1, -1) if self.states is None else (-1, 1)
-        if self.states is not None:
-            self.states.load(rows_S)
-        with self.served.paged_attention(), self.cache.running(batch, 1):
-            logits, _ = self.served(
-                ids_S.view(shape), positions_S.view(shape), self.cache, rows=None
-            )
-        if self.states is not None:
-            self.states.store(rows_S)
-        return logits
-
-    def _decode_together(
-        self, ids_S: Tensor, positions_S: Tensor, rows_S: Tensor, batch: Batch
-    ) -> Tensor:
-        """The same where other ranks replay the same size."""
-        assert self.lockstep is not None
-        with self.lockstep.bounded(ids_S.shape[0]):
-            return self._decode(ids_S, positions_S, rows_S, batch)
-
     def _call_nobody(self) -> None:
         """A model call for other ranks' sake: one token, in the row and block of nobody."""
         zero = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -313,48 +230,7 @@ class Runner:
             lens=[1],
             query_lens=[1],
         )
-        self._decode(zero, zero, zero + (self.last_token_P.shape[0] - 1), batch)
-
-    def _plain(self, parts: Items[Scheduled]) -> bool:
-        """Whether all are single tokens behind others, as the graphs have them."""
-        return all(
-            part.count == 1 and part.samples and part.start and not self._goes_alone(part)
-            for part in parts
-        )
-
-    def _replay(self, step: Step, agreed: Agreed | None) -> Started | None:
-        """The step by a graph; None where it is none that was captured."""
-        parts = step.parts
-        if self.graphs is None or not (self._plain(parts) if agreed is None else agreed.replay):
-            return None
-        begin = time.perf_counter()
-        self.blocks.update(parts)
-        if self.offload is not None:
-            self.offload.step()  # layers cannot, in a graph
-        host = host_inputs(parts, self.blocks) if parts else no_inputs()
-        found = self.graphs.run(host, 0 if agreed is None else agreed.rows)
-        if found is None:
-            return None
-        self.graph_steps += 1
-        logits, tokens = found
-        return Started(step, parts, logits, tokens, [], {}, time.perf_counter() - begin)
-
-    def _replay_prompts(self, step: Step) -> Started | None:
-        """The same for a step with prompts."""
-        parts = step.parts
-        if self.prompt_graphs is None or any(
-            self._goes_alone(part) or kept_rows(part) != part.samples for part in parts
-        ):
-            return None
-        begin = time.perf_counter()
-        self.blocks.update(parts)
-        found = self.prompt_graphs.run(host_inputs(parts, self.blocks))
-        if found is None:
-            return None
-        self.graph_steps += 1
-        sampling = [part for part in parts if part.samples]
-        logits, tokens = found if sampling else (None, None)
-        return Started(step, sampling, logits, tokens, [], {}, time.perf_counter() - begin)
+        self.graphs.compute(zero, zero, zero + (self.last_token_P.shape[0] - 1), batch)
 
     def forward(self, parts: Items[Scheduled], errors: dict[Sequence, Exception]) -> Rows:
         """Logits of all parts; a part that the model cannot compute goes into `errors`."""
@@ -397,8 +273,8 @@ class Runner:
         self, parts: Items[Scheduled]
     ) -> list[tuple[list[Scheduled], Callable[[list[Scheduled]], Tensor]]]:
         """Which parts go through the model together, and how."""
-        own = [part for part in parts if self._goes_alone(part)]
-        rest = [part for part in parts if not self._goes_alone(part)]
+        own = [part for part in parts if self.graphs.goes_alone(part)]
+        rest = [part for part in parts if not self.graphs.goes_alone(part)]
         groups: list[tuple[list[Scheduled], Callable[[list[Scheduled]], Tensor]]] = [
             ([part], self._call_own) for part in own
         ]
@@ -412,9 +288,6 @@ class Runner:
             groups.append((together, self._call_states))
         single = [part for part in rest if part.count > 1 or not part.start]
         return [*groups, *(([part], self._call_states) for part in single)]
-
-    def _goes_alone(self, part: Scheduled) -> bool:
-        return not self.strategy.paged or part.sequence.request.extra is not None
 
     def _inputs(self, parts: list[Scheduled]) -> DeviceInputs:
         pending = any(part.pending for part in parts)
