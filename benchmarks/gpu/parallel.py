@@ -30,7 +30,7 @@ from moetor.bench.weights import make_weights
 from moetor.config import MoEConfig, RouterConfig, RunnerConfig
 from moetor.kernels.base import ExpertWeights
 from moetor.layer import MoELayer
-from moetor.layer.moe import LayerParts
+from moetor.layer.parts import LayerParts
 from moetor.layer.sharding import shard_layer
 from moetor.parallel.config import EplbConfig, ParallelConfig
 from moetor.parallel.dispatch import agreed_rows

@@ -24,7 +24,7 @@ from moetor.config import (
 )
 from moetor.kernels.base import ExpertWeights
 from moetor.layer import MoELayer
-from moetor.layer.moe import LayerParts
+from moetor.layer.parts import LayerParts
 from oracle import Estimate, OracleRouting, Tensors
 
 # Selections closer than this are not judged: float32 scores may order them either way.

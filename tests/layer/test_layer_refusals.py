@@ -24,7 +24,7 @@ from moetor.config import SharedExpertsConfig
 from moetor.errors import ConfigError, InputError, KernelRefusedError, UnsupportedError
 from moetor.kernels.base import ExpertWeights
 from moetor.layer import ChildNames, MoELayer
-from moetor.layer.moe import LayerParts
+from moetor.layer.parts import LayerParts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from moetor.kernels.routing import adjust_logits
 from moetor.layer import ops
 from moetor.layer.context import register_layer
 from moetor.layer.experts import Experts
-from moetor.layer.moe import ChildNames, LayerParts, MoELayer
+from moetor.layer.moe import MoELayer
+from moetor.layer.parts import ChildNames, LayerParts
 from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.layer.routing.router import as_routing
 from moetor.layer.runner import make_runner

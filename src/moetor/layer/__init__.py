@@ -11,7 +11,9 @@ from moetor.config import (
 )
 from moetor.layer.context import ForwardContext, forward_context, get_forward_context
 from moetor.layer.experts import Experts
-from moetor.layer.moe import ChildNames, Gate, LayerParts, MoELayer
+from moetor.layer.gate import Gate
+from moetor.layer.moe import MoELayer
+from moetor.layer.parts import ChildNames, LayerParts
 from moetor.layer.routing import CustomRouter, Router, Routing, SimulatedRouter
 from moetor.layer.runner import ChunkedRunner, DefaultRunner, MoERunner
 from moetor.layer.shared_experts import SharedExperts

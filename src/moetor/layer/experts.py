@@ -7,9 +7,11 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, J rows of
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moetor.config import ExpertsConfig, RouterConfig
@@ -305,3 +307,19 @@ def _as_parameter(tensor: Tensor | None) -> nn.Parameter | None:
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
+
+
+def pad_hidden(weights: ExpertWeights, transposed: bool, hidden_size: int) -> ExpertWeights:
+    """Copies of the weights with zeros up to `hidden_size`: padded columns in, padded rows out."""
+
+    def pad(tensor: Tensor, axis: int) -> Tensor:
+        missing = hidden_size - tensor.shape[axis]
+        widths = (0, missing) if axis == tensor.dim() - 1 else (0, 0, 0, missing)
+        return F.pad(tensor, widths)
+
+    return replace(
+        weights,
+        gate_up=pad(weights.gate_up, 1 if transposed else 2),
+        down=pad(weights.down, 2 if transposed else 1),
+        down_bias=None if weights.down_bias is None else pad(weights.down_bias, 1),
+    )

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moetor.config import MoEConfig, Precision, RouterConfig, SharedExpertsOrder
+from moetor.config import MoEConfig, Precision, SharedExpertsOrder
 from moetor.errors import ConfigError, InputError, UnsupportedError
-from moetor.kernels.base import ExpertWeights, Weights, unquantized
-from moetor.kernels.gate import gate_product
+from moetor.kernels.base import Weights, unquantized
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.routing import Routing
 from moetor.layer import ops
 from moetor.layer.context import get_forward_context, register_layer
-from moetor.layer.experts import Experts
+from moetor.layer.experts import Experts, pad_hidden
+from moetor.layer.gate import Gate
+from moetor.layer.parts import ChildNames, LayerParts, RowPart
 from moetor.layer.quantized_experts import make_experts
 from moetor.layer.routing.router import CustomRouter, Router, RouterFunction
 from moetor.layer.runner import make_runner
@@ -37,72 +37,6 @@ _ORDERS_OF_THE_OP = (
     SharedExpertsOrder.INTERNAL_OVERLAPPED,
     SharedExpertsOrder.MULTI_STREAM_OVERLAPPED,
 )
-
-
-RowPart = Literal["gate", "input_transform", "output_transform"]
-"""A part of a layer that acts on each row by itself."""
-
-
-class Gate(nn.Module):
-    """The gate product [T, H] -> [T, E], with the selection bias that belongs to it.
-
-    Parameters: `weight` [E, H], `bias` [E] or None; buffer `selection_bias` [E] float32 or None.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        router: RouterConfig,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        experts = router.num_logits
-        self.precision = router.gate_precision
-        self.weight = nn.Parameter(
-            torch.randn(experts, hidden_size, device=device, dtype=dtype) * hidden_size**-0.5,
-            requires_grad=False,
-        )
-        self.bias = (
-            nn.Parameter(torch.zeros(experts, device=device, dtype=dtype), requires_grad=False)
-            if bias
-            else None
-        )
-        made = torch.zeros(experts, device=device) if router.selection_bias else None
-        self.register_buffer("selection_bias", made)
-        self.selection_bias: Tensor | None
-
-    def forward(self, hidden_TH: Tensor) -> Tensor:
-        """Router logits [T, E], in float32 or the dtype of the hidden states as the router asks."""
-        return gate_product(hidden_TH, self.weight, self.bias, self.precision)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChildNames:
-    """Names under which a layer registers its parts, so that a checkpoint's parameter names
-    survive fusing.
-    """
-
-    gate: str = "gate"
-    experts: str = "experts"
-    shared: str = "shared_experts"
-    shared_gate: str = "shared_expert_gate"
-    input_transform: str = "routed_input_transform"
-    output_transform: str = "routed_output_transform"
-
-
-@dataclass(kw_only=True)
-class LayerParts:
-    """Existing modules to build a layer from; whatever is None is made from the configuration."""
-
-    gate: nn.Module | None = None
-    experts: Weights | None = None
-    shared: nn.Module | None = None
-    shared_gate: nn.Module | None = None
-    input_transform: nn.Module | None = None
-    output_transform: nn.Module | None = None
 
 
 class MoELayer(nn.Module):
@@ -429,19 +363,3 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             self.shared = copy.copy(self.shared)  # a shallow copy came with the original's
             self.shared.bind(self)
-
-
-def pad_hidden(weights: ExpertWeights, transposed: bool, hidden_size: int) -> ExpertWeights:
-    """Copies of the weights with zeros up to `hidden_size`: padded columns in, padded rows out."""
-
-    def pad(tensor: Tensor, axis: int) -> Tensor:
-        missing = hidden_size - tensor.shape[axis]
-        widths = (0, missing) if axis == tensor.dim() - 1 else (0, 0, 0, missing)
-        return F.pad(tensor, widths)
-
-    return replace(
-        weights,
-        gate_up=pad(weights.gate_up, 1 if transposed else 2),
-        down=pad(weights.down, 2 if transposed else 1),
-        down_bias=None if weights.down_bias is None else pad(weights.down_bias, 1),
-    )

@@ -17,7 +17,8 @@ from moetor.layer.context import find_layer, get_forward_context
 from moetor.layer.recording import replay_choice
 
 if TYPE_CHECKING:
-    from moetor.layer.moe import MoELayer, RowPart
+    from moetor.layer.moe import MoELayer
+    from moetor.layer.parts import RowPart
 
 
 @torch.library.custom_op("moetor::moe_forward", mutates_args=())
