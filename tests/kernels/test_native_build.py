@@ -109,6 +109,49 @@ def test_other_platforms_are_refused_before_a_compiler_runs(
         native_build.build({})
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import moetor; [getattr(moetor, name) for name in moetor.__all__]",
+        "import moetor.kernels.dense, moetor.kernels.select, moetor.engine, moetor.huggingface",
+        "from moetor.cli.main import main; main(['--help'])",
+        "from moetor.cli.main import main; main(['generate', '--help'])",
+    ],
+)
+def test_imports_and_help_build_nothing(tmp_path: Path, code: str) -> None:
+    done = run_with_a_failing_compiler(tmp_path, code)
+    assert "native" not in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from moetor.kernels.dense import Norm, rms_norm; rms_norm(torch.ones(2, 8), "
+        "Norm(torch.ones(8), 1e-6))",
+        "from moetor.kernels.dense import linear; linear(torch.ones(1, 8), torch.ones(8, 8))",
+    ],
+)
+def test_a_build_that_dense_functions_begin_is_seen(tmp_path: Path, code: str) -> None:
+    """Without any logging set up, before it begins and where it fails; torch computes then."""
+    lines = run_with_a_failing_compiler(tmp_path, f"import torch; {code}").stderr.splitlines()
+    begun, failed = [line for line in lines if "the native CPU kernel" in line]
+    assert "building" in begun
+    assert begun.endswith("fake-c++; it takes up to a minute")
+    assert failed.endswith("could not be compiled: x.cpp:1: error: no such instruction")
+
+
+def run_with_a_failing_compiler(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment(folder, fake_compiler(folder, FAILING))},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+
+
 def test_builds_once_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     env = environment(tmp_path, fake_compiler(tmp_path, OBEDIENT))
     first = native_build.build(env)

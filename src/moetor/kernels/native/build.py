@@ -1,9 +1,9 @@
 """Compiles the native kernel once on the user's machine and keeps it in the user's cache folder.
 
 `python -m moetor.kernels.native.build` builds ahead of the first use. The compiler is `$CXX`, or
-the first of c++, g++
-and clang++. Nothing of torch is compiled against, so a build takes some
-tens of seconds on one core.
+the first of c++, g++ and clang++. Nothing of torch is compiled against, so a build takes some tens
+of seconds on one core. The log says when it begins and how it ended: whatever computes on a CPU may
+be the first use, not the experts alone.
 """
 
 from __future__ import annotations
@@ -163,12 +163,17 @@ def build(environment: dict[str, str] | None = None) -> Path:
     if (folder / LIBRARY_NAME).is_file():
         return folder / LIBRARY_NAME
     library = _writable_folder(folder) / LIBRARY_NAME
-    logger.warning("building the native CPU kernel once, with %s", compiler.path)
+    logger.warning(
+        "building the native CPU kernel once, with %s; it takes up to a minute", compiler.path
+    )
     start = time.perf_counter()
     try:
         _compile(compiler, library)
-    except OSError as error:
-        raise BuildError(f"could not be compiled: {error}") from error
+    except (OSError, BuildError) as error:
+        told = error if isinstance(error, BuildError) else f"could not be compiled: {error}"
+        # Whoever only asks whether it can be had does not tell the reason.
+        logger.warning("the native CPU kernel %s", told)
+        raise BuildError(str(told)) from error
     logger.warning("built %s in %.1f s", library, time.perf_counter() - start)
     return library
 
