@@ -124,6 +124,7 @@ SURFACE: dict[str, dict[str, object]] = {
         "--seed": None,
         "--level": "auto",
         "--quantization": None,
+        **RANKS,
     },
     "serve": {
         **{name: TEXT_BENCH[name] for name in TEXT_BENCH if name in SERVE_ENGINE},

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import note, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import ServedModelOptions, check_level
+from moetor.cli.options import ParallelModelOptions, check_level, check_one_gpu
 from moetor.cli.streaming import stream_text
-from moetor.errors import InputError, MoetorError
+from moetor.errors import InputError, MoetorError, ParallelError
+from moetor.parallel.launch import rank_number
 
 if TYPE_CHECKING:
     from moetor.engine import Engine, SamplingParams
+    from moetor.engine.core import EngineCore
 
 HELP = """/help            this list
 /reset           forget the conversation, not the system prompt
@@ -36,12 +39,13 @@ _NUMBERS: dict[str, type] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChatOptions(ServedModelOptions):
+class ChatOptions(ParallelModelOptions):
     """Talk with a model.
 
     Each line of standard input is a message, or a command that begins with a slash; /help lists
     them. Answers go to standard output as they are produced, figures to standard error. The model
-    sees the whole conversation each time; what it has seen before is not computed again.
+    sees the whole conversation each time; what it has seen before is not computed again. Ctrl-C
+    interrupts an answer; over several ranks it ends the conversation.
     """
 
     system: str | None = field(
@@ -65,9 +69,14 @@ class ChatOptions(ServedModelOptions):
         default=None, metadata={"metavar": "N", "help": "makes sampling repeatable"}
     )
 
+    @property
+    def converses(self) -> bool:
+        """Rank 0 reads what its launcher is given."""
+        return True
+
     def __post_init__(self) -> None:
         check_level(self)
-        self.offload()  # refuses flags that contradict one another
+        check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
         if self.json:
             raise UsageError(
                 "--json: a conversation is no one object; use `moetor generate --chat`"
@@ -164,9 +173,13 @@ class Conversation:
             note(f"{refusal}; /reset forgets the conversation")
             return
         except KeyboardInterrupt:
+            if self.engine.core.shared:
+                raise  # in the middle of a step, in which the other ranks go on
             print()
             note("interrupted; the question is forgotten")
             return
+        except ParallelError:
+            raise
         except MoetorError as failure:
             note(str(failure))
             return
@@ -201,20 +214,55 @@ def run(options: ChatOptions) -> int:
     engine = build_engine(
         ModelSource(model=model, tokenizer=tokenizer, level="none"), EngineConfig(max_num_seqs=1)
     )
+    if rank_number():
+        engine.core.follow()
+        return 0
+    engine.core.lead()
     kernels = () if report is None else report.kernels
     talk = Conversation(engine, params, options.system, kernels)
     if sys.stdin.isatty():
         note("/help lists the commands, Ctrl-D leaves")
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            print()
-            return 0
-        if not talk.take(line):
-            return 0
+    try:
+        while (line := _line(engine.core)) is not None and talk.take(line):
+            pass
+    except BaseException as error:
+        engine.core.close(error)
+        raise
+    engine.core.close()
+    return 0
+
+
+def _line(core: EngineCore) -> str | None:
+    """The next line; None where there is none. Other ranks hear of this one meanwhile.
+
+    Raises:
+        ParallelError: another rank has ended.
+    """
+    came = threading.Event()
+
+    def rest() -> None:
+        while not came.wait(core.patience):
+            try:
+                core.rest()
+            except ParallelError:
+                return  # the core keeps it
+
+    resting = threading.Thread(target=rest, name="moetor-rest", daemon=True)
+    if core.patience is not None:
+        resting.start()
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        print()
+        return None
+    finally:
+        came.set()
+        if resting.ident is not None:
+            resting.join()
+        if core.fatal is not None:
+            raise core.fatal
 
 
 def _write(text: str) -> None:

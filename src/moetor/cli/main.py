@@ -61,6 +61,7 @@ COMMANDS = (
         examples=(
             "moetor chat",
             'moetor chat ./Qwen3-30B-A3B --system "Answer in one sentence." --temperature 0.6',
+            "moetor chat ./Qwen3-30B-A3B -tp 2 --enable-expert-parallel",
         ),
     ),
     Command(
@@ -266,6 +267,8 @@ def _dispatch(arguments: list[str]) -> int:
     chosen = parse_options(parser, options, arguments[len(words) :])
     processes = getattr(chosen, "processes", 1)
     if processes > 1 and not is_rank():
+        if getattr(chosen, "converses", False):
+            return launch(python_command(arguments), processes, converses=True)
         return _launch(arguments, processes, drains=getattr(chosen, "drains", False))
     return int(module.run(chosen))
 

@@ -90,12 +90,9 @@ def _follow(options: ServeOptions) -> None:
     """Another rank than the one that serves: does what that one does, until it ends."""
     from moetor.engine import ModelSource as EngineSource
     from moetor.engine import build_engine
-    from moetor.engine.ranks import RankedCore
 
     source = EngineSource(model=options.model, **model_source(options))
-    engine = build_engine(source, EngineConfig.of(options))
-    assert isinstance(engine.core, RankedCore), "it was started as one of several"
-    engine.core.follow()
+    build_engine(source, EngineConfig.of(options)).core.follow()
 
 
 def model_source(options: ServeOptions) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.sequence import Request, Scheduled, Sequence, Step
 from moetor.engine.text import TextBuilder, decode_function
+from moetor.errors import ConfigError
 
 
 class EngineCore:
@@ -66,6 +67,11 @@ class EngineCore:
         return self.scheduler.idle and self._flying is None
 
     @property
+    def shared(self) -> bool:
+        """Whether other ranks make the same steps."""
+        return False
+
+    @property
     def data_parallel_size(self) -> int:
         """Cores that share the requests out."""
         return 1
@@ -82,6 +88,13 @@ class EngineCore:
             ConfigError: nothing is counted.
         """
         return expert_counts(self.runner.load)
+
+    def lead(self) -> None:
+        """Tells whoever follows this core what it does, from now on."""
+
+    def follow(self) -> None:
+        """Does what another core does, until it ends; this one is nobody's follower."""
+        raise ConfigError("an engine on one rank has nobody to follow")
 
     def rest(self) -> None:
         """Tells whoever waits for this core that there is nothing to do."""

@@ -13,7 +13,6 @@ from contextlib import suppress
 from moetor.engine.build import Engine
 from moetor.engine.heartbeat import INTERVAL_S, Heartbeat
 from moetor.engine.news import Batch, RequestNews, news_of
-from moetor.engine.ranks import RankedCore
 from moetor.engine.sequence import Request
 from moetor.errors import MoetorError
 
@@ -39,8 +38,7 @@ class EngineLoop:
         self._loads: deque[Future[dict[str, list[int]]]] = deque()
         self._over = False
         self._stats_at = 0.0
-        if isinstance(engine.core, RankedCore):
-            engine.core.lead()
+        engine.core.lead()
         heart.beat()
         self.thread = threading.Thread(target=self._run, name="moetor-engine", daemon=True)
 
@@ -87,7 +85,7 @@ class EngineLoop:
             except Exception as error:
                 answer.set_exception(error)
 
-        if isinstance(self.engine.core, RankedCore):
+        if self.engine.core.shared:
             self._loads.append(answer)
             answer.add_done_callback(self._forget_load)
             self._post(ask)

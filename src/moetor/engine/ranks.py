@@ -120,6 +120,11 @@ class RankedCore(EngineCore):
         self._done: list[tuple[Literal["add", "abort"], bytes]] = []
 
     @property
+    def shared(self) -> bool:
+        """See `EngineCore.shared`."""
+        return True
+
+    @property
     def data_parallel_size(self) -> int:
         """See `EngineCore.data_parallel_size`."""
         return self.groups.config.data_parallel_size
@@ -329,7 +334,7 @@ class RankedCore(EngineCore):
         return self.groups.config.timeout * _REST_SHARE if self._leads else None
 
     def lead(self) -> None:
-        """From now on rank 0 tells the others what it does; they must `follow`."""
+        """See `EngineCore.lead`: on rank 0; the others must `follow`."""
         assert self.groups.rank == 0, "the server is on rank 0"
         self._leads = True
 

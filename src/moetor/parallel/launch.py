@@ -68,7 +68,12 @@ def tell_launcher(text: str) -> bool:
 
 
 def launch(
-    command: Sequence[str], ranks: int, *, stdin: Path | None = None, drains: bool = False
+    command: Sequence[str],
+    ranks: int,
+    *,
+    stdin: Path | None = None,
+    drains: bool = False,
+    converses: bool = False,
 ) -> int:
     """Runs `command` as so many ranks. Rank 0 has this process's output.
 
@@ -77,6 +82,7 @@ def launch(
         drains: rank 0 ends in order, and the others with it, when it gets SIGTERM: so it gets the
             first SIGTERM or Ctrl-C that this process gets. Otherwise, and at the second one, all
             are ended.
+        converses: rank 0 reads this process's standard input.
 
     Returns:
         0: all ranks have ended well.
@@ -89,7 +95,7 @@ def launch(
         before = _catch_signals(started if drains else [])
         try:
             for number in range(ranks):
-                started.append(_start(command, ranks, number, Path(folder), stdin))
+                started.append(_start(command, ranks, number, Path(folder), stdin, converses))
             if not _all_end_well(started):
                 time.sleep(SETTLE_SECONDS)
                 raise ParallelError(_why(started))
@@ -120,7 +126,12 @@ def _catch_signals(drained: list[_Rank]) -> dict[int, Any]:
 
 
 def _start(
-    command: Sequence[str], ranks: int, number: int, folder: Path, stdin: Path | None
+    command: Sequence[str],
+    ranks: int,
+    number: int,
+    folder: Path,
+    stdin: Path | None,
+    converses: bool,
 ) -> _Rank:
     environment = _environment(ranks, number, folder)
     log = folder / f"rank{number}.log"
@@ -128,7 +139,7 @@ def _start(
         process = subprocess.Popen(
             list(command),
             env=environment,
-            stdin=given,
+            stdin=None if converses and number == 0 else given,
             stdout=None if number == 0 else words,
             stderr=None if number == 0 else words,
             # Ctrl-C reaches the launcher, which ends the ranks.
