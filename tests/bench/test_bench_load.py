@@ -12,6 +12,7 @@ from moetor.bench.load import LoadRow, LoadRun, load_table, measure_load
 from moetor.cli.main import main
 from moetor.errors import CheckpointError
 from moetor.huggingface import loading
+from moetor.huggingface.sources import resolve
 
 
 def run_of(ready: float, peak: int) -> LoadRun:
@@ -36,7 +37,7 @@ def test_table() -> None:
 
 @pytest.mark.parametrize("way", ["fused", "transformers"])
 def test_a_load_in_a_process_of_its_own(way: str) -> None:
-    run = load._run(way, loading.resolve("demo"), "auto", "cpu")
+    run = load._run(way, resolve("demo"), "auto", "cpu")
     assert run.nbytes == sum(p.nbytes for p in loading.load_model("demo").parameters())
     assert 0 < run.returned <= run.ready
     if run.before is not None:
@@ -53,7 +54,7 @@ def test_the_command(
 
     def run(way: str, folder: str, dtype: str, device: str) -> LoadRun:
         asked.append(way)
-        assert (folder, dtype, device) == (loading.resolve("demo"), "auto", "cpu")
+        assert (folder, dtype, device) == (resolve("demo"), "auto", "cpu")
         return run_of(float(len(asked)), 2 * 10**9)
 
     monkeypatch.setattr(load, "_run", run)

@@ -31,7 +31,7 @@ from tiny import (
 
 import moetor
 from moetor.errors import CheckpointError, ConfigError, MoetorError
-from moetor.huggingface import checkpoint, loading
+from moetor.huggingface import checkpoint, loading, sources
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -143,7 +143,7 @@ def test_demo_by_name() -> None:
 
 def test_home_folder_is_understood(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(whole.parent))
-    assert loading.resolve("~/model") == str(whole)
+    assert sources.resolve("~/model") == str(whole)
 
 
 def test_relative_folder(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from moetor.bench.hardware import process_memory
-from moetor.huggingface.loading import find_device, find_dtype, load_config, load_model, model_class
+from moetor.huggingface.devices import find_device, find_dtype
+from moetor.huggingface.loading import load_config, load_model, model_class
 from moetor.huggingface.model_classes import MoEForCausalLM, MoEForMultimodalLM
 
 PAGE = 4096

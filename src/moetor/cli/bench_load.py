@@ -68,21 +68,23 @@ def run(options: LoadBenchOptions) -> int:
     from moetor.bench.hardware import describe_run
     from moetor.bench.load import checkpoint_of, load_record, load_table, measure_load
     from moetor.huggingface import loading
+    from moetor.huggingface.devices import find_device, find_dtype
     from moetor.huggingface.dummy import CONFIGS
+    from moetor.huggingface.sources import resolve
 
     if options.layers is not None and options.model not in CONFIGS:
         raise InputError(f"--layers is for a built-in configuration: {', '.join(CONFIGS)}")
     quiet_transformers()
     if options.model not in CONFIGS:
         loading.load_config(options.model)  # refuses a name that means nothing
-    device = loading.find_device(options.device).type
-    dtype = loading.find_dtype(options.dtype) or torch.bfloat16
+    device = find_device(options.device).type
+    dtype = find_dtype(options.dtype) or torch.bfloat16
     with (
         checkpoint_of(options.model, options.layers, dtype) as folder,
         progress(f"loading {options.model}", "loads") as shown,
     ):
         rows = measure_load(
-            loading.resolve(folder),
+            resolve(folder),
             dtype=options.dtype,
             device=options.device,
             rounds=options.rounds,

@@ -103,20 +103,20 @@ def _config(options: TextBenchOptions) -> Any:
 
 def _device(options: TextBenchOptions) -> torch.device:
     """This rank's device."""
-    from moetor.huggingface import loading
+    from moetor.huggingface.devices import find_device
     from moetor.parallel.groups import join_ranks
 
     several = options.parallel() is not None
-    return loading.find_device(join_ranks(options.device) if several else options.device)
+    return find_device(join_ranks(options.device) if several else options.device)
 
 
 def _dtype(options: TextBenchOptions, config: Any) -> torch.dtype:
     """The model's dtype."""
     import torch
 
-    from moetor.huggingface import loading
+    from moetor.huggingface.devices import find_dtype
 
-    dtype: torch.dtype | None = loading.find_dtype(options.dtype) or getattr(config, "dtype", None)
+    dtype: torch.dtype | None = find_dtype(options.dtype) or getattr(config, "dtype", None)
     return dtype or torch.bfloat16
 
 
@@ -207,7 +207,7 @@ def _vllm_backend(options: TextBenchOptions, model: Any) -> TextBackend:
     import copy
 
     from moetor.bench.generation_peers import VllmBackend, VllmSettings
-    from moetor.huggingface import loading
+    from moetor.huggingface.sources import resolve
 
     config = _engine_config(options)
     assert config.max_model_len is not None, "the texts' length where none was asked for"
@@ -228,20 +228,20 @@ def _vllm_backend(options: TextBenchOptions, model: Any) -> TextBackend:
         told = copy.deepcopy(model.config)
         told.architectures = [type(model).__name__]  # by which vLLM finds its own class
         return VllmBackend("vllm", told, settings)
-    return VllmBackend("vllm", loading.resolve(options.model), settings)
+    return VllmBackend("vllm", resolve(options.model), settings)
 
 
 def _offload(options: TextBenchOptions, config: Any) -> OffloadConfig | None:
     """Which experts stay in host memory, with room for what the engine needs."""
     from moetor.engine.reserve import settle_offload
-    from moetor.huggingface import loading
+    from moetor.huggingface.devices import find_device
 
     return settle_offload(
         options.offload(),
         _engine_config(options),
         config.get_text_config(decoder=True),
         _dtype(options, config),
-        loading.find_device(options.device),
+        find_device(options.device),
     )
 
 

@@ -98,14 +98,14 @@ def _offload(options: ExplainOptions, config: Any) -> tuple[OffloadConfig | None
 
     from moetor.engine.config import EngineConfig
     from moetor.engine.reserve import predict_reserve
-    from moetor.huggingface import loading
+    from moetor.huggingface.devices import find_dtype
 
     host = None if options.host_memory is None else parse_bytes(options.host_memory)
     asked = options.offload(host_memory=host)
     if asked is None:
         return None, None
     text = config.get_text_config(decoder=True)
-    dtype = loading.find_dtype(options.dtype) or getattr(text, "dtype", None) or torch.float32
+    dtype = find_dtype(options.dtype) or getattr(text, "dtype", None) or torch.float32
     memory = asked.gpu_memory
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.mem_get_info()[1]

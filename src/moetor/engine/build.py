@@ -27,6 +27,7 @@ from moetor.engine.trial import choose_strategy
 from moetor.errors import CheckpointError, ConfigError, FusionMismatchError
 from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
+from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.offloading import offload_of
@@ -67,7 +68,7 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         ConfigError: a setting does not fit the model or the memory.
         UnsupportedError: the model cannot be served.
     """
-    on = loading.find_device(source.device if isinstance(source.model, str) else "cpu")
+    on = find_device(source.device if isinstance(source.model, str) else "cpu")
     with memory_errors(
         on,
         f"the model {source.model if isinstance(source.model, str) else type(source.model)!r}",
@@ -236,8 +237,8 @@ def _settled(source: ModelSource, config: EngineConfig) -> ModelSource:
         return source
     if isinstance(source.model, str):
         settings = _settings(source)
-        device = loading.find_device(source.device)
-        dtype = loading.find_dtype(source.dtype) or getattr(settings, "dtype", None)
+        device = find_device(source.device)
+        dtype = find_dtype(source.dtype) or getattr(settings, "dtype", None)
     else:
         settings, device, dtype = source.model.config, source.model.device, source.model.dtype
     offload = settle_offload(
@@ -310,10 +311,10 @@ def _device(source: ModelSource) -> str:
 
 def _dummy(source: ModelSource, config: EngineConfig) -> Any:
     settings = _settings(source)
-    dtype = loading.find_dtype(source.dtype)
+    dtype = find_dtype(source.dtype)
     if dtype is None:
         dtype = getattr(settings, "dtype", None) or torch.bfloat16
-    device = loading.find_device(_device(source))
+    device = find_device(_device(source))
     made = loading.model_class(settings)
     quantization = None if source.level == "none" else source.quantization
     offload = source.cpu_experts if source.level != "none" else None

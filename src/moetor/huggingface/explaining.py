@@ -24,18 +24,14 @@ from moetor.huggingface.block_form import (
     router_label,
 )
 from moetor.huggingface.checkpoint import first_line
+from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
 from moetor.huggingface.fuse_options import FuseLevel, check_request
-from moetor.huggingface.loading import (
-    find_device,
-    find_dtype,
-    load_config,
-    model_class,
-    resolve,
-)
+from moetor.huggingface.loading import load_config, model_class
 from moetor.huggingface.offloading import host_report, plan_offload
 from moetor.huggingface.report import BlockReport, FusionReport
 from moetor.huggingface.report_lines import left_alone_report, top_k_of
+from moetor.huggingface.sources import resolve
 from moetor.huggingface.split_experts import SplitExperts
 from moetor.huggingface.stored_quantization import (
     StoredQuantization,

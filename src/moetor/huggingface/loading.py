@@ -1,24 +1,19 @@
-"""From a path, a hub id or `demo` to a configuration, a tokenizer and a model; every failure is
-one sentence.
-"""
+"""From a path, a hub id or `demo` to a configuration, a tokenizer and a model."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from moetor.demo import model_path
-from moetor.errors import CheckpointError, ConfigError, MoetorError, UnsupportedError
-from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, first_line
+from moetor.errors import CheckpointError, ConfigError, UnsupportedError
+from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader
+from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.expert_mapping import ExpertNames
 from moetor.huggingface.load_plan import make_plan
 from moetor.huggingface.load_steps import LoadPlan
@@ -38,18 +33,13 @@ from moetor.huggingface.skeleton import (
     finish_model,
     settle_dtype,
 )
+from moetor.huggingface.sources import local_folder, one_sentence, resolve
 from moetor.huggingface.stored_quantization import described, open_checkpoint, stored_settings
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
 from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import QuantMethod, make_method, quant_config
 
-DEMO = "demo"
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _CONTEXT_ATTRIBUTES = (
     "max_position_embeddings",
     "max_sequence_length",
@@ -61,40 +51,13 @@ _TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def resolve(model: str) -> str:
-    """What Transformers is to load for this name: the packaged demo's folder, a local folder, or a
-    hub id.
-
-    Raises:
-        CheckpointError: neither a folder nor of the form owner/name.
-    """
-    if model == DEMO:
-        return str(model_path())
-    path = Path(model).expanduser()
-    if model and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{model!r} has no config.json; give the folder of a Transformers checkpoint"
-            )
-        return str(path)
-    if model and path.exists():
-        raise CheckpointError(f"{model!r} is a file; give the folder that holds config.json")
-    local = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if local or not all(model.split("/")):
-        raise CheckpointError(
-            f"{model!r} is neither a folder nor a hub id (owner/name); 'demo' is the model that "
-            "ships with moetor"
-        )
-    return model
-
-
 def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's configuration.
 
     Raises:
         CheckpointError: it cannot be found or read, or asks for more experts per token than it has.
     """
-    with _one_sentence(model):
+    with one_sentence(model):
         config = AutoConfig.from_pretrained(
             resolve(model), revision=revision, trust_remote_code=trust_remote_code
         )
@@ -126,7 +89,7 @@ def load_tokenizer(
     folder = Path(source)
     if folder.is_dir() and not any(next(folder.glob(one), None) for one in _TOKENIZER_FILES):
         raise absent
-    with _one_sentence(model):
+    with one_sentence(model):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -145,7 +108,7 @@ def load_processor(
         CheckpointError: it cannot be found or read, or needs a package that is not here.
     """
     source = resolve(model)
-    with _one_sentence(model):
+    with one_sentence(model):
         return AutoProcessor.from_pretrained(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
@@ -247,35 +210,16 @@ def stream_model(
         maker: gives the model's class for a configuration; that of the checkpoint by default.
     """
     source = resolve(model)
-    revision, remote = options.revision, options.trust_remote_code
-    config = load_config(model, revision=revision, trust_remote_code=remote)
+    config = load_config(
+        model, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
     settings = stored_settings(Path(source), config)
-    if settings is not None and not options.fused:
-        raise UnsupportedError(
-            f"{model!r} is quantised ({settings.get('quant_method')}) and only runs fused; load it "
-            "with moetor.MoEForCausalLM.from_pretrained, or take a checkpoint in bfloat16, float16 "
-            "or float32"
-        )
-    if settings is not None and options.quantization is not None:
-        raise ConfigError(
-            f"quantization={options.quantization.name!r} was asked for, and {model!r} is quantised "
-            f"already ({settings.get('quant_method')}); leave it None to load it as it is"
-        )
+    if settings is not None:
+        _check_stored(model, settings, options)
     made = (maker or model_class)(config)
-    with _one_sentence(model):
-        folder = _folder(source, revision)
-        checkpoint = open_checkpoint(folder, config)
-        concrete = concrete_class(made, config, source, revision=revision)
-        dtype = settle_dtype(config, options.dtype, checkpoint.float_dtype())
-        config.name_or_path = source
-        empty = empty_model(concrete, config, dtype)
-        plan = make_plan(
-            empty,
-            checkpoint,
-            dtype,
-            key_mapping=options.key_mapping,
-            expert_names=options.expert_names,
-        )
+    with one_sentence(model):
+        checkpoint = open_checkpoint(local_folder(source, options.revision), config)
+        empty, plan, dtype = _planned(made, config, source, checkpoint, options)
         reader = CheckpointReader(checkpoint)
         if isinstance(checkpoint, QuantizedCheckpoint):
             reader = QuantizedReader(checkpoint)
@@ -303,8 +247,8 @@ def stream_model(
             source=source,
             device=options.device,
             dtype=dtype,
-            revision=revision,
-            trust_remote_code=remote,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
         )
     if isinstance(sink, QuantizingSink | PackedSink):
         hold_experts(finished, sink.quantized())
@@ -313,6 +257,43 @@ def stream_model(
     if away is not None:
         leave_host_experts(finished, replace(away, tensors=sink.host_tensors()))
     return finished, figures
+
+
+def _check_stored(model: str, settings: Mapping[str, Any], options: LoadOptions) -> None:
+    """Refuses what cannot be done with a quantised checkpoint."""
+    if not options.fused:
+        raise UnsupportedError(
+            f"{model!r} is quantised ({settings.get('quant_method')}) and only runs fused; load it "
+            "with moetor.MoEForCausalLM.from_pretrained, or take a checkpoint in bfloat16, float16 "
+            "or float32"
+        )
+    if options.quantization is not None:
+        raise ConfigError(
+            f"quantization={options.quantization.name!r} was asked for, and {model!r} is quantised "
+            f"already ({settings.get('quant_method')}); leave it None to load it as it is"
+        )
+
+
+def _planned(
+    made: Any, config: Any, source: str, checkpoint: Checkpoint, options: LoadOptions
+) -> tuple[PreTrainedModel, LoadPlan, torch.dtype]:
+    """The model without its weights, where each of them comes from, and their dtype.
+
+    Args:
+        made: the model's class, or an auto class that finds it.
+    """
+    concrete = concrete_class(made, config, source, revision=options.revision)
+    dtype = settle_dtype(config, options.dtype, checkpoint.float_dtype())
+    config.name_or_path = source
+    empty = empty_model(concrete, config, dtype)
+    plan = make_plan(
+        empty,
+        checkpoint,
+        dtype,
+        key_mapping=options.key_mapping,
+        expert_names=options.expert_names,
+    )
+    return empty, plan, dtype
 
 
 def _sink(
@@ -359,25 +340,6 @@ def _plan_offload(
     return HostExperts(found, modules, {})
 
 
-def checkpoint_folder(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model's checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be found.
-    """
-    with _one_sentence(model):
-        return _folder(resolve(model), revision)
-
-
-def _folder(source: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint; of a hub id its safetensors files are fetched first."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    wanted = ["model*.safetensors", "*.safetensors.index.json", "*.json"]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-
-
 def model_class(config: Any) -> Any:
     """The class that the checkpoint was saved from, or the causal language model of its family; for
     a configuration from outside of Transformers the auto class, which knows its model.
@@ -391,38 +353,6 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def find_dtype(name: str) -> torch.dtype | None:
-    """The torch dtype called `name`; None for `auto`.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    if name == "auto":
-        return None
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def find_device(name: str) -> torch.device:
-    """The torch device called `name`; `auto` is CUDA where there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device {name!r} is not known; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for and there is no CUDA device; use cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported; use auto, cpu or cuda")
-    return device
-
-
 def context_length(config: Any) -> int | None:
     """Largest number of tokens that the model attends to, or None where its configuration does
     not say.
@@ -433,33 +363,3 @@ def context_length(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-@contextmanager
-def _one_sentence(model: str) -> Iterator[None]:
-    """Turns what Transformers raises for a bad checkpoint into one sentence."""
-    hub_logger = logging.getLogger("huggingface_hub")
-    level = hub_logger.level
-    hub_logger.setLevel(logging.ERROR)  # its retries, one warning each
-    try:
-        yield
-    except MoetorError:
-        raise
-    except ImportError as error:
-        raise CheckpointError(
-            f"{model!r} needs a package that is missing: {first_line(error)}"
-        ) from error
-    except Exception as error:  # safetensors and strict configurations have classes of their own
-        if "couldn't connect" in str(error) or "connection" in str(error).lower():
-            raise CheckpointError(
-                f"{model!r} is no local folder, not in the cache, and the hub cannot be reached; "
-                "check the name or the network"
-            ) from error
-        if "trust_remote_code" in str(error):
-            raise CheckpointError(
-                f"{model!r} needs Python code that it brings along; read that code, and pass "
-                "trust_remote_code=True to run it"
-            ) from error
-        raise CheckpointError(f"{model!r} cannot be loaded: {first_line(error)}") from error
-    finally:
-        hub_logger.setLevel(level)

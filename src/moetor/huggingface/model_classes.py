@@ -13,16 +13,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from moetor.errors import ConfigError, FusionError, UnsupportedError
+from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.expert_mapping import ExpertNames
 from moetor.huggingface.fuse_options import VerifyMode, check_request
 from moetor.huggingface.fusing import fuse
-from moetor.huggingface.loading import (
-    LoadOptions,
-    find_device,
-    find_dtype,
-    model_class,
-    stream_model,
-)
+from moetor.huggingface.loading import LoadOptions, model_class, stream_model
 from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups

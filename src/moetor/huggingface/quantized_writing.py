@@ -21,8 +21,9 @@ from torch import Tensor
 
 from moetor.errors import CheckpointError, InputError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader, StoredTensor
-from moetor.huggingface.loading import checkpoint_folder, load_config
+from moetor.huggingface.loading import load_config
 from moetor.huggingface.quantized_checkpoint import quantization_settings
+from moetor.huggingface.sources import checkpoint_folder
 from moetor.kernels.dequantize import dequantize_expert, unpack_nibbles
 from moetor.kernels.formats import QuantizedMatrix, WeightFormat, find_format
 from moetor.quant_config import QuantConfig, find_quantization

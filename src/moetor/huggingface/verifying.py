@@ -20,8 +20,9 @@ from moetor.errors import FusionMismatchError
 from moetor.huggingface.any_size import call_original
 from moetor.huggingface.fuse_options import FuseLevel, Progress, check_request
 from moetor.huggingface.fusing import fuse, unfuse
-from moetor.huggingface.loading import DEMO, load_model, load_tokenizer
+from moetor.huggingface.loading import load_model, load_tokenizer
 from moetor.huggingface.report import BlockReport
+from moetor.huggingface.sources import DEMO
 from moetor.huggingface.trial import relative_error, tolerance
 from moetor.quant_config import QuantConfig
 from moetor.quantization.method import quant_config
