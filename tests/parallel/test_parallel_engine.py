@@ -10,9 +10,9 @@ import torch
 
 import moetor
 from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams, StructuredOutputsParams
-from moetor.engine import EngineConfig, ModelSource, build_engine
+from moetor.engine import EngineConfig, EngineStoppedError, ModelSource, build_engine
 from moetor.engine.ranks import RankedCore
-from moetor.errors import MoetorError, ParallelError
+from moetor.errors import ParallelError
 from moetor.parallel.config import EplbConfig
 from moetor.tools.tiny import tiny_model
 from parallel.pool import Pool, RankError
@@ -140,7 +140,7 @@ def served(rank: int, parallel: ParallelConfig) -> Any:
         assert {sum(layer) for layer in counts} == {sum(counts[0])}
         assert len(counts[0]) == engine.model_config.num_experts
         await engine.shutdown()
-        with pytest.raises(MoetorError, match="stopped"):
+        with pytest.raises(EngineStoppedError, match="stopped"):
             await engine.expert_load()
         return tokens
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
@@ -17,10 +18,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moetor import AsyncEngine
-from moetor.engine import EngineConfig
-from moetor.errors import ConfigError
+from moetor.engine import EngineConfig, EngineStoppedError
+from moetor.errors import ConfigError, ParallelError
 from moetor.server import ServerConfig, create_app
-from moetor.server.experts import balancedness
+from moetor.server.experts import balancedness, expert_load
 from moetor.server.run import listen, serve
 from server.server_process import KEY, ServerProcess
 
@@ -57,6 +58,17 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     assert all(1 / 16 <= after[name] <= 1 for name in layers)
     assert [name for name in after if name[0] == "moe_kernel_info"]
     assert not [name for name in after if name[0] == "moe_expert_tokens_total"]
+
+
+@pytest.mark.parametrize("error", [EngineStoppedError, ParallelError, TimeoutError])
+def test_other_figures_do_not_wait_for_ranks_that_are_gone(error: type[Exception]) -> None:
+    """A scrape that asks for the experts' load may be the first to notice."""
+
+    async def gone() -> dict[str, list[int]]:
+        raise error("another rank did not answer")
+
+    engine: Any = SimpleNamespace(config=EngineConfig(record_expert_load=True), expert_load=gone)
+    assert asyncio.run(expert_load(engine)) is None
 
 
 def test_experts_are_counted(http: httpx.Client) -> None:

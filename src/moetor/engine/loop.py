@@ -11,10 +11,10 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 
 from moetor.engine.build import Engine
+from moetor.engine.client import EngineStoppedError
 from moetor.engine.heartbeat import INTERVAL_S, Heartbeat
 from moetor.engine.news import Batch, RequestNews, news_of
 from moetor.engine.sequence import Request
-from moetor.errors import MoetorError
 
 # Between two tellings of the engine's state while nothing but tokens comes.
 _STATS_S = 0.05
@@ -103,7 +103,7 @@ class EngineLoop:
         """What the thread will not answer any more."""
         for answer in list(self._loads):
             with suppress(InvalidStateError):
-                answer.set_exception(MoetorError("the engine has stopped"))
+                answer.set_exception(EngineStoppedError("the engine has stopped"))
 
     def quit(self) -> None:
         """Ends the thread when what was asked before is done."""

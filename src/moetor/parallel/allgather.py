@@ -31,14 +31,14 @@ class _Gathered(Exchange):
         self.tokens, self.top_k = routing.topk_ids.shape
         self.like = hidden_TH
         missing = rows - self.tokens
-        physical_TK = dispatcher.note(routing)
+        physical_TK, weights_TK = dispatcher.note(routing), routing.topk_weights
         dropped = dispatcher.experts.placement.num_physical
         if missing:
             hidden_TH = F.pad(hidden_TH, (0, 0, 0, missing))
             physical_TK = F.pad(physical_TK, (0, 0, 0, missing), value=dropped)
-        weights_NK = F.pad(routing.topk_weights, (0, 0, 0, missing))
+            weights_TK = F.pad(weights_TK, (0, 0, 0, missing))
         # One message instead of two: the weights' bits travel as integers.
-        packed = torch.cat((weights_NK.contiguous().view(torch.int32), physical_TK), dim=1)
+        packed = torch.cat((weights_TK.contiguous().view(torch.int32), physical_TK), dim=1)
         self.hidden = start_all_gather(dispatcher.wire.pack(hidden_TH), dispatcher.group)
         self.packed = start_all_gather(packed, dispatcher.group)
         self.back: Started | None = None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 
 from moetor.engine import EngineClient, EngineStoppedError
+from moetor.errors import ParallelError
 from moetor.server.responses import ExpertsStats, answers
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ async def expert_load(engine: EngineClient) -> dict[str, list[int]] | None:
         return None
     try:
         return await asyncio.wait_for(engine.expert_load(), _PATIENCE_S)
-    except (EngineStoppedError, TimeoutError):
+    except (EngineStoppedError, ParallelError, TimeoutError):
         return None
 
 

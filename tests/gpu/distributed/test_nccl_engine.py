@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import socket
 import traceback
@@ -79,13 +80,16 @@ def _rank(rank: int, folder: str, port: int) -> None:
         MASTER_PORT=str(port),
     )
     settings: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 4, "max_model_len": 128}
-    settings["kv_cache_blocks"] = 64
+    # Few sizes of graphs of prompts: each one is captured for every engine.
+    settings |= {"kv_cache_blocks": 64, "max_num_batched_tokens": 64}
     faulthandler.dump_traceback_later(HANGS)
     whole = _answers(LLM("demo", device=f"cuda:{rank}", **settings))
     told: dict[str, Any] = {}
+    llm: LLM | None = None
     for name, parallel in SPREAD.items():
         faulthandler.dump_traceback_later(HANGS)
         try:
+            llm = None  # frees the graphs before
             llm = LLM("demo", device="cuda", parallel=parallel, **settings)
             assert llm.engine.without_graphs == "", llm.engine.without_graphs
             error = _compared(_answers(llm), whole)
@@ -95,6 +99,10 @@ def _rank(rank: int, folder: str, port: int) -> None:
         torch.save(told, Path(folder) / f"rank{rank}.pt")
         if isinstance(told[name], str) and "NCCL" in told[name]:
             break
+    # A communicator is not destroyed while a graph that captured its collectives lives.
+    llm = None
+    gc.collect()
+    torch.cuda.synchronize()
     dist.destroy_process_group()
 
 
