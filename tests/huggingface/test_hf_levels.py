@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import moetor
 from moetor.errors import FusionError
-from moetor.huggingface.modules import FusedExperts
+from moetor.huggingface.fused_experts import FusedExperts
 
 families = pytest.mark.parametrize("tiny", FAMILIES, ids=lambda tiny: tiny.id)
 

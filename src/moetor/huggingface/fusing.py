@@ -38,12 +38,8 @@ from moetor.huggingface.fuse_options import (
     VerifyMode,
     check_options,
 )
-from moetor.huggingface.modules import (
-    FusedExperts,
-    FusedMoEBlock,
-    fused_modules,
-    install_gate,
-)
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock, fused_modules, install_gate
 from moetor.huggingface.offloading import check_host_experts, offload_blocks, plan_for
 from moetor.huggingface.parallelism import parallelize
 from moetor.huggingface.placement import hooks_aside, put_hook, take_hook

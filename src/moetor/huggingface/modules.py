@@ -1,98 +1,35 @@
-"""What stands in a Transformers model after fusing. Parameter names are those of the original.
+"""The fused block, and what else stands in a Transformers model after fusing. Parameter names are
+those of the original.
 
 Shape letters: T tokens, K top_k, E router logits, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from moetor.config import ExpertsConfig, Precision, RunnerConfig
-from moetor.errors import FusionError
+from moetor.config import Precision
 from moetor.huggingface.block_plan import BlockPlan
-from moetor.huggingface.experts_form import adopt_post_norm, experts_weights
+from moetor.huggingface.experts_form import adopt_post_norm
+from moetor.huggingface.fused_experts import (
+    FusedExperts,
+    hand_back_tensors,
+    kept_original,
+    release,
+)
 from moetor.huggingface.own_names import keep_own_names
+from moetor.huggingface.router_calls import GateForward, RouterCall, remove_gate
 from moetor.huggingface.router_form import KeptRouter, RecognisedRouter
-from moetor.huggingface.router_trial import Places, lookup
+from moetor.huggingface.router_trial import lookup
 from moetor.kernels.base import ExpertWeights
-from moetor.kernels.gate import gate_product
-from moetor.kernels.routing import adjust_logits
-from moetor.layer import ops
-from moetor.layer.context import register_layer
-from moetor.layer.experts import Experts
 from moetor.layer.moe import MoELayer
 from moetor.layer.parts import ChildNames, LayerParts
 from moetor.layer.quantized_experts import QuantizedExperts
 from moetor.layer.routing.router import as_routing
-from moetor.layer.runner import make_runner
-from moetor.parallel.dispatch import Dispatcher, LocalDispatcher
-from moetor.parallel.layout import LayerLayout
-from moetor.quantization.method import make_method
-
-
-class GateForward:
-    """The forward of a Transformers router inside a fused block: its logits alone.
-
-    The router stays the module that it was, so that its parameters keep their names and the hooks
-    by which Transformers records `router_logits` still see them.
-    """
-
-    def __init__(self, router: nn.Module, recognised: RecognisedRouter) -> None:
-        self.router = router
-        self.weight = recognised.names.weight
-        self.bias = recognised.names.bias
-        self.precision: Precision = recognised.config.gate_precision
-        self.logits_precision: Precision = recognised.logits_precision
-        self.multiplier = recognised.logit_multiplier
-        self.softcap = recognised.logit_softcap
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """Router logits [T, E] for hidden states [..., H]."""
-        bias = None if self.bias is None else lookup(self.router, self.bias)
-        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE = gate_product(hidden_TH, lookup(self.router, self.weight), bias, self.precision)
-        if self.logits_precision == "float32":
-            logits_TE = logits_TE.float()
-        return adjust_logits(logits_TE, self.multiplier, self.softcap)
-
-
-@contextmanager
-def gate_forward(fused: FusedMoEBlock) -> Iterator[None]:
-    """Gives a fused block's router its fused forward for the time of a trial."""
-    install_gate(fused)
-    try:
-        yield
-    finally:
-        remove_gate(fused.router_module)
-
-
-def install_gate(fused: FusedMoEBlock) -> None:
-    """Gives the block's router its fused forward; a router that is kept needs none."""
-    if isinstance(fused.plan_router, RecognisedRouter):
-        router = fused.router_module
-        router.forward = GateForward(router, fused.plan_router)
-
-
-def remove_gate(router: nn.Module) -> None:
-    """Gives the router its own forward again."""
-    router.__dict__.pop("forward", None)
-
-
-class RouterCall:
-    """A Transformers router as the callable of a `CustomRouter`: its own forward decides."""
-
-    def __init__(self, router: nn.Module, places: Places) -> None:
-        self.router = router
-        self.places = places
-        self.__name__ = type(router).__name__
-
-    def __call__(self, hidden_TH: Tensor, logits_TE: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights and ids [T, K]."""
-        return self.places.read(self.router(hidden_TH))
 
 
 class Chain:
@@ -292,7 +229,7 @@ class FusedMoEBlock(MoELayer):
 
     def restore(self) -> nn.Module:
         """The original block, with the tensors that this one holds now."""
-        original: nn.Module = _kept(self.__dict__["_original"])
+        original: nn.Module = kept_original(self.__dict__["_original"])
         remove_gate(self.router_module)
         if self.split is not None:
             self.split.hand_back(original, self.routed_experts)
@@ -306,97 +243,21 @@ class FusedMoEBlock(MoELayer):
         return original.train(self.training)
 
 
-class FusedExperts(nn.Module):
-    """A Transformers experts module whose products run on our kernels; routing stays in
-    Transformers.
+@contextmanager
+def gate_forward(fused: FusedMoEBlock) -> Iterator[None]:
+    """Gives a fused block's router its fused forward for the time of a trial."""
+    install_gate(fused)
+    try:
+        yield
+    finally:
+        remove_gate(fused.router_module)
 
-    It has the parameters of the original under their own names and is called like it: `(hidden [T,
-    H], ids [T, K], weights [T, K]) -> [T, H]`.
-    """
 
-    def __init__(
-        self,
-        original: nn.Module,
-        config: ExpertsConfig,
-        top_k: int,
-        runner: RunnerConfig,
-        path: str,
-    ) -> None:
-        super().__init__()
-        method = make_method(None, runner.kernel, batch_invariant=runner.batch_invariant)
-        experts = Experts(config, method, top_k, weights=experts_weights(original))
-        adopt_post_norm(experts, original)
-        self._hold(experts)
-        self.__dict__["_original"] = original
-        self.dispatcher: Dispatcher = LocalDispatcher()
-        self.parallel: LayerLayout | None = None
-        self.runner = make_runner(runner)
-        self.name = register_layer(self, path)
-        self.train(original.training)
-
-    @property
-    def routed_experts(self) -> Experts:
-        """The experts behind this module."""
-        experts: Experts = self.__dict__["_experts"]
-        return experts
-
-    @property
-    def ranks(self) -> int:
-        """1: Transformers itself reduces what its experts return."""
-        return 1
-
-    @property
-    def num_experts(self) -> int:
-        """E, as the original offers it."""
-        return self.routed_experts.config.num_experts
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As the original experts module."""
-        hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1]).contiguous()
-        out: Tensor = ops.transformers_moe_forward(hidden_TH, top_k_weights, top_k_index, self.name)
-        return out.reshape(hidden_states.shape)
-
-    def forget_original(self) -> None:
-        """Lets go of the original module, and of the weights that this rank does not keep."""
-        self.__dict__["_original"] = None
-
-    def take_quantized(self, experts: QuantizedExperts) -> None:
-        """Puts quantised experts in the place of the present ones, and lets go of the original
-        module and its weights.
-        """
-        self.let_go_of_weights()
-        self._hold(experts)
-
-    def let_go_of_weights(self) -> None:
-        """Lets go of the original module and of its weights, which are elsewhere now."""
-        if self.__dict__["_original"] is not None:
-            release(self.__dict__["_original"])
-        self.forget_original()
-
-    def _hold(self, experts: Experts) -> None:
-        # In __dict__, not as a submodule: the parameters are registered here, without a prefix.
-        self.__dict__["_experts"] = experts
-        self._parameters = experts._parameters
-        self._modules = experts._modules
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedExperts:
-        """Moves and casts as the experts do, whose parameters these are."""
-        self.routed_experts._apply(fn, recurse)
-        return self
-
-    def restore(self) -> nn.Module:
-        """The original module, with the tensors that this one holds now."""
-        original: nn.Module = _kept(self.__dict__["_original"])
-        hand_back_tensors(self, original)
-        return original.train(self.training)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.name = register_layer(self, self.name)
-
-    def extra_repr(self) -> str:
-        """As `Experts`."""
-        return self.routed_experts.extra_repr()
+def install_gate(fused: FusedMoEBlock) -> None:
+    """Gives the block's router its fused forward; a router that is kept needs none."""
+    if isinstance(fused.plan_router, RecognisedRouter):
+        router = fused.router_module
+        router.forward = GateForward(router, fused.plan_router)
 
 
 def fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExperts]]:
@@ -406,26 +267,3 @@ def fused_modules(model: nn.Module) -> list[tuple[str, FusedMoEBlock | FusedExpe
         for path, module in model.named_modules()
         if isinstance(module, FusedMoEBlock | FusedExperts)
     ]
-
-
-def _kept(original: nn.Module | None) -> nn.Module:
-    if original is None:
-        raise FusionError(
-            "the original weights are gone: the model is spread over ranks, or its experts are in "
-            "host memory. Load it again to have it unfused"
-        )
-    return original
-
-
-def release(original: nn.Module) -> None:
-    """Frees the parameters of an experts module that quantised ones have replaced."""
-    for name in original._parameters:
-        original._parameters[name] = None
-
-
-def hand_back_tensors(holder: nn.Module, original: nn.Module) -> None:
-    """Puts the tensors that `holder` has now (moved, cast or loaded meanwhile) into the
-    original.
-    """
-    for name in original._parameters:
-        original._parameters[name] = holder._parameters[name]

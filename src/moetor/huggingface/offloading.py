@@ -18,7 +18,8 @@ from moetor.config import ExpertsConfig
 from moetor.errors import ConfigError, FusionError, UnsupportedError
 from moetor.huggingface.block_form import find_blocks
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, fused_modules
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock, fused_modules
 from moetor.huggingface.report import BlockReport
 from moetor.huggingface.report_lines import top_k_of
 from moetor.huggingface.split_experts import SplitExperts

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from moetor.errors import ConfigError, FusionError
 from moetor.huggingface.block_form import find_blocks, find_left_alone
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, fused_modules
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock, fused_modules
 from moetor.huggingface.report import ParallelReport, SpreadBlock
 from moetor.huggingface.tensor_parallel import (
     DensePlan,

@@ -17,8 +17,9 @@ from moetor.config import ExpertsConfig
 from moetor.errors import CheckpointError, InputError
 from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import UP_NAMES, Unrecognised, recognise_experts
+from moetor.huggingface.fused_experts import FusedExperts
 from moetor.huggingface.load_steps import LoadPlan, Streamed
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
+from moetor.huggingface.modules import FusedMoEBlock
 from moetor.huggingface.streaming import PlainSink, stand_in
 from moetor.kernels.formats import QuantizedExpertWeights, canonical
 from moetor.quant_config import QuantConfig

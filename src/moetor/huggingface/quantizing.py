@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from moetor.errors import FusionError, InputError, MoetorError
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock
 from moetor.huggingface.trial import TRIAL_TOKENS, random_hidden
 from moetor.kernels.formats import QuantizedExpertWeights, canonical
 from moetor.kernels.routing import Routing

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock
 from moetor.huggingface.quantizing import QuantizedBlock, quantize_module
 from moetor.huggingface.report import BlockReport
 from moetor.layer.quantized_experts import QuantizedExperts

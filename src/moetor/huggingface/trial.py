@@ -16,7 +16,8 @@ from moetor.errors import FusionMismatchError
 from moetor.huggingface.any_size import call_original
 from moetor.huggingface.block_plan import BlockPlan, Layout
 from moetor.huggingface.experts_form import Unrecognised
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock, gate_forward
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock, gate_forward
 from moetor.huggingface.router_form import KeptRouter
 from moetor.huggingface.router_trial import random_token_ids
 from moetor.kernels.base import ExpertWeights

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import moetor
 from moetor.errors import MoetorError, UnsupportedError
-from moetor.huggingface.modules import FusedExperts, FusedMoEBlock
+from moetor.huggingface.fused_experts import FusedExperts
+from moetor.huggingface.modules import FusedMoEBlock
 from moetor.huggingface.report import FusionReport
 from moetor.huggingface.trial import relative_error
 from moetor.tools.tiny import generate_of, logits_of, tiny_inputs, tiny_model
