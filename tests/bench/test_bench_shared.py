@@ -78,7 +78,7 @@ def test_a_gpu_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "status", "word"),
     [
-        (["--layer", "gpt"], 1, "qwen2-57b-a14b"),
+        (["--layer", "gpt"], 2, "qwen2-57b-a14b"),
         (["--tokens", "0"], 2, "tokens=0"),
         (["--json", "no/such/x.json"], 2, "no folder"),
     ],

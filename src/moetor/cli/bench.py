@@ -13,6 +13,7 @@ from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.options import QuantizationName
 from moetor.errors import InputError
+from moetor.output_paths import check_output_file
 
 if TYPE_CHECKING:
     from moetor.bench.layer import LayerReport
@@ -152,13 +153,8 @@ class LayerBenchOptions:
                 f"--variants {','.join(self.variants)}: plans of the Triton kernels, which run on "
                 f"NVIDIA GPUs; they need --device cuda, not {self.device}"
             )
-        if self.plot is not None and self.plot.suffix.lower() != ".png":
-            raise InputError(f"--plot {self.plot}: the picture is a PNG; name it FILE.png")
-        for flag, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise InputError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-            if path is not None and path.is_dir():
-                raise InputError(f"{flag} {path}: that is a folder; name a file")
+        check_output_file("--json", self.json)
+        check_output_file("--plot", self.plot, ending=".png")
 
 
 def run(options: LayerBenchOptions) -> int:

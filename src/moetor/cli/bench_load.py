@@ -10,6 +10,7 @@ from pathlib import Path
 from moetor.cli.console import note, print_table, progress, quiet_transformers
 from moetor.cli.options import MODEL, DtypeName
 from moetor.errors import InputError
+from moetor.output_paths import check_output_file
 
 OUTPUT = "output"
 
@@ -57,8 +58,7 @@ class LoadBenchOptions:
     def __post_init__(self) -> None:
         if self.rounds < 1 or (self.layers is not None and self.layers < 1):
             raise InputError("--rounds and --layers take numbers of at least 1")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+        check_output_file("--json", self.json)
 
 
 def run(options: LoadBenchOptions) -> int:

@@ -6,10 +6,12 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from moetor.cli.console import note, progress
 from moetor.cli.flags import UsageError
 from moetor.errors import InputError
+from moetor.output_paths import check_output_file
 
 LOAD, SERVER, OUTPUT = "load", "server", "output"
 
@@ -80,8 +82,20 @@ class ServeBenchOptions:
                 raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if not self.request_rate > 0:
             raise InputError(f"--request-rate {self.request_rate:g} must be above 0")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+        _check_url(self.url)
+        check_output_file("--json", self.json)
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        right = False
+    if not right:
+        raise InputError(
+            f"--url {url!r} is not the address of a server; write it as http://HOST:PORT"
+        )
 
 
 def run(options: ServeBenchOptions) -> int:

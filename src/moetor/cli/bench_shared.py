@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 from moetor.bench.shapes import check_tokens
 from moetor.cli.console import note, print_table, progress
+from moetor.cli.flags import UsageError
 from moetor.errors import InputError
+from moetor.output_paths import check_output_file
 
 if TYPE_CHECKING:
     from moetor.bench.shared import SharedRow
@@ -47,8 +49,7 @@ class SharedBenchOptions:
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+        check_output_file("--json", self.json)
 
 
 def run(options: SharedBenchOptions) -> int:
@@ -57,7 +58,11 @@ def run(options: SharedBenchOptions) -> int:
 
     from moetor.bench.shared import bench_shared, find_layers, threshold
 
-    layers, tokens = find_layers(options.layer), tuple(sorted(set(options.tokens)))
+    try:
+        layers = find_layers(options.layer)
+    except InputError as refusal:
+        raise UsageError(f"--layer: {refusal}") from refusal
+    tokens = tuple(sorted(set(options.tokens)))
     dtype = getattr(torch, options.dtype)
     with progress("measuring", "rows") as measured:
         rows = list(bench_shared(layers, tokens, dtype, options.seed, measured))

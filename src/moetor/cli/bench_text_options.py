@@ -12,11 +12,12 @@ from moetor.cli.options import (
     ModelSource,
     OffloadOptions,
     QuantizationName,
-    ServingParallelFlags,
     check_one_gpu,
 )
+from moetor.cli.parallel_options import ServingParallelFlags
 from moetor.engine.config import ENGINE, EngineConfig
 from moetor.errors import InputError
+from moetor.output_paths import check_output_file
 
 WHAT, HOW, OUTPUT = "what is measured", "how it is measured", "output"
 
@@ -124,8 +125,7 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
             )
         if self.peer == "vllm":
             self._check_vllm()
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(f"--json {self.json}: there is no folder {self.json.parent}")
+        check_output_file("--json", self.json)
 
     def _check_vllm(self) -> None:
         from moetor.bench.generation_peers import vllm_refusal

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from moetor.cli.console import note, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import ParallelModelOptions, check_level, check_one_gpu
+from moetor.cli.options import check_level, check_one_gpu
+from moetor.cli.parallel_options import ParallelModelOptions
+from moetor.cli.sampling import check_sampling
 from moetor.cli.streaming import stream_text
 from moetor.errors import InputError, MoetorError, ParallelError
 from moetor.parallel.launch import rank_number
@@ -75,6 +77,7 @@ class ChatOptions(ParallelModelOptions):
         return True
 
     def __post_init__(self) -> None:
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
         check_level(self)
         check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
         if self.json:

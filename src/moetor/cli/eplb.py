@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from moetor.cli.console import print_json, print_table
 from moetor.cli.flags import UsageError
 from moetor.cli.options import OUTPUT
+from moetor.output_paths import check_output_file
 from moetor.parallel.config import EplbConfig
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class EplbPlanOptions:
             "help": "print one JSON object on standard output and nothing else there",
         },
     )
-    plot: str | None = field(
+    plot: Path | None = field(
         default=None,
         metadata={
             "group": OUTPUT,
@@ -68,6 +69,7 @@ class EplbPlanOptions:
             raise UsageError(
                 f"--num-redundant-experts {self.num_redundant_experts} must not be negative"
             )
+        check_output_file("--plot", self.plot, ending=".png")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ def run(options: EplbPlanOptions) -> int:
     if options.plot is not None:
         from moetor.cli.placement_picture import draw_placements
 
-        draw_placements(planned, Path(options.plot))
+        draw_placements(planned, options.plot)
     return 0
 
 

@@ -12,6 +12,7 @@ from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
 from moetor.cli.options import MODEL, OUTPUT, ServedModelOptions, check_level
 from moetor.errors import ConfigError
+from moetor.output_paths import check_output_file
 
 TASKS = "tasks"
 _TOLD = ("results", "groups", "n-shot", "n-samples", "versions")
@@ -84,8 +85,7 @@ class EvalOptions(ServedModelOptions):
             if value is not None and value < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise ConfigError(f"{flag} {value} must be at least {least}")
-        if self.output is not None and not self.output.absolute().parent.is_dir():
-            raise ConfigError(f"--output {self.output}: there is no folder {self.output.parent}")
+        check_output_file("--output", self.output)
         check_level(self)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moetor.cli.console import print_json, print_table, progress, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.options import OUTPUT, FusedModelOptions
+from moetor.output_paths import check_output_file
 
 if TYPE_CHECKING:
     from moetor.huggingface.expert_load import ExpertLoad
@@ -35,7 +36,7 @@ class ExpertsOptions(FusedModelOptions):
     max_tokens: int = field(
         default=4096, metadata={"metavar": "N", "help": "tokens of the text that are run at most"}
     )
-    plot: str | None = field(
+    plot: Path | None = field(
         default=None,
         metadata={
             "group": OUTPUT,
@@ -43,7 +44,7 @@ class ExpertsOptions(FusedModelOptions):
             "help": "write a heat-map, layers against experts",
         },
     )
-    save_stats: str | None = field(
+    save_stats: Path | None = field(
         default=None,
         metadata={
             "group": OUTPUT,
@@ -57,6 +58,8 @@ class ExpertsOptions(FusedModelOptions):
             raise UsageError("--prompt and --file both name a text; give one of them")
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens {self.max_tokens} must be at least 1")
+        check_output_file("--plot", self.plot, ending=".png")
+        check_output_file("--save-stats", self.save_stats)
 
 
 def run(options: ExpertsOptions) -> int:
@@ -101,7 +104,7 @@ def run(options: ExpertsOptions) -> int:
     with progress("running the text", "tokens") as ran:
         load = expert_load(model, ids.to(model.device), window=window, progress=ran)
     if options.save_stats is not None:
-        _save(load, options.model, Path(options.save_stats))
+        _save(load, options.model, options.save_stats)
     title = f"{options.model}: {load.tokens} tokens"
     if options.json:
         print_json({"model": options.model, **load.to_dict()})
@@ -110,7 +113,7 @@ def run(options: ExpertsOptions) -> int:
     if options.plot is not None:
         from moetor.cli.expert_map import draw_expert_map
 
-        draw_expert_map(load, title, Path(options.plot))
+        draw_expert_map(load, title, options.plot)
     return 0
 
 

@@ -80,10 +80,17 @@ def add_flags(parser: argparse.ArgumentParser, options: type[DataclassInstance])
         names, settings = _argument(options, field, hints[field.name])
         argument = target.add_argument(*names, **settings)
         if field.metadata.get("positional"):
-            usage[True].append(f"[{argument.metavar}]" if argument.nargs else f"{argument.metavar}")
+            usage[True].append(_usage(argument))
         elif argument.required:
             usage[False].append(f"{names[0]} {argument.metavar}")
     parser.usage = " ".join((parser.prog, *usage[True], *usage[False], "[flags]"))
+
+
+def _usage(argument: argparse.Action) -> str:
+    """A positional argument in the usage line."""
+    if argument.nargs == "+":
+        return f"{argument.metavar} [{argument.metavar} ...]"
+    return f"[{argument.metavar}]" if argument.nargs else f"{argument.metavar}"
 
 
 def parse_options(

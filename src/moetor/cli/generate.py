@@ -9,7 +9,9 @@ from typing import Any
 from moetor.cli.console import note, print_json, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import ParallelModelOptions, check_level, check_one_gpu
+from moetor.cli.options import check_level, check_one_gpu
+from moetor.cli.parallel_options import ParallelModelOptions
+from moetor.cli.sampling import check_sampling
 from moetor.cli.streaming import stream_text
 from moetor.errors import ConfigError, InputError
 from moetor.parallel.launch import rank_number
@@ -56,16 +58,9 @@ class GenerateOptions(ParallelModelOptions):
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ConfigError("--prompt is empty; give at least one character")
-        if self.max_tokens < 1:
-            raise ConfigError(f"--max-tokens {self.max_tokens} must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"--temperature {self.temperature:g} must be 0 or a positive number")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p:g} must be above 0 and at most 1")
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
         if self.top_p < 1 and self.temperature == 0:
             raise ConfigError("--top-p chooses among samples; it needs --temperature above 0")
-        if self.seed is not None and not 0 <= self.seed < 2**64:
-            raise ConfigError(f"--seed {self.seed} must be at least 0 and below 2^64")
         check_level(self)
         check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetor.cli.console import note, progress
-from moetor.cli.options import ParallelModelOptions
+from moetor.cli.parallel_options import ParallelModelOptions
 
 if TYPE_CHECKING:
     from moetor.cli.options import ServedModelOptions

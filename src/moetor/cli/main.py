@@ -300,11 +300,9 @@ def _overview(words: tuple[str, ...], reached: Sequence[Command]) -> Parser:
     width = max(len(" ".join(command.words)) for command in reached)
     lines = ["commands:"]
     lines += [f"  {' '.join(command.words):{width}}  {command.summary}" for command in reached]
+    lines += [""]
     if not words:
-        lines += [
-            "",
-            "MODEL is a folder or a hub id; without one, the demo in the package is used.",
-        ]
+        lines += ["MODEL is a folder or a hub id; without one, the demo in the package is used."]
     lines += [f"`{prog} COMMAND --help` explains a command and its flags."]
     lines += ["", "example:", f"  {reached[0].examples[0]}"]
     parser = Parser(prog=prog, description=GROUPS[words], epilog="\n".join(lines))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetor.cli.console import print_json, print_table, progress, quiet_transformers
+from moetor.cli.flags import UsageError
 from moetor.cli.options import MODEL, OUTPUT, QuantizationName
+from moetor.errors import InputError
+from moetor.output_paths import check_output_folder
 
 if TYPE_CHECKING:
     from moetor.huggingface.quantized_writing import QuantizeReport
@@ -23,7 +27,7 @@ class QuantizeOptions:
     model: str = field(
         metadata={"positional": True, "help": "folder or hub id of a model; demo ships here"}
     )
-    out: str = field(
+    out: Path = field(
         metadata={"positional": True, "metavar": "OUT", "help": "a new folder to write to"}
     )
     format: QuantizationName = field(default="int4", metadata={"help": "of the experts' weights"})
@@ -43,20 +47,26 @@ class QuantizeOptions:
         },
     )
 
+    def __post_init__(self) -> None:
+        check_output_folder(self.out)
+
 
 def run(options: QuantizeOptions) -> int:
     """Quantise, write, print, and return the exit status."""
     from moetor.huggingface.quantized_writing import quantize_checkpoint
 
     quiet_transformers()
-    with progress(f"quantising {options.model}", "tensors") as done:
-        report = quantize_checkpoint(
-            options.model,
-            options.out,
-            options.format,
-            revision=options.revision,
-            progress=done,
-        )
+    try:
+        with progress(f"quantising {options.model}", "tensors") as done:
+            report = quantize_checkpoint(
+                options.model,
+                options.out,
+                options.format,
+                revision=options.revision,
+                progress=done,
+            )
+    except InputError as refusal:  # OUT, which the system would not make
+        raise UsageError(str(refusal)) from refusal
     if options.json:
         print_json(_as_data(options.model, report))
     else:

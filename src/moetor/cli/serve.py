@@ -16,9 +16,9 @@ from moetor.cli.options import (
     ModelSource,
     OffloadOptions,
     QuantizationName,
-    ServingParallelFlags,
     check_one_gpu,
 )
+from moetor.cli.parallel_options import ServingParallelFlags
 from moetor.engine.config import ENGINE, EngineConfig
 from moetor.parallel.launch import rank_number
 from moetor.server.config import SERVER, ServerConfig

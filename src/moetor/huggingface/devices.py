@@ -42,4 +42,7 @@ def find_device(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} was asked for and there is no CUDA device; use cpu")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise ConfigError(f"device {name!r} was asked for and the last one here is cuda:{last}")
     return device

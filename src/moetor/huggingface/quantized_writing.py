@@ -26,6 +26,7 @@ from moetor.huggingface.quantized_checkpoint import quantization_settings
 from moetor.huggingface.sources import checkpoint_folder
 from moetor.kernels.dequantize import dequantize_expert, unpack_nibbles
 from moetor.kernels.formats import QuantizedMatrix, WeightFormat, find_format
+from moetor.output_paths import check_output_folder
 from moetor.quant_config import QuantConfig, find_quantization
 from moetor.quantization.quantize import Codes, quantize
 
@@ -98,14 +99,13 @@ def quantize_checkpoint(
     Raises:
         CheckpointError: the model cannot be read, or is quantised already.
         ConfigError: unknown quantisation.
-        InputError: `out` is not empty.
+        InputError: `out` is not empty, or cannot be made.
         UnsupportedError: a format without such a layout, or experts that are not one tensor each.
     """
     quant = find_quantization(quantization)
     scheme = _scheme(quant)
     target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an empty folder; name a new one")
+    check_output_folder(target)
     settings = quantization_settings(load_config(model, revision=revision))
     if settings is not None:
         raise CheckpointError(
@@ -114,7 +114,10 @@ def quantize_checkpoint(
     folder = checkpoint_folder(model, revision)
     checkpoint = Checkpoint(folder)
     experts = _experts(checkpoint, find_format(quant.weight_format))
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target} cannot be made: {error.strerror}; name another") from error
     errors = _write_weights(checkpoint, experts, quant, target, progress)
     _copy_rest(folder, target, checkpoint, experts, scheme)
     return QuantizeReport(quant.name, tuple(errors), target)
