@@ -38,7 +38,7 @@ from moetor.errors import (
     KernelRefusedError,
     UnsupportedError,
 )
-from moetor.huggingface import fusing, loading, model_classes
+from moetor.huggingface import loading, model_classes, preparing
 from moetor.huggingface.modules import FusedMoEBlock
 from moetor.tools.tiny import logits_of as family_logits
 from moetor.tools.tiny import tiny_inputs, tiny_model
@@ -121,13 +121,13 @@ def test_dtype_and_device(wanted: Any, tmp_path: Path) -> None:
 
 def count_comparisons(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     asked: list[bool] = []
-    own = fusing.try_block
+    own = preparing.try_block
 
     def spy(plans: Any, *, compare: bool) -> Any:
         asked.append(compare)
         return own(plans, compare=compare)
 
-    monkeypatch.setattr(fusing, "try_block", spy)
+    monkeypatch.setattr(preparing, "try_block", spy)
     return asked
 
 
