@@ -160,6 +160,8 @@ def _fuse_found(
                 reports.append(report)
                 if replacement is not None:
                     replacements.append(replacement)
+        for one in replacements:
+            _check_place(one.path)
         if quant is not None:
             for one in unquantized(replacements):
                 check_quantizable(one.module, one.path, quant)
@@ -195,6 +197,7 @@ def unfuse(model: nn.Module) -> int:
     """
     fused = fused_modules(model)
     for path, module in fused:
+        _check_place(path)
         if module.routed_experts.offload is not None:
             raise FusionError(
                 f"the experts of {path!r} are in host memory, where the original block cannot "
@@ -216,11 +219,15 @@ def unfuse(model: nn.Module) -> int:
     return len(fused)
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def _check_place(path: str) -> None:
+    """Refuses a module that nothing holds, in which another could take its place."""
     if not path:
         raise FusionError(
             "the model itself is the MoE block; pass the model that holds it, or use "
-            "moetor.MoELayer"
+            "moetor.MoELayer; nothing was changed"
         )
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent).add_module(name, module)
