@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -35,9 +36,20 @@ def llm(model: Any) -> LLM:
 
 def test_a_bad_prompt_is_refused_and_the_others_go_on(llm: LLM, model: Any) -> None:
     (good,) = random_prompts(model, (9,), seed=1)
-    prompts: list[Any] = [[], [1] * 40, [5, 131], [5, -1], "text", good, {"tokens": [1]}]
+    prompts: list[Any] = [
+        [],
+        [1] * 40,
+        [5, 131],
+        [5, -1],
+        "text",
+        good,
+        {"tokens": [1]},
+        [1.5],
+        ["1"],
+    ]
     outputs = llm.generate(prompts, greedy(4), progress=False)
     reasons = ["no tokens", "max_model_len is 40", "131", "-1", "no tokenizer", None, "mapping"]
+    reasons += ["a list of token ids"] * 2
     for output, reason in zip(outputs, reasons, strict=True):
         if reason is None:
             assert output.error is None
@@ -56,9 +68,13 @@ def test_parameters_that_do_not_fit_the_model_are_refused(llm: LLM) -> None:
         SamplingParams(stop_token_ids=[500]),
         SamplingParams(stop="x"),
         SamplingParams(min_tokens=39, max_tokens=39),
+        SamplingParams(logit_bias=dict.fromkeys(range(131), -math.inf)),
+        SamplingParams(
+            logit_bias=dict.fromkeys(range(130), -math.inf), stop_token_ids=[130], min_tokens=2
+        ),
     ]
-    outputs = llm.generate([[3, 4]] * 4, wrong, progress=False)
-    reasons = ("logit_bias", "stop_token_ids", "tokenizer", "min_tokens")
+    outputs = llm.generate([[3, 4]] * 6, wrong, progress=False)
+    reasons = ("logit_bias", "stop_token_ids", "tokenizer", "min_tokens", "every", "min_tokens 2")
     for output, named in zip(outputs, reasons, strict=True):
         assert output.error is not None
         assert named in output.error

@@ -316,6 +316,17 @@ def test_the_text_is_that_of_the_tokens(demo: LLM) -> None:
         ({"logprobs": -1}, "logprobs"),
         ({"prompt_logprobs": 1000}, "prompt_logprobs"),
         ({"temperature": 0.0, "n": 2}, "temperature 0"),
+        ({"n": 2.5}, "n 2.5 must be a whole number"),
+        ({"max_tokens": "3"}, "max_tokens '3'"),
+        ({"min_tokens": None}, "min_tokens None"),
+        ({"top_k": True}, "top_k True"),
+        ({"seed": 1.5}, "seed 1.5"),
+        ({"temperature": "hot"}, "temperature 'hot' must be a number"),
+        ({"stop": 5}, "stop 5"),
+        ({"stop_token_ids": 5}, "stop_token_ids 5"),
+        ({"stop_token_ids": [True]}, "stop_token_ids"),
+        ({"logit_bias": [1]}, "must map token ids"),
+        ({"logit_bias": {1: "a"}}, "'a' for token 1"),
     ],
 )
 def test_contradictions_are_refused(wrong: dict[str, Any], named: str) -> None:

@@ -77,3 +77,14 @@ def test_what_only_began_like_a_stop_string_comes_out() -> None:
 
 def test_the_first_of_several_stop_strings_counts() -> None:
     assert "".join(pieces("a", b"abcdef", "cdef", "bc")) == "a"
+
+
+def test_a_stop_string_that_came_too_early_does_not_count_later() -> None:
+    """Not even where a longer one is looked for further back."""
+    built = TextBuilder(decode, list(b"a"), ("b", "never there"), include_stop=False)
+    for character in b"abcd":
+        built.extend([character])
+    assert built.find_stop(2) is None
+    built.extend(list(b"eb"))
+    assert built.find_stop(4) == "b"
+    assert built.text == "abcde"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from operator import index
 from typing import Any
 
 from moetor.engine.grammar import GrammarCompiler
@@ -86,19 +88,17 @@ class Intake:
         request = Request(request_id, text, ids, params, RequestMetrics(arrival), extra=extra)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]
-        number = next(self._numbers)
-        base = params.seed if params.seed is not None else self._seed + _GOLDEN * (number + 1)
+        mine = self._seed + _GOLDEN * (next(self._numbers) + 1)
+        base = mine if params.seed is None else params.seed
         room = self.max_model_len - len(ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        ends = frozenset(params.stop_token_ids or ())
-        if form is not None or not params.ignore_eos:
-            ends |= self.ends
-        for index in range(params.n):
+        ends = self._ends(params)
+        for number in range(params.n):
             request.sequences.append(
                 Sequence(
                     request=request,
-                    index=index,
-                    seed=(base + index * 0xD1342543DE82EF95) % 2**64,
+                    index=number,
+                    seed=(base + number * 0xD1342543DE82EF95) % 2**64,
                     ends=ends,
                     limit=limit,
                     token_ids=list(ids),
@@ -126,9 +126,10 @@ class Intake:
                 return prompt, list(self.tokenizer(prompt)["input_ids"]), extra
             except (TypeError, UnicodeError) as error:
                 raise InputError(f"the tokenizer refuses the prompt: {error}") from error
+        tokens: Any = prompt
         try:
-            ids = [int(token) for token in prompt]
-        except (TypeError, ValueError) as error:
+            ids = [index(token) for token in tokens]
+        except TypeError as error:
             raise InputError("a prompt is text or a list of token ids") from error
         return None, ids, extra
 
@@ -152,10 +153,28 @@ class Intake:
                     raise InputError(
                         f"{name}: token id {token} is outside the vocabulary of {size} tokens"
                     )
+        self._check_that_some_token_may_come(params)
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and the engine has none")
         if params.min_tokens > self.max_model_len - len(ids):
             raise InputError(
                 f"min_tokens {params.min_tokens} does not fit behind a prompt of {len(ids)} tokens "
                 f"into max_model_len {self.max_model_len}"
+            )
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        ends = frozenset(params.stop_token_ids or ())
+        if params.structured_outputs is not None or not params.ignore_eos:
+            ends |= self.ends
+        return ends
+
+    def _check_that_some_token_may_come(self, params: SamplingParams) -> None:
+        barred = {token for token, bias in (params.logit_bias or {}).items() if bias == -math.inf}
+        if len(barred) == self.vocab_size:
+            raise InputError("logit_bias bars every token with -inf; leave at least one")
+        held = barred | self._ends(params)
+        if params.min_tokens and len(held) == self.vocab_size:
+            raise InputError(
+                f"logit_bias bars every token but those that end the text, and min_tokens "
+                f"{params.min_tokens} bars those; lower min_tokens or leave another token"
             )

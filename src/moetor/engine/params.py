@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from moetor.engine.structured import StructuredOutputsParams
 from moetor.errors import InputError
@@ -12,6 +13,12 @@ from moetor.errors import InputError
 MAX_LOGPROBS = 100
 _PENALTY = 2.0
 _FACTOR = 1e6  # beyond it logits would leave float32
+_WHOLE = ("n", "min_tokens", "top_k")
+_WHOLE_OR_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_REAL = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +46,9 @@ class SamplingParams:
         stop: strings that end the text.
         stop_token_ids: tokens that end the text, beside the model's own end tokens.
         ignore_eos: go on after the model's end tokens.
-        seed: of the draws; the same seed gives the same tokens whatever else is in the batch. None
+        seed: of the draws, which do not depend on what else is in the batch: equal logits give
+            equal tokens. How many rows a product has may change a logit's last bits, and with them
+            a draw that is as good as tied: rarely in float32, in long texts often in bfloat16. None
             takes the next number of the engine's own seed.
         logprobs: log-probabilities of this many likeliest tokens and of the one taken, for each
             token of the text; 0 for the one taken alone.
@@ -75,6 +84,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         self._check_lengths()
         self._check_numbers()
         if self.seed is not None and not 0 <= self.seed < 2**64:
@@ -91,13 +101,30 @@ class SamplingParams:
             raise InputError(f"stop {self.stop!r} must be strings of at least one character")
         if self.stop_token_ids is not None:
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        if any(not isinstance(i, int) or i < 0 for i in self.stop_token_ids or ()):
+        if any(not _whole(i) or i < 0 for i in self.stop_token_ids or ()):
             raise InputError(f"stop_token_ids {self.stop_token_ids!r} must be token ids")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or token < 0:
+            if not _whole(token) or token < 0:
                 raise InputError(f"logit_bias: {token!r} is no token id")
+            if not _real(bias):
+                raise InputError(f"logit_bias: {bias!r} for token {token} is no number")
             if not math.isfinite(bias) and bias != -math.inf:
                 raise InputError(f"logit_bias: {bias} for token {token} must be finite or -inf")
+
+    def _check_kinds(self) -> None:
+        for name in (*_WHOLE, *_WHOLE_OR_NONE):
+            value = getattr(self, name)
+            if not (_whole(value) or (value is None and name in _WHOLE_OR_NONE)):
+                raise InputError(f"{name} {value!r} must be a whole number")
+        for name in _REAL:
+            if not _real(getattr(self, name)):
+                raise InputError(f"{name} {getattr(self, name)!r} must be a number")
+        if not isinstance(self.stop, Sequence | None):
+            raise InputError(f"stop {self.stop!r} must be a string, or a list of strings")
+        if not isinstance(self.stop_token_ids, Sequence | None):
+            raise InputError(f"stop_token_ids {self.stop_token_ids!r} must be a list of token ids")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise InputError(f"logit_bias {self.logit_bias!r} must map token ids to numbers")
 
     def _check_lengths(self) -> None:
         if self.n < 1:
@@ -152,3 +179,11 @@ class SamplingParams:
     def truncated(self) -> bool:
         """Whether the draw is among some tokens only."""
         return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -76,8 +76,8 @@ class TextBuilder:
         """The stop string that `text` now holds, looked for in what came after `since`
         characters; the text then ends with it or before it.
         """
-        begin = max(0, since - self._held)
-        found = [(self.text.find(stop, begin), stop) for stop in self._stop]
+        # One that had ended by then was not to count, however long the others are.
+        found = [(self.text.find(stop, max(0, since - len(stop) + 1)), stop) for stop in self._stop]
         places = [(place, stop) for place, stop in found if place >= 0]
         if not places:
             return None
