@@ -96,7 +96,7 @@ class AsyncEngine(EngineClient):
         """A batch, on the engine's thread: to the event loops that wait for its news."""
         self._note_batch(batch)
         by_loop: dict[asyncio.AbstractEventLoop, list[RequestNews]] = {}
-        for one in batch.news:
+        for one in batch.all_news:
             loop = self._loops.get(one.request_id)
             if loop is not None:
                 by_loop.setdefault(loop, []).append(one)

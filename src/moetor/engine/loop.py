@@ -13,7 +13,7 @@ from contextlib import suppress
 from moetor.engine.build import Engine
 from moetor.engine.client import EngineStoppedError
 from moetor.engine.heartbeat import INTERVAL_S, Heartbeat
-from moetor.engine.news import Batch, RequestNews, news_of
+from moetor.engine.news import Batch, RequestNews, new_token, news_of
 from moetor.engine.sequence import Request
 
 # Between two tellings of the engine's state while nothing but tokens comes.
@@ -127,7 +127,7 @@ class EngineLoop:
         except BaseException as error:
             text = f"{type(error).__name__}: {error}"
             self._errors.append(text)
-            self._send([], dead=text)
+            self._send([], [], dead=text)
             self.engine.core.close(error)
         finally:
             self._over = True
@@ -144,7 +144,7 @@ class EngineLoop:
         for action in actions:
             self._attempt(action)
         if actions and not core.idle:
-            self._send([])  # a step may take long, and what waits for it is known now
+            self._send([], [])  # a step may take long, and what waits for it is known now
         if not core.idle:
             self._attempt(lambda: self._tell(core.step()))
         elif not actions:
@@ -170,20 +170,33 @@ class EngineLoop:
             self._tell(self.engine.core.fail_all(error))
 
     def _tell(self, requests: list[Request]) -> None:
-        self._errors += [request.error for request in requests if request.error is not None]
-        self._send(
-            [news_of(request) for request in requests],
-            at_once=any(request.finished for request in requests),
-        )
+        tokens: list[tuple[str, int]] = []
+        news: list[RequestNews] = []
+        finished = False
+        for request in requests:
+            token = new_token(request)
+            if token is not None:
+                tokens.append((request.request_id, token))
+                continue
+            news.append(news_of(request))
+            finished = finished or request.finished
+            if request.error is not None:
+                self._errors.append(request.error)
+        self._send(news, tokens, at_once=finished)
 
     def _send(
-        self, news: list[RequestNews], dead: str | None = None, *, at_once: bool = True
+        self,
+        news: list[RequestNews],
+        tokens: list[tuple[str, int]],
+        *,
+        dead: str | None = None,
+        at_once: bool = True,
     ) -> None:
         errors, self._errors = self._errors, []
         now, stats = time.monotonic(), None
         if at_once or now - self._stats_at > _STATS_S:
             self._stats_at, stats = now, self.engine.core.stats()
-        self._emit(Batch(news, stats, errors, dead))
+        self._emit(Batch(tokens, news, stats, errors, dead))
 
 
 class _QuitError(Exception):

@@ -60,16 +60,29 @@ class Batch(NamedTuple):
     """What one turn of the engine's loop has to tell.
 
     Attributes:
+        tokens: request ids, each with one token: what is new of most requests after most steps,
+            and costs a tenth of other news to tell.
+        news: of the other requests.
         stats: the engine's state after it; None where it was told a moment ago and no request has
             come or gone since.
         errors: that occurred in it.
         dead: why the engine has ended, where it has.
     """
 
+    tokens: list[tuple[str, int]]
     news: list[RequestNews]
     stats: EngineStats | None
     errors: list[str]
     dead: str | None = None
+
+    @property
+    def all_news(self) -> list[RequestNews]:
+        """Of every request, in one form."""
+        return [_token_news(*told) for told in self.tokens] + self.news
+
+
+def _token_news(request_id: str, token: int) -> RequestNews:
+    return RequestNews(request_id, [SequenceNews(0, [token], None, None, None, None)])
 
 
 def copy_of(request: Request, decode: Decode | None) -> Request:
@@ -115,6 +128,25 @@ def take_news(request: Request, news: RequestNews) -> None:
     if news.prompt_logprobs is not None:
         request.prompt_logprobs = news.prompt_logprobs
     request.error = news.error
+
+
+def new_token(request: Request) -> int | None:
+    """The token that is all that is new in the engine's own request, which counts as told then;
+    None where there is more to tell: `news_of` does.
+    """
+    if len(request.sequences) != 1 or request.params.stop:
+        return None
+    sequence = request.sequences[0]
+    reported = sequence.reported
+    if (
+        sequence.finish_reason is not None
+        or sequence.logprobs is not None
+        or reported == 0
+        or len(sequence.token_ids) != sequence.prompt_len + reported + 1
+    ):
+        return None
+    sequence.reported = reported + 1
+    return sequence.token_ids[-1]
 
 
 def news_of(request: Request) -> RequestNews:

@@ -82,16 +82,16 @@ def packed(batch: Batch) -> tuple[Any, ...]:
     news = [
         (one.request_id, [tuple(told) for told in one.sequences], *one[2:]) for one in batch.news
     ]
-    return (news, *batch[1:])
+    return (batch.tokens, news, *batch[2:])
 
 
 def unpacked(told: tuple[Any, ...]) -> Batch:
     """The batch of `packed`."""
     news = [
         RequestNews(name, [SequenceNews(*one) for one in sequences], *rest)
-        for name, sequences, *rest in told[0]
+        for name, sequences, *rest in told[1]
     ]
-    return Batch(news, *told[1:])
+    return Batch(told[0], news, *told[2:])
 
 
 def frame(message: Any) -> bytes:

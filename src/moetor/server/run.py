@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -49,6 +50,10 @@ def serve(make_engine: Callable[[], EngineClient], config: ServerConfig, model: 
         engine = make_engine()
         try:
             app = create_app(engine, config, model)
+            # What was made until now stays. To look through it again and again would cost pauses
+            # here, and the engine its part of a cache that processes share.
+            gc.collect()
+            gc.freeze()
             # uvicorn raises the signal again when it is done, for whoever had the handler before.
             signal.signal(signal.SIGTERM, lambda *_: None)
             _Server(app, config).run(sockets=[listening])
