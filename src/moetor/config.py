@@ -256,9 +256,9 @@ class ExpertsConfig:
     """The routed experts: sizes, storage form and arithmetic.
 
     Storage: `gate_up_proj` [E, J, H] and `down_proj` [E, H, I], with J = 2 I when gated (gate rows
-        then up rows, or
-    alternating when `interleaved`) and J = I when not. `transposed` swaps the last two axes of both
-    ([E, H, J] and [E, I, H]: gpt-oss, Aria). Biases, when there are any, are [E, J] and [E, H].
+    then up rows, or alternating when `interleaved`) and J = I when not. `transposed` swaps the last
+    two axes of both ([E, H, J] and [E, I, H]: gpt-oss, Aria). Biases, when there are any, are
+    [E, J] and [E, H].
 
     Attributes:
         post_norm_eps: epsilon of an RMS norm [H] on each expert's output before it is weighted, or
