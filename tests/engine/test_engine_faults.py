@@ -82,6 +82,19 @@ def test_parameters_that_do_not_fit_the_model_are_refused(llm: LLM) -> None:
         llm.generate([[3], [4]], [SamplingParams()], progress=False)
 
 
+@pytest.mark.parametrize("wrong", [{"n": 1}, 5, [None], "hot"])
+def test_parameters_that_are_none_are_refused(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InputError, match="sampling_params are SamplingParams"):
+        llm.generate([[3, 4]], wrong, progress=False)
+    assert_empty(llm.engine)
+
+
+@pytest.mark.parametrize("wrong", ["hello", ["hello"], [5], [[{"role": "user"}, "hello"]]])
+def test_conversations_that_are_none_are_refused(llm: LLM, wrong: Any) -> None:
+    with pytest.raises(InputError, match="a conversation is a list of messages"):
+        llm.chat(wrong)
+
+
 def test_texts_end_at_the_model_s_length(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     (output,) = llm.generate([3] * 30, params)

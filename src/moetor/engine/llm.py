@@ -118,24 +118,16 @@ class LLM:
             reason in `error`, and the others go on.
 
         Raises:
-            InputError: there are not as many parameters as prompts.
+            InputError: there are not as many parameters as prompts, or they are something else.
             ConfigError: `structured_outputs` need what is not here.
         """
         listed = _listed(prompts)
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        if isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params] * len(listed)
-        if len(sampling_params) != len(listed):
-            raise InputError(
-                f"{len(listed)} prompts were given with {len(sampling_params)} sampling_params; "
-                "give one for all or one for each"
-            )
+        each = _params_of_each(sampling_params, len(listed))
         core = self.engine.core
         order: list[str] = []
         done: dict[str, RequestOutput] = {}
         try:
-            for prompt, params in zip(listed, sampling_params, strict=True):
+            for prompt, params in zip(listed, each, strict=True):
                 name = f"generate-{next(self._numbers)}"
                 order.append(name)
                 try:
@@ -172,13 +164,19 @@ class LLM:
 
         Raises:
             ConfigError: the tokenizer has no chat template.
-            InputError: the template refuses the messages.
+            InputError: a conversation is no list of messages, or the template refuses it.
         """
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self._conversation(one, template) for one in many]
         return self.generate(prompts, sampling_params, progress)
 
     def _conversation(self, messages: Any, template: Mapping[str, Any]) -> Prompt:
+        listed = isinstance(messages, Items) and not isinstance(messages, str)
+        if not listed or not all(isinstance(message, Mapping) for message in messages):
+            raise InputError(
+                "a conversation is a list of messages, each a mapping with 'role' and 'content', "
+                f"and not {messages!r:.80}"
+            )
         if not has_pictures(messages):
             return chat_tokens(self.tokenizer, messages, **template)
         bare, images = taken_out(messages)
@@ -212,6 +210,25 @@ def refused(request_id: str, prompt: Any, reason: str) -> RequestOutput:
         metrics=RequestMetrics(arrival_time=0.0),
         error=reason,
     )
+
+
+def _params_of_each(given: Any, count: int) -> list[SamplingParams]:
+    """One for each of `count` prompts."""
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    each = list(given) if isinstance(given, Items) else [given]
+    wrong = [one for one in each if not isinstance(one, SamplingParams)]
+    if wrong:
+        raise InputError(
+            "sampling_params are SamplingParams, one for all or a list with one for each prompt, "
+            f"and not {wrong[0]!r:.80}"
+        )
+    if len(each) != count:
+        raise InputError(
+            f"{count} prompts were given with {len(each)} sampling_params; give one for all or one "
+            "for each"
+        )
+    return each
 
 
 def _listed(prompts: Any) -> list[Any]:
