@@ -52,9 +52,12 @@ def _native(tensor: Tensor, in_torch: bool) -> bool:
 
 
 def _native_rows(x: Tensor, weight: Tensor, in_torch: bool) -> bool:
+    # First, as a compiler that saw the number of rows compared would compile anew for each outcome.
+    if not _native(x, in_torch):
+        return False
     rows = x.numel() // max(1, x.shape[-1])
     plain = weight.dtype == x.dtype and weight.stride(1) == 1
-    return 0 < rows <= native.FEW_ROWS and plain and _native(x, in_torch)
+    return 0 < rows <= native.FEW_ROWS and plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,9 +232,10 @@ def linear_float32(
 
 
 def _few(x: Tensor, outputs: int, in_torch: bool) -> bool:
+    if not _launches(x, in_torch):  # first, as in `_native_rows`
+        return False
     rows = x.numel() // max(1, x.shape[-1])
-    most = FEW_ROWS if outputs <= FEW_OUTPUTS else 1
-    return 0 < rows <= most and _launches(x, in_torch)
+    return 0 < rows <= (FEW_ROWS if outputs <= FEW_OUTPUTS else 1)
 
 
 def gated_linear(
