@@ -82,6 +82,7 @@ struct ByteCodes {
   using Input = Bf16;
   using Wide = Bf16;
   static constexpr bool kBytes = false, kEveryStep = false;
+  static constexpr bool reads_scales(int32_t, int64_t) { return false; }
 
   static int64_t width(int64_t size) { return Layout::width(size); }
 
@@ -182,7 +183,7 @@ inline __attribute__((noinline)) void bytes_block(const CodeRows& w, int64_t siz
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kBytes, _MM_HINT_T0);
-    // A row may end within a step. (A step of its own after the loop made GCC store all sums in each pass.)
+    // A row may end within a step.
     const __mmask64 there = ~0ull >> max64(0, (s + 1) * kBytes - size);
     bytes_step<R, N>(w.at + s * kBytes, w.stride, there, inputs + s * N * kBytes, sum);
   }
@@ -201,6 +202,7 @@ struct Codes<Avx512Bf16, kInt8Bytes> {
   using Input = int8_t;
   using Wide = int8_t;
   static constexpr bool kBytes = true, kEveryStep = false;
+  static constexpr bool reads_scales(int32_t, int64_t) { return false; }
 
   static int64_t width(int64_t size) { return rounded_width(size); }
 

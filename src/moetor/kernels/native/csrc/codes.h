@@ -12,17 +12,25 @@ constexpr int kCodes = 32;  // codes that are widened together
 template <int kind>
 constexpr int kStepBytes = kind == kInt8 || kind == kInt8Row ? 32 : 16;
 
-// Sixteen numbers that the codes of half a byte stand for: their values, less 8 where there are no zero points, or twice
-// their e2m1 numbers.
+// Sixteen numbers that the codes of half a byte stand for: their values, less 8 where there are no zero points, or their
+// e2m1 numbers.
 template <int kind>
 inline const float* nibble_table() {
   alignas(64) static const float plain[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   alignas(64) static const float centred[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-  alignas(64) static const float e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12};
+  alignas(64) static const float e2m1[16] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
+                                          -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
   return kind == kInt4 ? centred : kind == kE2m1 ? e2m1 : plain;
 }
 
-// Rows of one expert's matrix, and their scales and zero points as floats.
+// A stretch of memory that a thread reads, and where it goes on.
+struct Stretch {
+  const uint8_t *at, *end, *then;
+
+  const uint8_t* ahead(int64_t bytes) const { return at + bytes < end ? at + bytes : then + (at + bytes - end); }
+};
+
+// Rows of one expert's matrix, and their scales and zero points as floats, or as stored (`codes_bf16.h`).
 struct CodeRows {
   const uint8_t* at;
   int64_t stride;  // bytes
@@ -30,22 +38,34 @@ struct CodeRows {
   int64_t groups;     // floats from a row's scales to those of the next
   int64_t per_group;  // steps of 32 codes that share a scale
   const uint8_t *end, *then;  // where the bytes end that this thread reads in a row, and where it goes on
+  Stretch stored;             // the scales as stored, or null
+  int64_t stored_stride, to_zero;  // bytes from a row's stored scales to those of the next, and to its zero points
 
   CodeRows from(int r) const {
-    return {at + r * stride, stride, scale + r * groups, zero + r * groups, groups, per_group, end, then};
+    CodeRows some = *this;
+    some.at += r * stride;
+    if (stored.at != nullptr) {
+      some.stored.at += r * stored_stride;
+      return some;
+    }
+    some.scale += r * groups;
+    some.zero += r * groups;
+    return some;
   }
   CodeRows alone(int r) const {  // a row that stands for any number of rows
     CodeRows one = from(r);
-    one.stride = one.groups = 0;
+    one.stride = one.groups = one.stored_stride = 0;
     return one;
   }
 };
 
-// What to fetch while `rows` rows are computed: as many bytes, some way ahead.
-inline const uint8_t* ahead_of(const CodeRows& w, int rows) {
+// How many rows ahead memory is fetched while `rows` rows are computed: a multiple of them.
+inline int64_t rows_ahead(const CodeRows& w, int rows) {
   constexpr int64_t kAhead = 8192;
-  const uint8_t* to = w.at + (w.stride == 0 ? 0 : round_up(kAhead, rows * w.stride));
-  return to < w.end ? to : w.then + (to - w.end);
+  return w.stride == 0 ? 0 : ceil_div(kAhead, rows * w.stride) * rows;
+}
+inline const uint8_t* ahead_of(const CodeRows& w, int rows) {
+  return Stretch{w.at, w.end, w.then}.ahead(rows_ahead(w, rows) * w.stride);
 }
 
 // 32 weights of a row, from the codes at `from` in the group `group`.
@@ -171,6 +191,7 @@ struct Codes {
   using Wide = float;
   static constexpr bool kBytes = false;       // inputs become bytes
   static constexpr bool kEveryStep = false;   // a scale for each 32 codes, whatever the group
+  static constexpr bool reads_scales(int32_t, int64_t) { return false; }  // as stored: of this type and group
 
   static int64_t width(int64_t size) { return Layout::width(size); }
   static int64_t wide_stride(int64_t size) { return round_up(size, kCodes); }

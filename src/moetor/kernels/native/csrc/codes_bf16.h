@@ -4,12 +4,18 @@
 // and the group's sum is multiplied by its scale. Bytes times bytes are added up in 32-bit whole numbers.
 #pragma once
 
+#include <type_traits>
+
 #include "codes.h"
 #include "vec_avx512_bf16.h"
 
 namespace {
 
 // --- codes of half a byte ----------------------------------------------------------------------------------------------
+
+struct E8m0 {  // a scale: 2^(bits - 127)
+  uint8_t bits;
+};
 
 constexpr int kChunk = 128;  // codes in one vector of 64 bytes: four steps
 constexpr int kChunkBytes = 64;
@@ -23,9 +29,9 @@ inline __m512i bf16_table() {
       0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
       0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
   alignas(64) static const uint16_t e2m1[32] = {
-      0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40c0, 0x4100, 0x4140, 0x8000, 0xbf80, 0xc000,
-      0xc040, 0xc080, 0xc0c0, 0xc100, 0xc140, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40c0,
-      0x4100, 0x4140, 0x8000, 0xbf80, 0xc000, 0xc040, 0xc080, 0xc0c0, 0xc100, 0xc140};
+      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80,
+      0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
+      0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
   return _mm512_load_si512(kind == kE2m1 ? e2m1 : centred);
 }
 
@@ -96,7 +102,43 @@ struct Part {
     const __m128 four = whole ? _mm_loadu_ps(p) : _mm_maskz_loadu_ps((1u << steps) - 1, p);
     return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(four));
   }
+  // The same from four scales as they are stored: all four into each quarter, of which one byte or two become floats.
+  __m512 scales(const Bf16* p) const {
+    const __m128i four = whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
+                               : _mm_maskz_loadu_epi16((1u << steps) - 1, p);
+    const __m512i order = _mm512_setr_epi64(0x0100808001008080, 0x0100808001008080, 0x0302808003028080,
+                                            0x0302808003028080, 0x0504808005048080, 0x0504808005048080,
+                                            0x0706808007068080, 0x0706808007068080);
+    return _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_broadcastq_epi64(four), order));
+  }
+  __m512 scales(const E8m0* p) const {
+    const __m128i four = whole ? _mm_castps_si128(_mm_load_ss(reinterpret_cast<const float*>(p)))
+                               : _mm_maskz_loadu_epi8((1u << steps) - 1, p);
+    const __m512i order = _mm512_setr_epi64(0x0080808000808080, 0x0080808000808080, 0x0180808001808080,
+                                            0x0180808001808080, 0x0280808002808080, 0x0280808002808080,
+                                            0x0380808003808080, 0x0380808003808080);
+    const __m512i bits = _mm512_srli_epi32(_mm512_shuffle_epi8(_mm512_broadcastd_epi32(four), order), 1);
+    return _mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(1 << 22)));  // 2^-127 is below the normal ones
+  }
 };
+
+// The scales and zero points of a row from step `step` on: as floats, or as stored.
+template <class S>
+inline const S* scales_at(const CodeRows& w, int r, int64_t step) {
+  return reinterpret_cast<const S*>(w.stored.at + r * w.stored_stride) + step;
+}
+template <>
+inline const float* scales_at<float>(const CodeRows& w, int r, int64_t step) {
+  return w.scale + r * w.groups + step;
+}
+template <class S>
+inline const S* zeros_at(const CodeRows& w, int r, int64_t step) {
+  return reinterpret_cast<const S*>(w.stored.at + r * w.stored_stride + w.to_zero) + step;
+}
+template <>
+inline const float* zeros_at<float>(const CodeRows& w, int r, int64_t step) {
+  return w.zero + r * w.groups + step;
+}
 
 // sum + scale * (products - zero * the inputs' sum)
 template <bool kSums>
@@ -106,13 +148,13 @@ inline __attribute__((always_inline)) __m512 add_group(__m512 sum, __m512 produc
   return _mm512_fmadd_ps(products, scale, sum);
 }
 
-template <int kind>
-inline __attribute__((always_inline)) __m512 zeros_of(const CodeRows& w, int64_t at, const Part& part) {
+template <int kind, class S>
+inline __attribute__((always_inline)) __m512 zeros_of(const CodeRows& w, int r, int64_t step, const Part& part) {
   if (kind != kInt4Zero) return _mm512_setzero_ps();
-  return _mm512_sub_ps(part.scales(w.zero + at), _mm512_set1_ps(8.0f));
+  return _mm512_sub_ps(part.scales(zeros_at<S>(w, r, step)), _mm512_set1_ps(8.0f));
 }
 
-template <int kind, int R, int N>
+template <int kind, class S, int R, int N>
 inline __attribute__((always_inline)) void nibble_step(const CodeRows& w, int64_t c, const Part& part, __m512i table,
                                                        const Bf16* x, __m512 (&sum)[R][N]) {
   using V = Avx512Bf16;
@@ -124,8 +166,8 @@ inline __attribute__((always_inline)) void nibble_step(const CodeRows& w, int64_
                                 (V::Pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), table),
                                 (V::Pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 8), table),
                                 (V::Pairs)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 12), table)};
-    const auto scale = part.scales(w.scale + r * w.groups + 4 * c);
-    const auto zero = zeros_of<kind>(w, r * w.groups + 4 * c, part);
+    const auto scale = part.scales(scales_at<S>(w, r, 4 * c));
+    const auto zero = zeros_of<kind, S>(w, r, 4 * c, part);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       const Bf16* at = x + n * Chunks<kSums>::kElements;
@@ -137,11 +179,14 @@ inline __attribute__((always_inline)) void nibble_step(const CodeRows& w, int64_
   }
 }
 
-template <int kind, int R, int N>
+template <int kind, class S, int R, int N>
 inline __attribute__((noinline)) void nibble_block(const CodeRows& w, int64_t size, const Bf16* x, float* tile) {
   constexpr int64_t kElements = Chunks<kind == kInt4Zero>::kElements;
   const int64_t steps = ceil_div(size, kCodes), chunks = steps / 4;
-  const uint8_t* ahead = ahead_of(w, R);
+  constexpr bool kStored = !kSame<S, float>;
+  const int64_t distance = rows_ahead(w, R);
+  const uint8_t* ahead = Stretch{w.at, w.end, w.then}.ahead(distance * w.stride);
+  const uint8_t* ahead_scales = kStored ? w.stored.ahead(distance * w.stored_stride) : nullptr;
   const __m512i table = bf16_table<kind>();
   __m512 sum[R][N];
 #pragma GCC unroll 16
@@ -152,10 +197,15 @@ inline __attribute__((noinline)) void nibble_block(const CodeRows& w, int64_t si
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + c * kChunkBytes, _MM_HINT_T0);
-    nibble_step<kind, R, N>(w, c, {true, 4}, table, x + c * N * kElements, sum);
+    if (kStored) {  // the rows' scales follow each other
+      const char* scales = reinterpret_cast<const char*>(ahead_scales) + c * 4 * R * sizeof(S);
+      _mm_prefetch(scales, _MM_HINT_T0);
+      if (kind == kInt4Zero) _mm_prefetch(scales + w.to_zero, _MM_HINT_T0);
+    }
+    nibble_step<kind, S, R, N>(w, c, {true, 4}, table, x + c * N * kElements, sum);
   }
   if (steps % 4 != 0)
-    nibble_step<kind, R, N>(w, chunks, {false, static_cast<int>(steps % 4)}, table, x + chunks * N * kElements, sum);
+    nibble_step<kind, S, R, N>(w, chunks, {false, static_cast<int>(steps % 4)}, table, x + chunks * N * kElements, sum);
   store_sums<Avx512Bf16, R, N>(sum, tile);
 }
 
@@ -186,8 +236,8 @@ inline __attribute__((always_inline)) void wide_nibble_step(const Bf16* wide, in
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const auto scale = part.scales(w.scale + r * w.groups + 4 * c);
-    const auto zero = zeros_of<kind>(w, r * w.groups + 4 * c, part);
+    const auto scale = part.scales(scales_at<float>(w, r, 4 * c));
+    const auto zero = zeros_of<kind, float>(w, r, 4 * c, part);
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n)
       sum[r][n] = add_group<kSums>(sum[r][n], products[r][n], scale, zero, x + n * kElements, part);
@@ -218,7 +268,11 @@ struct NibbleCodes {
   using Layout = Chunks<kind == kInt4Zero>;
   using Input = Bf16;
   using Wide = Bf16;
+  using Stored = std::conditional_t<kind == kE2m1, E8m0, Bf16>;
   static constexpr bool kBytes = false, kEveryStep = true;
+  static constexpr bool reads_scales(int32_t type, int64_t group) {
+    return group == kCodes && type == (kind == kE2m1 ? kScaleE8m0 : kScaleBfloat16);
+  }
 
   static int64_t width(int64_t size) { return Layout::width(size); }
   static int64_t wide_stride(int64_t size) { return round_up(size, kChunk); }
@@ -245,7 +299,8 @@ struct NibbleCodes {
     constexpr int R = 4;
     if (tokens == N)
       return for_row_blocks<R>(w, rows, [&](const CodeRows& some, int r) {
-        nibble_block<kind, R, N>(some, size, x, tile + r);
+        some.stored.at == nullptr ? nibble_block<kind, float, R, N>(some, size, x, tile + r)
+                                  : nibble_block<kind, Stored, R, N>(some, size, x, tile + r);
       });
     if constexpr (N < Avx512Bf16::kMaxTokens) dot<N + 1>(tokens, w, rows, size, x, tile);
   }

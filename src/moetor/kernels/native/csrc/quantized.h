@@ -87,32 +87,41 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
   }
 
   // `count` scales or zero points from place `from` on, as floats; the first is for place `from`.
-  static void widen_scales(const void* scales, int32_t type, int64_t from, int64_t count, float factor, float* to) {
+  static void widen_scales(const void* scales, int32_t type, int64_t from, int64_t count, float* to) {
     switch (type) {
-      case kScaleFloat32: return widen_row<V>(to, static_cast<const float*>(scales) + from, count, factor);
-      case kScaleBfloat16: return widen_row<V>(to, static_cast<const Bf16*>(scales) + from, count, factor);
-      case kScaleFloat16: return widen_row<V>(to, static_cast<const Fp16*>(scales) + from, count, factor);
+      case kScaleFloat32: return widen_row<V>(to, static_cast<const float*>(scales) + from, count, 1.0f);
+      case kScaleBfloat16: return widen_row<V>(to, static_cast<const Bf16*>(scales) + from, count, 1.0f);
+      case kScaleFloat16: return widen_row<V>(to, static_cast<const Fp16*>(scales) + from, count, 1.0f);
       default:
         for (int64_t i = 0; i < count; ++i) {
           const uint32_t e = static_cast<const uint8_t*>(scales)[from + i];
           const uint32_t bits = e == 0 ? 1u << 22 : e << 23;  // 2^-127 is below the normal numbers
           memcpy(to + i, &bits, sizeof(bits));
-          to[i] *= factor;
         }
     }
+  }
+
+  // Bytes of a row's scales, and where those of a row lie.
+  int64_t scale_bytes(const Matrix& m) const {
+    static constexpr int64_t kSizes[] = {4, 2, 2, 1};
+    return groups_in(m) * kSizes[m.scale_type];
+  }
+  const uint8_t* scales_of(const Matrix& m, int64_t expert, int64_t row) const {
+    return static_cast<const uint8_t*>(m.scales) + (expert * m.rows + row) * scale_bytes(m);
+  }
+  static int64_t to_zeros(const Matrix& m) {  // from a scale to its zero point
+    return kind == kInt4Zero ? static_cast<const uint8_t*>(m.zeros) - static_cast<const uint8_t*>(m.scales) : 0;
   }
 
   // Fetches the scales and zero points of the panel at `panel`: a stream of their own, too short for the processor to
   // notice.
   void fetch_scales(const Place& panel) const {
-    static constexpr int64_t kSizes[] = {4, 2, 2, 1};
     const Matrix& m = panel.matrix;
-    const int64_t each = groups_in(m) * kSizes[m.scale_type];
-    const int64_t from = (panel.expert * m.rows + panel.row) * each;
-    const int64_t to = from + min64(kPanel, m.rows - panel.row) * each;
-    for (int64_t at = from; at < to; at += kCacheLine) {
-      _mm_prefetch(static_cast<const char*>(m.scales) + at, _MM_HINT_T0);
-      if (kind == kInt4Zero) _mm_prefetch(static_cast<const char*>(m.zeros) + at, _MM_HINT_T0);
+    const uint8_t* const from = scales_of(m, panel.expert, panel.row);
+    const uint8_t* const to = from + min64(kPanel, m.rows - panel.row) * scale_bytes(m);
+    for (const uint8_t* at = from; at < to; at += kCacheLine) {
+      _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+      if (kind == kInt4Zero) _mm_prefetch(reinterpret_cast<const char*>(at + to_zeros(m)), _MM_HINT_T0);
     }
   }
 
@@ -122,23 +131,37 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
       for (int64_t i = 0; i < times; ++i) scales[g * times + i] = scales[g];
   }
 
-  // Rows [row, row + rows) of an expert's matrix; their scales go into the thread's own memory, of which each of two
-  // parts has a half.
-  CodeRows code_rows(const Matrix& m, int64_t expert, int64_t row, int rows, int thread, int part) const {
+  // Rows [row, row + rows) of an expert's matrix, of which this thread reads those before `end` and then the ones at
+  // `then`. Their scales are read as they are stored where the products can do that, unless rows are widened; else they
+  // go into the thread's own memory, of which each of two parts has a half.
+  CodeRows code_rows(const Matrix& m, int64_t expert, int64_t row, int rows, int64_t end, const Place& then,
+                     int64_t passes, int thread, int part) const {
     const int64_t groups = groups_in(m);
+    const uint8_t* const at = row_of(m, expert, row);
+    CodeRows w{at, m.stride, nullptr, nullptr, groups, 1, row_of(m, expert, end), row_of(then), {}, 0, 0};
+    if (C::reads_scales(m.scale_type, a.group) && !widens(passes)) {
+      w.stored = {scales_of(m, expert, row), scales_of(m, expert, end),
+                  scales_of(then.matrix, then.expert, then.row)};
+      w.stored_stride = scale_bytes(m);
+      w.to_zero = to_zeros(m);
+      return w;
+    }
+    // The next rows'.
+    fetch_scales(row + kPanel < end ? Place{m, expert, row + kPanel} : then);
     const int64_t from = (expert * m.rows + row) * groups, count = rows * groups;
     float* scale = p.strips + thread * p.strip_floats + 2 * part * p.scale_floats;
     float* zero = scale + p.scale_floats;
-    const float factor = kind == kE2m1 ? 0.5f : 1.0f;  // its table holds twice the numbers
-    widen_scales(m.scales, m.scale_type, from, count, factor, scale);
-    if (kind == kInt4Zero) widen_scales(m.zeros, m.scale_type, from, count, 1.0f, zero);
+    widen_scales(m.scales, m.scale_type, from, count, scale);
+    if (kind == kInt4Zero) widen_scales(m.zeros, m.scale_type, from, count, zero);
     const int64_t times = a.group / kCodes;
     const bool repeat = C::kEveryStep && times > 1;
     if (repeat) repeat_scales(scale, count, times);
     if (repeat && kind == kInt4Zero) repeat_scales(zero, count, times);
-    const uint8_t* at = row_of(m, expert, row);
-    const int64_t per_group = a.group == 0 ? INT64_MAX : repeat ? 1 : times;
-    return {at, m.stride, scale, zero, repeat ? groups * times : groups, per_group, at + rows * m.stride, at};
+    w.scale = scale;
+    w.zero = zero;
+    w.groups = repeat ? groups * times : groups;
+    w.per_group = a.group == 0 ? INT64_MAX : repeat ? 1 : times;
+    return w;
   }
 
   // tile[n][r] = x[n] . w[r]; from `wide` where that holds the rows widened. Both ways make the same bits.
@@ -149,9 +172,11 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
       for (int r = 0; r < rows; ++r) tile[n * kTile + r] *= w.scale[r];
   }
 
+  bool widens(int64_t passes) const { return passes >= 2 && p.widened_floats != 0; }
+
   // Where rows that several blocks of tokens pass over are widened once, or null where they are widened in passing.
   Wide* widened(const CodeRows& w, int64_t passes, int rows, int64_t size, int thread, int part) const {
-    if (passes < 2 || p.widened_floats == 0) return nullptr;
+    if (!widens(passes)) return nullptr;
     float* to = p.strips + thread * p.strip_floats + p.strip_floats - (2 - part) * p.widened_floats;
     C::widen(w, rows, size, reinterpret_cast<Wide*>(to));
     return reinterpret_cast<Wide*>(to);
@@ -189,13 +214,10 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
       CodeRows parts[2]{};
       const Wide* wide[2]{};
       for (int part = 0; part < this->parts_; ++part) {
-        CodeRows& w = parts[part];
-        w = code_rows(m, task.expert, i + part * a.intermediate_size, rows, at.thread, part);
-        w.end = row_of(m, task.expert, task.end + part * a.intermediate_size);
-        const Place then = start_of(at, next_task, part);
-        w.then = row_of(then);
-        fetch_scales(i + kPanel < task.end ? Place{m, task.expert, i + kPanel + part * a.intermediate_size} : then);
-        wide[part] = widened(w, task.bottom - task.top, rows, a.hidden_size, at.thread, part);
+        const int64_t before = part * a.intermediate_size, passes = task.bottom - task.top;
+        parts[part] = code_rows(m, task.expert, before + i, rows, before + task.end, start_of(at, next_task, part),
+                                passes, at.thread, part);
+        wide[part] = widened(parts[part], passes, rows, a.hidden_size, at.thread, part);
       }
       for (int64_t block = task.top; block < task.bottom; ++block) {
         const int64_t first = blocks.first(block);
@@ -231,10 +253,7 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
     alignas(64) float tile[V::kMaxTokens * kTile] = {};
     for (int64_t row = begin; row < end; row += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, end - row));
-      CodeRows w = code_rows(m, expert, row, rows, thread, 0);
-      w.end = row_of(m, expert, end);
-      w.then = row_of(then);
-      fetch_scales(row + kPanel < end ? Place{m, expert, row + kPanel} : then);
+      const CodeRows w = code_rows(m, expert, row, rows, end, then, blocks.count, thread, 0);
       const Wide* wide = widened(w, blocks.count, rows, a.intermediate_size, thread, 0);
       for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t first = blocks.first(block);
