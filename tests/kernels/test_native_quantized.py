@@ -214,3 +214,25 @@ def test_what_is_refused(rng: torch.Generator) -> None:
     ):
         with pytest.raises(InputError, match=words):
             native_experts(drawn.hidden, drawn.topk_weights, drawn.topk_ids, bad, config)
+
+
+def test_a_tensor_that_is_swapped_or_moved_is_noticed(rng: torch.Generator) -> None:
+    config = ExpertsConfig(num_experts=4, hidden_size=64, intermediate_size=32)
+    weights, _ = _sized("int4_g32", config, rng)
+    drawn = draw(replace(FORMS[0], config=config, tokens=3), torch.float32, rng)
+    inputs = (drawn.hidden, drawn.topk_weights, drawn.topk_ids, weights, config)
+    native_experts(*inputs)  # whatever a call remembers, it remembers now
+    other, tensors = _sized("int4_g32", config, rng)
+    for matrix, new in ((weights.gate_up, other.gate_up), (weights.down, other.down)):
+        matrix.values.data, matrix.scales.data = new.values.clone(), new.scales.clone()
+    assert_close(native_experts(*inputs), replace(drawn, tensors=tensors).expected(config))
+    for tensor, bad in (
+        (weights.down.scales, other.down.scales[:, :-1]),
+        (weights.down.scales, other.down.scales.double()),
+        (weights.gate_up.values, other.gate_up.values.transpose(1, 2).contiguous().mT),
+    ):
+        good = tensor.data
+        tensor.data = bad
+        with pytest.raises(InputError, match=r"gate_up\.values|down\.scales"):
+            native_experts(*inputs)
+        tensor.data = good

@@ -5,7 +5,8 @@ Shape letters: E experts, H hidden, I intermediate, J rows of the first product 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ _STEP = 32  # codes that are widened together; a group is a multiple of it
 _ACTIVATIONS = ("unquantized", "int8_token")
 
 
+@cache
 def _format_refusal(kind: WeightFormat) -> str | None:
     if kind.element not in ("int8", "int4", "e2m1") or kind.name == "nvfp4":
         return f"reads int8, int4 and mxfp4 weights, not {kind.name}"
@@ -62,11 +64,11 @@ def check_tensor(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: tor
     Raises:
         InputError: with its name, what it is and what it must be.
     """
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise InputError(f"{name} is on {tensor.device}; the native kernel reads CPU tensors")
     if tensor.dtype not in dtypes:
         raise InputError(f"{name} is {tensor.dtype}, it must be {' or '.join(map(str, dtypes))}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise InputError(f"{name} has shape {list(tensor.shape)}, it must be {list(shape)}")
 
 
@@ -76,18 +78,34 @@ def _check_codes(tensor: Tensor, name: str, shape: tuple[int, ...], *dtypes: tor
         raise InputError(f"{name} has strides {list(tensor.stride())}, it must be contiguous")
 
 
+class _Stored(NamedTuple):
+    """How a format stores matrices of one size."""
+
+    values: tuple[int, ...]
+    value_dtype: torch.dtype
+    scales: tuple[int, ...]
+    scale_dtypes: tuple[torch.dtype, ...]
+
+
+@cache
+def _stored(kind: WeightFormat, experts: int, rows: int, depth: int) -> _Stored:
+    # Kept from call to call, which is safe because no tensor has a part in it.
+    values, scales = kind.value_shape(rows, depth), kind.scale_shape(rows, depth)
+    return _Stored((experts, *values), kind.value_dtype, (experts, *scales), kind.scale_dtypes)
+
+
 def _check_matrix(matrix: QuantizedMatrix, name: str, experts: int, rows: int, depth: int) -> None:
     kind = matrix.format
-    values = (experts, *kind.value_shape(rows, depth))
-    scales = (experts, *kind.scale_shape(rows, depth))
+    stored = _stored(kind, experts, rows, depth)
     if matrix.depth != depth:
         raise InputError(f"{name} has a depth of {matrix.depth}, it must be {depth}")
-    _check_codes(matrix.values, f"{name}.values", values, kind.value_dtype)
-    _check_codes(matrix.scales, f"{name}.scales", scales, *kind.scale_dtypes)
+    _check_codes(matrix.values, f"{name}.values", stored.values, stored.value_dtype)
+    _check_codes(matrix.scales, f"{name}.scales", stored.scales, *stored.scale_dtypes)
     if kind.zero_points:
         if matrix.zero_points is None:
             raise InputError(f"{name} is {kind.name} and has no zero points")
-        _check_codes(matrix.zero_points, f"{name}.zero_points", scales, matrix.scales.dtype)
+        zero_points = matrix.zero_points
+        _check_codes(zero_points, f"{name}.zero_points", stored.scales, matrix.scales.dtype)
 
 
 def code_fields(weights: QuantizedExpertWeights, config: ExpertsConfig) -> dict[str, Any]:
