@@ -81,7 +81,8 @@ struct ByteCodes {
   using Layout = Steps<Avx512Bf16>;
   using Input = Bf16;
   using Wide = Bf16;
-  static constexpr bool kBytes = false, kEveryStep = false;
+  static constexpr bool kBytes = false;
+  static constexpr bool repeats(int64_t, bool) { return false; }
   static constexpr bool reads_scales(int32_t, int64_t) { return false; }
 
   static int64_t width(int64_t size) { return Layout::width(size); }
@@ -173,7 +174,7 @@ inline __attribute__((noinline)) void bytes_block(const CodeRows& w, int64_t siz
   constexpr int kBytes = 64;
   const uint8_t* ahead = ahead_of(w, R);
   const int8_t* inputs = x + N * kBytes;
-  const int64_t steps = ceil_div(size, kBytes);
+  const int64_t steps = size / kBytes;
   __m512i sum[R][N];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -183,10 +184,10 @@ inline __attribute__((noinline)) void bytes_block(const CodeRows& w, int64_t siz
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kBytes, _MM_HINT_T0);
-    // A row may end within a step.
-    const __mmask64 there = ~0ull >> max64(0, (s + 1) * kBytes - size);
-    bytes_step<R, N>(w.at + s * kBytes, w.stride, there, inputs + s * N * kBytes, sum);
+    bytes_step<R, N>(w.at + s * kBytes, w.stride, ~0ull, inputs + s * N * kBytes, sum);
   }
+  if (const int64_t rest = size % kBytes; rest != 0)  // a row may end within a step
+    bytes_step<R, N>(w.at + steps * kBytes, w.stride, (1ull << rest) - 1, inputs + steps * N * kBytes, sum);
 #pragma GCC unroll 16
   for (int n = 0; n < N; ++n) {
     RoundedRow row;
@@ -201,7 +202,8 @@ struct Codes<Avx512Bf16, kInt8Bytes> {
   using Layout = Steps<Avx512>;  // of what is rounded: rows of floats
   using Input = int8_t;
   using Wide = int8_t;
-  static constexpr bool kBytes = true, kEveryStep = false;
+  static constexpr bool kBytes = true;
+  static constexpr bool repeats(int64_t, bool) { return false; }
   static constexpr bool reads_scales(int32_t, int64_t) { return false; }
 
   static int64_t width(int64_t size) { return rounded_width(size); }

@@ -190,7 +190,7 @@ struct Codes {
   using Input = typename Layout::Input;
   using Wide = float;
   static constexpr bool kBytes = false;       // inputs become bytes
-  static constexpr bool kEveryStep = false;   // a scale for each 32 codes, whatever the group
+  static constexpr bool repeats(int64_t, bool) { return false; }  // a group's scale for each 32 codes
   static constexpr bool reads_scales(int32_t, int64_t) { return false; }  // as stored: of this type and group
 
   static int64_t width(int64_t size) { return Layout::width(size); }

@@ -13,6 +13,9 @@ namespace {
 
 // --- codes of half a byte ----------------------------------------------------------------------------------------------
 
+struct PerChunk {  // the scale of all codes of a chunk
+  float value;
+};
 struct E8m0 {  // a scale: 2^(bits - 127)
   uint8_t bits;
 };
@@ -102,6 +105,7 @@ struct Part {
     const __m128 four = whole ? _mm_loadu_ps(p) : _mm_maskz_loadu_ps((1u << steps) - 1, p);
     return _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(four));
   }
+  __m512 scales(const PerChunk* p) const { return _mm512_set1_ps(p->value); }
   // The same from four scales as they are stored: all four into each quarter, of which one byte or two become floats.
   __m512 scales(const Bf16* p) const {
     const __m128i four = whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
@@ -131,6 +135,10 @@ template <>
 inline const float* scales_at<float>(const CodeRows& w, int r, int64_t step) {
   return w.scale + r * w.groups + step;
 }
+template <>
+inline const PerChunk* scales_at<PerChunk>(const CodeRows& w, int r, int64_t step) {
+  return reinterpret_cast<const PerChunk*>(w.scale + r * w.groups + step / 4);
+}
 template <class S>
 inline const S* zeros_at(const CodeRows& w, int r, int64_t step) {
   return reinterpret_cast<const S*>(w.stored.at + r * w.stored_stride + w.to_zero) + step;
@@ -138,6 +146,10 @@ inline const S* zeros_at(const CodeRows& w, int r, int64_t step) {
 template <>
 inline const float* zeros_at<float>(const CodeRows& w, int r, int64_t step) {
   return w.zero + r * w.groups + step;
+}
+template <>
+inline const PerChunk* zeros_at<PerChunk>(const CodeRows& w, int r, int64_t step) {
+  return reinterpret_cast<const PerChunk*>(w.zero + r * w.groups + step / 4);
 }
 
 // sum + scale * (products - zero * the inputs' sum)
@@ -183,7 +195,7 @@ template <int kind, class S, int R, int N>
 inline __attribute__((noinline)) void nibble_block(const CodeRows& w, int64_t size, const Bf16* x, float* tile) {
   constexpr int64_t kElements = Chunks<kind == kInt4Zero>::kElements;
   const int64_t steps = ceil_div(size, kCodes), chunks = steps / 4;
-  constexpr bool kStored = !kSame<S, float>;
+  constexpr bool kStored = kSame<S, Bf16> || kSame<S, E8m0>;
   const int64_t distance = rows_ahead(w, R);
   const uint8_t* ahead = Stretch{w.at, w.end, w.then}.ahead(distance * w.stride);
   const uint8_t* ahead_scales = kStored ? w.stored.ahead(distance * w.stored_stride) : nullptr;
@@ -269,7 +281,8 @@ struct NibbleCodes {
   using Input = Bf16;
   using Wide = Bf16;
   using Stored = std::conditional_t<kind == kE2m1, E8m0, Bf16>;
-  static constexpr bool kBytes = false, kEveryStep = true;
+  static constexpr bool kBytes = false;
+  static constexpr bool repeats(int64_t group, bool widened) { return widened || group != kChunk; }
   static constexpr bool reads_scales(int32_t type, int64_t group) {
     return group == kCodes && type == (kind == kE2m1 ? kScaleE8m0 : kScaleBfloat16);
   }
@@ -299,8 +312,10 @@ struct NibbleCodes {
     constexpr int R = 4;
     if (tokens == N)
       return for_row_blocks<R>(w, rows, [&](const CodeRows& some, int r) {
-        some.stored.at == nullptr ? nibble_block<kind, float, R, N>(some, size, x, tile + r)
-                                  : nibble_block<kind, Stored, R, N>(some, size, x, tile + r);
+        if (some.stored.at != nullptr) return nibble_block<kind, Stored, R, N>(some, size, x, tile + r);
+        if (kind != kE2m1 && some.per_group == kChunk / kCodes)
+          return nibble_block<kind, PerChunk, R, N>(some, size, x, tile + r);
+        nibble_block<kind, float, R, N>(some, size, x, tile + r);
       });
     if constexpr (N < Avx512Bf16::kMaxTokens) dot<N + 1>(tokens, w, rows, size, x, tile);
   }

@@ -162,6 +162,8 @@ class Experts {
   X* pack(const UpTask& task, const Blocks& blocks, Cursor& at, int64_t width, const Put& put) const {
     auto* packed = reinterpret_cast<X*>(p.packed + at.thread * p.packed_floats);
     if (at.packed_expert == task.expert && at.packed_first == task.first) return packed;
+    // One token, once to an expert: they all read the same.
+    if (at.packed_expert >= 0 && a.tokens == 1 && p.num_active == p.num_slots && !a.weight_on_input) return packed;
     at.packed_expert = task.expert;
     at.packed_first = task.first;
     for (int64_t slot = 0; a.gate_up_columns && slot < task.tokens; ++slot)

@@ -154,7 +154,7 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
     widen_scales(m.scales, m.scale_type, from, count, scale);
     if (kind == kInt4Zero) widen_scales(m.zeros, m.scale_type, from, count, zero);
     const int64_t times = a.group / kCodes;
-    const bool repeat = C::kEveryStep && times > 1;
+    const bool repeat = times > 1 && C::repeats(a.group, widens(passes));
     if (repeat) repeat_scales(scale, count, times);
     if (repeat && kind == kInt4Zero) repeat_scales(zero, count, times);
     w.scale = scale;
