@@ -119,8 +119,9 @@ def test_refused(call: Callable[[Tensor, Tensor], Tensor], rng: torch.Generator)
 
 
 def test_the_public_functions_choose(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
-    x, weight = torch.randn(3, 8, generator=rng), torch.randn(6, 8, generator=rng)
-    many = torch.randn(dense.FEW_ROWS + 1, 8, generator=rng)
+    x = torch.randn(3, 8, generator=rng).bfloat16()
+    weight = torch.randn(6, 8, generator=rng).bfloat16()
+    many = torch.randn(dense.FEW_ROWS + 1, 8, generator=rng).bfloat16()
     called = []
     own = dense.linear
     monkeypatch.setattr(dense, "linear", lambda *given: called.append(given) or own(*given))
@@ -130,6 +131,7 @@ def test_the_public_functions_choose(monkeypatch: pytest.MonkeyPatch, rng: torch
     public.linear(many, weight)
     public.linear(x, weight, in_torch=True)
     public.linear(x.double(), weight.double())
+    public.linear(x.float(), weight.float())
     public.gated_linear(x, weight, None, Activation(function=torch.tanh))
     public.gated_linear(x, weight, None, Activation(limit=1.0))
     assert len(called) == 2

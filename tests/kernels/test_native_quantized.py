@@ -142,7 +142,7 @@ def test_rounded_activations(
     effect = (plain - expected).norm() / expected.norm()
     assert effect > 1e-3
     # bfloat16 inputs of half the largest one lie between two codes, and the output is rounded.
-    share = 0.3 if dtype == torch.float32 else 0.7
+    share = 0.3 if dtype == torch.float32 else 0.8
     assert error < share * effect + torch.finfo(dtype).eps / 4
 
 

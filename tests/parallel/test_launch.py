@@ -125,7 +125,7 @@ def test_generate_over_two_ranks() -> None:
 def test_generate_refuses_in_one_line() -> None:
     done = moetor("generate", "--prompt", "a", "-tp", "2", "--num-redundant-experts", "2")
     assert done.returncode == 2
-    assert "num_redundant_experts needs enable_expert_parallel=True" in done.stderr
+    assert "--num-redundant-experts needs --enable-expert-parallel" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
