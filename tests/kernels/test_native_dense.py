@@ -118,6 +118,16 @@ def test_refused(call: Callable[[Tensor, Tensor], Tensor], rng: torch.Generator)
         call(torch.randn(2, 8, generator=rng), torch.randn(4, 8, generator=rng))
 
 
+def test_torch_is_taken_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    """Also by the float32 product, on a GPU, of which this machine is made to look like one."""
+    monkeypatch.setattr(public, "_launches", lambda _, in_torch: not in_torch)
+    x, weight = torch.randn(2, 8, generator=rng).bfloat16(), torch.randn(4, 8, generator=rng)
+    found = public.linear_float32(x, weight, in_torch=True)
+    assert torch.equal(found, torch.nn.functional.linear(x.float(), weight))
+
+
 def test_the_public_functions_choose(monkeypatch: pytest.MonkeyPatch, rng: torch.Generator) -> None:
     x = torch.randn(3, 8, generator=rng).bfloat16()
     weight = torch.randn(6, 8, generator=rng).bfloat16()

@@ -182,12 +182,12 @@ class EngineLoop:
             finished = finished or request.finished
             if request.error is not None:
                 self._errors.append(request.error)
-        self._send(news, tokens, at_once=finished)
+        self._send(tokens, news, at_once=finished)
 
     def _send(
         self,
-        news: list[RequestNews],
         tokens: list[tuple[str, int]],
+        news: list[RequestNews],
         *,
         dead: str | None = None,
         at_once: bool = True,

@@ -357,9 +357,7 @@ class RankedCore(EngineCore):
             with suppress(RuntimeError):
                 self._order("end", None if error is None else str(error))
 
-    def _order(
-        self, what: Literal["step", "rest", "load", "end"], error: str | None = None
-    ) -> None:
+    def _order(self, what: _Next, error: str | None = None) -> None:
         done, self._done = self._done, []
         broadcast(_Orders(what, done, error), self.groups.world)
 

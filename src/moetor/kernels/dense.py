@@ -46,9 +46,7 @@ def _launches(tensor: Tensor, in_torch: bool) -> bool:
 
 def _native(tensor: Tensor, in_torch: bool) -> bool:
     """Whether the native library computes it."""
-    if in_torch or tensor.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return native.ready(tensor)
+    return not in_torch and not torch.compiler.is_compiling() and native.ready(tensor)
 
 
 def _native_rows(x: Tensor, weight: Tensor, in_torch: bool) -> bool:
@@ -229,7 +227,7 @@ def linear_float32(
         from moetor.kernels.triton import rows
 
         return rows.few_rows(x, weight, bias, None, dtype=torch.float32)
-    return linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _few(x: Tensor, outputs: int, in_torch: bool) -> bool:
