@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moetor.cli.main import main
-from moetor.huggingface import loading
+from moetor.huggingface import dummy, loading
 from moetor.huggingface.devices import find_device
 from moetor.parallel.eplb.statistics import save_loads
 
@@ -20,12 +20,13 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def _nothing_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight that is read fails the test."""
+    """A weight that is read or drawn fails the test."""
 
-    def stream_weights(*_: Any, **__: Any) -> None:
+    def weights(*_: Any, **__: Any) -> None:
         pytest.fail("weights were read")
 
-    monkeypatch.setattr(loading, "stream_weights", stream_weights)
+    monkeypatch.setattr(loading, "stream_weights", weights)
+    monkeypatch.setattr(dummy, "_draw_apart", weights)
 
 
 @pytest.fixture
@@ -142,6 +143,28 @@ def test_a_model_or_device_that_is_not_there_is_status_1(
 ) -> None:
     status, text = refused(line, capsys)
     assert said in text
+    assert status == 1
+
+
+@pytest.mark.usefixtures("_nothing_loads")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --prompt x --kernel triton",
+        "generate --prompt x --kernel triton --level experts",
+        "generate --prompt x --kernel triton --quantization int8",
+        "chat --kernel triton",
+        "experts --kernel triton",
+        "verify --kernel triton",
+        "verify --kernel triton --quantization int8",
+        "bench latency --kernel triton",
+        "bench latency --kernel triton --load-format dummy --quantization int8",
+    ],
+)
+def test_a_kernel_is_refused_before_weights_are_read(line: str, capsys: Captured) -> None:
+    status, text = refused(line, capsys)
+    assert "kernel 'triton' was asked for and runs on NVIDIA GPUs, not on cpu" in text
     assert status == 1
 
 

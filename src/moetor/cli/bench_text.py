@@ -140,8 +140,16 @@ def _load(options: TextBenchOptions, config: Any, device: torch.device) -> Any:
     if options.load_format == "dummy":
         dtype = _dtype(options, config)
         made = loading.model_class(config)
-        seed, quantization = options.seed, options.quantization
-        model = dummy_model(config, made, dtype, device, seed, quantization, offload)
+        model = dummy_model(
+            config,
+            made,
+            dtype,
+            device,
+            options.seed,
+            quantization=options.quantization,
+            cpu_experts=offload,
+            kernel=options.kernel,
+        )
         note(f"drew {sum(one.numel() for one in model.parameters()) / 1e6:,.1f} million weights")
         return model
     with progress(f"loading {options.model}", "tensors") as loaded:

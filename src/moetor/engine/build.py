@@ -318,7 +318,8 @@ def _dummy(source: ModelSource, config: EngineConfig) -> Any:
     made = loading.model_class(settings)
     quantization = None if source.level == "none" else source.quantization
     offload = source.cpu_experts if source.level != "none" else None
-    return dummy_model(settings, made, dtype, device, config.seed, quantization, offload)
+    kernel = source.kernel if source.level != "none" else None
+    return dummy_model(settings, made, dtype, device, config.seed, quantization, offload, kernel)
 
 
 def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionReport | None:

@@ -18,6 +18,7 @@ from moetor.config import ExpertsConfig
 from moetor.errors import ConfigError
 from moetor.huggingface.block_form import find_packed
 from moetor.huggingface.experts_form import Unrecognised, recognise_experts
+from moetor.huggingface.kernel_check import check_kernels
 from moetor.huggingface.load_steps import no_info
 from moetor.huggingface.offloading import HostExperts, leave_host_experts, plan_offload
 from moetor.huggingface.quantized_loading import hold_experts
@@ -73,6 +74,7 @@ def dummy_model(
     seed: int,
     quantization: str | QuantConfig | None = None,
     cpu_experts: CpuExperts | OffloadConfig | None = None,
+    kernel: str | None = None,
 ) -> PreTrainedModel:
     """A model of `config` in eval mode with random weights, drawn on `device` in `dtype`.
 
@@ -85,28 +87,38 @@ def dummy_model(
             a layer have the codes of one, its rows shifted; the model is for `fuse` alone.
         cpu_experts: which experts are made in host memory, all of a layer from one as well, for
             `fuse` with the same argument.
+        kernel: that `fuse` is to be called with, refused before a weight is drawn; None where the
+            model is not to be fused.
 
     Raises:
         ConfigError: the family does not make a model of this configuration, or the experts do not
             fit where `cpu_experts` says.
+        KernelRefusedError: the kernel does not run the experts.
     """
     quant, offload = quant_config(quantization), offload_config(cpu_experts)
     by_hand = quant is not None or offload is not None
-    make = getattr(model_class, "from_config", None) or model_class._from_config
+    make = partial(_made, getattr(model_class, "from_config", None) or model_class._from_config)
+    method = make_method(quantization, kernel or "auto", batch_invariant=False)
+    if kernel is not None:
+        check_kernels(make(config, dtype, torch.device("meta")), method, device, dtype)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        try:
-            with torch.device("meta" if by_hand else device):
-                model: PreTrainedModel = make(config, dtype=dtype)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"no model could be made of this configuration: {error}") from error
+        model = make(config, dtype, torch.device("meta") if by_hand else device)
         if by_hand:
             away: HostExperts | None = None
             if offload is not None:
-                method = make_method(quantization, "auto", batch_invariant=False)
                 away = HostExperts(*plan_offload(model, offload, device, method, dtype), {})
             _draw_apart(model, quant, away, dtype, device)
     return model.eval().requires_grad_(False)
+
+
+def _made(make: Any, config: Any, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        with device:
+            model: PreTrainedModel = make(config, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"no model could be made of this configuration: {error}") from error
+    return model
 
 
 def _draw_apart(

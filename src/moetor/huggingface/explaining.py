@@ -38,12 +38,11 @@ from moetor.huggingface.stored_quantization import (
     stored_quantization,
     stored_settings,
 )
-from moetor.kernels.formats import canonical
 from moetor.kernels.select import KernelChoice
 from moetor.layer.offload import MemoryPlan
 from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import QuantizedMethod, make_method, quant_config
+from moetor.quantization.method import make_method, quant_config
 from moetor.quantization.sink import quantized_bytes
 
 
@@ -255,7 +254,7 @@ class _Explainer:
         )
 
     def _choice(self, config: ExpertsConfig, top_k: int) -> KernelChoice:
-        form = canonical(config) if isinstance(self.method, QuantizedMethod) else config
+        form = self.method.stored_form(config)
         return self.method.choice(form, top_k, self.device, self.dtype)
 
     def _experts(self, config: ExpertsConfig) -> dict[str, Any]:

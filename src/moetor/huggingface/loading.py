@@ -15,13 +15,13 @@ from moetor.errors import CheckpointError, ConfigError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader
 from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.expert_mapping import ExpertNames
+from moetor.huggingface.kernel_check import check_kernels
 from moetor.huggingface.load_plan import make_plan
 from moetor.huggingface.load_steps import LoadPlan
 from moetor.huggingface.offloading import HostExperts, leave_host_experts, plan_offload
 from moetor.huggingface.quantized_checkpoint import QuantizedCheckpoint
 from moetor.huggingface.quantized_loading import (
     QuantizingSink,
-    check_kernel,
     hold_experts,
     quantizable_experts,
 )
@@ -135,7 +135,7 @@ def load_model(
         device: a torch device, or `auto`: CUDA where there is one, else the CPU.
         quantization: of the routed experts, each quantised as it is read; the model is then for
             `fuse` alone.
-        kernel: that is to compute with them, refused before anything is read.
+        kernel: that is to compute with them, refused before a weight is read.
         for_fusing: whether `fuse` is called next, which alone makes the experts of a quantised
             checkpoint usable.
         sharded: whether `fuse(parallel=...)` is called next, which then reads this rank's share of
@@ -148,6 +148,7 @@ def load_model(
         CheckpointError: files are missing, truncated, corrupt or pickled; tensors are missing,
             doubled or of another shape.
         ConfigError: unknown dtype or device; or the experts do not fit where `cpu_experts` says.
+        KernelRefusedError: the kernel, named or for a model to be fused, does not run its experts.
         UnsupportedError: the checkpoint is quantised, and `for_fusing` is not said; or quantised
             in a way that is not read.
     """
@@ -177,7 +178,8 @@ class LoadOptions:
         key_mapping: regular expressions and replacements for the checkpoint's names.
         expert_names: of a checkpoint whose experts have names that no table knows.
         quantization: of the experts' weights, as they are read.
-        kernel: that is to compute with quantised experts, refused before anything is read.
+        quantized_later: the quantisation that `fuse` is to give them, read as they are.
+        kernel: that is to compute with the experts, refused before a weight is read.
         fused: whether the model will be fused, which alone makes quantised experts usable.
         sharded: leave the experts' matrices out, for `fuse` to read and quantise this rank's share
             once the model has been spread; unless they are quantised in the checkpoint.
@@ -191,6 +193,7 @@ class LoadOptions:
     key_mapping: Mapping[str, str] | None = None
     expert_names: ExpertNames | None = None
     quantization: QuantConfig | None = None
+    quantized_later: QuantConfig | None = None
     kernel: str = "auto"
     fused: bool = False
     sharded: bool = False
@@ -220,6 +223,8 @@ def stream_model(
     with one_sentence(model):
         checkpoint = open_checkpoint(local_folder(source, options.revision), config)
         empty, plan, dtype = _planned(made, config, source, checkpoint, options)
+        if options.fused or options.kernel != "auto":
+            check_kernels(empty, _method(checkpoint, options), options.device, dtype)
         reader = CheckpointReader(checkpoint)
         if isinstance(checkpoint, QuantizedCheckpoint):
             reader = QuantizedReader(checkpoint)
@@ -232,7 +237,7 @@ def stream_model(
             sink: PlainSink = WithholdingSink(dict(empty.state_dict()), options.device, withheld)
         else:
             host = () if away is None else away.modules
-            sink = _sink(empty, plan, checkpoint, options, dtype, host)
+            sink = _sink(empty, plan, checkpoint, options, host)
         figures = stream_weights(
             empty,
             plan,
@@ -301,7 +306,6 @@ def _sink(
     plan: LoadPlan,
     checkpoint: Checkpoint,
     options: LoadOptions,
-    dtype: torch.dtype,
     host: Collection[str],
 ) -> PlainSink:
     """Where the weights go: as they are, quantised on the way, or as the checkpoint's codes."""
@@ -312,8 +316,15 @@ def _sink(
     if options.quantization is None:
         return PlainSink(shapes, device, host)
     forms = quantizable_experts(empty, plan)
-    check_kernel(forms, options.quantization, options.kernel, device, dtype)
     return QuantizingSink(shapes, device, forms, options.quantization, host)
+
+
+def _method(checkpoint: Checkpoint, options: LoadOptions) -> QuantMethod:
+    """That computes with the experts once they are fused."""
+    if isinstance(checkpoint, QuantizedCheckpoint):
+        return described(checkpoint).method(options.kernel)
+    quantization = options.quantization or options.quantized_later
+    return make_method(quantization, options.kernel, batch_invariant=False)
 
 
 def _plan_offload(
@@ -327,9 +338,7 @@ def _plan_offload(
     assert options.offload is not None, "asked by the caller"
     if options.sharded:
         raise ConfigError("cpu_experts and parallel cannot be had together; leave one None")
-    method: QuantMethod = make_method(options.quantization, options.kernel, batch_invariant=False)
-    if isinstance(checkpoint, QuantizedCheckpoint):
-        method = described(checkpoint).method(options.kernel)
+    method = _method(checkpoint, options)
     found, modules = plan_offload(empty, options.offload, options.device, method, dtype)
     computed = [module for module in modules if module not in quantizable_experts(empty, plan)]
     if computed:

@@ -23,7 +23,7 @@ from moetor.huggingface.modules import FusedMoEBlock, fused_modules
 from moetor.huggingface.report import BlockReport
 from moetor.huggingface.report_lines import top_k_of
 from moetor.huggingface.split_experts import SplitExperts
-from moetor.kernels.formats import canonical, find_format
+from moetor.kernels.formats import find_format
 from moetor.layer.experts import Experts
 from moetor.layer.offload import ExpertOffload, LayerNeed, MemoryPlan, plan_memory
 from moetor.layer.offload.host import check_host
@@ -95,8 +95,7 @@ def plan_offload(
     plan = plan_memory(needs, dense, config, gpu_memory=gpu, host_memory=host)
     away = found[len(found) - len(plan.layers) :]
     for one in away:
-        form = canonical(one.form) if method.weight_format != "unquantized" else one.form
-        check_host(method, form, one.top_k, dtype, one.path)
+        check_host(method, method.stored_form(one.form), one.top_k, dtype, one.path)
     return plan, tuple(one.module for one in away)
 
 

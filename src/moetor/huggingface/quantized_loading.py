@@ -21,9 +21,8 @@ from moetor.huggingface.fused_experts import FusedExperts
 from moetor.huggingface.load_steps import LoadPlan, Streamed
 from moetor.huggingface.modules import FusedMoEBlock
 from moetor.huggingface.streaming import PlainSink, stand_in
-from moetor.kernels.formats import QuantizedExpertWeights, canonical
+from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.quant_config import QuantConfig
-from moetor.quantization.method import make_method
 from moetor.quantization.sink import QuantizedSink
 
 # Experts of a stand-in differ by a shift of this many elements, a whole number of cache lines.
@@ -44,23 +43,6 @@ def quantizable_experts(model: nn.Module, plan: LoadPlan) -> dict[str, ExpertsCo
         if {f"{module}.{up}", f"{module}.down_proj"} <= streamed:
             forms[module] = form
     return forms
-
-
-def check_kernel(
-    forms: Mapping[str, ExpertsConfig],
-    quant: QuantConfig,
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Refuses a kernel that does not read the format, before a weight is read.
-
-    Raises:
-        KernelRefusedError: it does not.
-    """
-    method = make_method(quant, kernel, batch_invariant=False)
-    for form in set(forms.values()):
-        method.choice(canonical(form), 1, device, dtype)
 
 
 class QuantizingSink(PlainSink):

@@ -14,7 +14,7 @@ from moetor.errors import FusionError, InputError, MoetorError
 from moetor.huggingface.fused_experts import FusedExperts
 from moetor.huggingface.modules import FusedMoEBlock
 from moetor.huggingface.trial import TRIAL_TOKENS, random_hidden
-from moetor.kernels.formats import QuantizedExpertWeights, canonical
+from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.routing import Routing
 from moetor.layer.experts import POST_NORM_NAME, Experts
 from moetor.layer.quantized_experts import QuantizedExperts, method_for
@@ -54,7 +54,7 @@ def check_quantizable(module: FusedMoEBlock | FusedExperts, path: str, quant: Qu
     if not isinstance(experts.method, ModularMethod):
         raise FusionError(f"block {path!r} uses quant method {experts.method.name!r}")
     method = _method(experts, quant)
-    method.choice(canonical(experts.config), experts.top_k, experts.device, experts.dtype)
+    method.choice(method.stored_form(experts.config), experts.top_k, experts.device, experts.dtype)
     for name, tensor in (("gate_up", experts.weights.gate_up), ("down", experts.weights.down)):
         for expert, weight in enumerate(tensor):
             if not bool(torch.isfinite(weight).all()):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from moetor.demo import heldout_text
 from moetor.errors import FusionMismatchError
 from moetor.huggingface.any_size import call_original
+from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.fuse_options import FuseLevel, Progress, check_request
 from moetor.huggingface.fusing import fuse, unfuse
-from moetor.huggingface.loading import load_model, load_tokenizer
+from moetor.huggingface.loading import LoadOptions, load_tokenizer, stream_model
 from moetor.huggingface.report import BlockReport
 from moetor.huggingface.sources import DEMO
 from moetor.huggingface.trial import relative_error, tolerance
@@ -142,13 +143,15 @@ def verify(
     check_request(level, kernel, quantization)
     quant = quant_config(quantization)
     if isinstance(model, str):
-        live: nn.Module = load_model(
-            model,
-            dtype=dtype,
-            device=device,
+        options = LoadOptions(
+            dtype=find_dtype(dtype),
+            device=find_device(device),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            quantized_later=quant,
+            kernel=kernel,
         )
+        live: nn.Module = stream_model(model, options)[0]
     else:
         live = model if quant is None else copy.deepcopy(model)
     measured = _Measured(live, _demo_ids(live) if model == DEMO else None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moetor.config import ExpertsConfig, RouterConfig
 from moetor.kernels.base import KernelQuery, Weights
+from moetor.kernels.formats import canonical
 from moetor.kernels.routing import Routing
 from moetor.kernels.select import KernelChoice, select_kernel, select_router
 from moetor.quant_config import QuantConfig, find_quantization, quantization_name
@@ -48,6 +49,10 @@ class QuantMethod(ABC):
             activation_format=self.activation_format,
             batch_invariant=self.batch_invariant,
         )
+
+    def stored_form(self, config: ExpertsConfig) -> ExpertsConfig:
+        """The form in which this method keeps experts of `config`."""
+        return config
 
     def choice(
         self, config: ExpertsConfig, top_k: int, device: torch.device, dtype: torch.dtype
@@ -125,6 +130,10 @@ class QuantizedMethod(ModularMethod):
         self.weight_format = weight_format
         self.activation_format = activation_format
         self.name = name or quantization_name(weight_format, activation_format)
+
+    def stored_form(self, config: ExpertsConfig) -> ExpertsConfig:
+        """See `QuantMethod.stored_form`."""
+        return canonical(config)
 
 
 class UnquantizedMonolithicMethod(MonolithicMethod):
