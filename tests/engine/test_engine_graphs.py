@@ -19,7 +19,8 @@ from engine.engine_cases import (
     random_prompts,
     run_staggered,
 )
-from moetor.engine import SamplingParams, graphs, prompt_graphs
+from moetor.engine import SamplingParams, graphs, prompt_graphs, runner, sampler
+from moetor.engine.launched import Launched, Started
 
 
 def rerun(
@@ -44,11 +45,11 @@ def test_replayed_steps_give_the_tokens_of_generate(
     prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
     wanted = [own_tokens(name, model, prompt) for prompt in prompts]
     engine = make_engine(model, max_num_seqs=5)
-    runner = engine.core.runner
-    runner.graphs.capture()
+    made = engine.core.runner
+    made.graphs.capture()
     # poison what no row may depend on: block 0, and what is left from the capture
-    assert runner.cache is not None
-    for blocks in runner.cache.blocks.values():
+    assert made.cache is not None
+    for blocks in made.cache.blocks.values():
         blocks.keys[0] = 3.0
         blocks.values[0] = -5.0
     engine.core._overlap = True
@@ -100,13 +101,13 @@ def test_steps_with_prompts_are_replayed_too(name: str, monkeypatch: pytest.Monk
     prompts = random_prompts(model, (11, 37, 1, 24, 13), seed=5)
     wanted = [own_tokens(name, model, prompt) for prompt in prompts]
     engine = make_engine(model, max_num_seqs=4, max_num_batched_tokens=21)
-    runner = engine.core.runner
-    runner.graphs.capture()
-    runner.graphs.capture_prompts(21)
-    assert runner.graphs.prompts is not None
-    assert runner.graphs.prompts._sizes == [16, 21]
-    assert runner.cache is not None
-    for blocks in runner.cache.blocks.values():
+    made = engine.core.runner
+    made.graphs.capture()
+    made.graphs.capture_prompts(21)
+    assert made.graphs.prompts is not None
+    assert made.graphs.prompts._sizes == [16, 21]
+    assert made.cache is not None
+    for blocks in made.cache.blocks.values():
         blocks.keys[0] = 3.0
         blocks.values[0] = -5.0
     engine.core._overlap = True
@@ -139,4 +140,44 @@ def test_what_a_graph_of_prompts_does_not_do(monkeypatch: pytest.MonkeyPatch) ->
         found.append([done[str(i)].outputs[0].token_ids for i in range(3)])
         assert done["0"].prompt_logprobs is not None
         assert len(done["0"].prompt_logprobs) == 11
+    assert found[0] == found[1]
+
+
+def test_what_the_host_reads_was_copied_before_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading from the device later would wait for the step that was launched meanwhile."""
+    model = make_model("qwen3_moe", 3)
+    prompts = random_prompts(model, (11, 7, 3), seed=5)
+    params = [
+        SamplingParams(max_tokens=5, temperature=0, prompt_logprobs=2, ignore_eos=True),
+        SamplingParams(max_tokens=9, seed=4, top_p=0.9, logprobs=2, ignore_eos=True),
+        greedy(7, logprobs=3),
+    ]
+    found = []
+    for emulated in (False, True):
+        engine = make_engine(model)
+        if emulated:
+            engine.core._overlap = True
+            for module in (runner, sampler):
+                monkeypatch.setattr(module, "to_host", torch.clone)
+            fetch = engine.core.runner._fetched
+
+            def spoiling(
+                started: Started, parts: Any, sampled: Any, fetch: Any = fetch
+            ) -> Launched:
+                launched = fetch(started, parts, sampled)
+                told = [] if sampled is None else [sampled.logprobs]
+                for one in filter(None, [*told, *(found for _, found in started.prompts)]):
+                    for tensor in (one.taken_R, one.rank_R, one.top_RN, one.ids_RN):
+                        tensor.fill_(1)
+                if sampled is not None:
+                    sampled.tokens_R.fill_(1)
+                return launched
+
+            monkeypatch.setattr(engine.core.runner, "_fetched", spoiling)
+        done = run_staggered(engine, prompts, params, every=1)
+        outputs = [done[str(i)].outputs[0] for i in range(3)]
+        found.append(([(o.token_ids, o.logprobs) for o in outputs], done["0"].prompt_logprobs))
+        assert_empty(engine)
     assert found[0] == found[1]

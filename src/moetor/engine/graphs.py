@@ -21,8 +21,6 @@ from moetor.engine.batch import HostInputs
 from moetor.engine.cache import Batch
 
 _BUFFERS = 3
-# ids, positions, rows, slots, lengths
-_COLUMNS = 5
 
 Captured = TypeVar("Captured")
 Decode = Callable[[Tensor, Tensor, Tensor, Batch], Tensor]
@@ -39,13 +37,67 @@ def graph_sizes(most: int) -> list[int]:
     return [*sizes, most]
 
 
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Views of one buffer, in the dtypes that operations take, so that a graph converts nothing.
+
+    Attributes:
+        ids_S, positions_S, rows_S, slots_S: int64.
+        lens_S: int32.
+        table_SM: int32, blocks.
+        pending_S: bool, whether the id is the token that the row sampled last.
+    """
+
+    ids_S: Tensor
+    positions_S: Tensor
+    rows_S: Tensor
+    slots_S: Tensor
+    lens_S: Tensor
+    table_SM: Tensor
+    pending_S: Tensor
+
+    @classmethod
+    def of(cls, buffer: Tensor, size: int, max_blocks: int) -> _Inputs:
+        """Those of a buffer int32 of the length that `length` gives."""
+        wide, lens, table, flags = buffer.split([8 * size, size, size * max_blocks, -(-size // 4)])
+        ids, positions, rows, slots = wide.view(torch.int64).view(4, size)
+        pending = flags.view(torch.bool)[:size]
+        return cls(ids, positions, rows, slots, lens, table.view(size, max_blocks), pending)
+
+    @staticmethod
+    def length(size: int, max_blocks: int) -> int:
+        """Of a buffer, in numbers of int32."""
+        return 9 * size + size * max_blocks + -(-size // 4)
+
+    def fill(self, host: HostInputs, spare_row: int) -> None:
+        """Writes a step's inputs; rows behind them belong to nobody."""
+        count = len(host.rows_S)
+        ids: npt.NDArray[np.int64] = self.ids_S.numpy()
+        pending: npt.NDArray[np.bool_] = self.pending_S.numpy()
+        np.maximum(host.ids_T, 0, out=ids[:count])
+        np.less(host.ids_T, 0, out=pending[:count])
+        ids[count:], pending[count:] = 0, False
+        columns = (
+            (self.positions_S, host.positions_T, 0),
+            (self.rows_S, host.rows_S, spare_row),
+            (self.slots_S, host.slots_T, 0),
+            (self.lens_S, host.lens_S, 1),
+        )
+        for tensor, given, nobody in columns:
+            column: npt.NDArray[Any] = tensor.numpy()
+            column[:count], column[count:] = given, nobody
+        table: npt.NDArray[np.int32] = self.table_SM.numpy()
+        table[:count, : host.table_SM.shape[1]] = host.table_SM
+        table[count:, 0] = 0
+
+
 @dataclass(slots=True)
 class _Graph:
     """One captured size.
 
     Attributes:
-        given: int32, on the device: columns of each row, then the block table.
-        hosts: pinned buffers that take turns, because a copy may still be waiting.
+        given: on the device, what the graph reads.
+        hosts: pinned buffers that take turns, because a copy may still be waiting; and their views.
         kept: tensors from outside of the graph's own memory that it reads: they must live as long
             as it does.
     """
@@ -53,26 +105,17 @@ class _Graph:
     size: int
     replay: Callable[[], None]
     given: Tensor
-    hosts: list[Tensor]
+    hosts: list[tuple[Tensor, _Inputs]]
     logits: Tensor
     tokens: Tensor
     kept: tuple[Tensor, ...]
     turn: int = 0
 
     def fill(self, host: HostInputs, spare_row: int) -> None:
-        """Gives the graph the inputs of a step."""
-        buffer = self.hosts[self.turn]
+        """Gives the graph the inputs of a step, in one copy."""
+        buffer, views = self.hosts[self.turn]
         self.turn = (self.turn + 1) % _BUFFERS
-        view: npt.NDArray[np.int32] = buffer.numpy()
-        count, size = len(host.rows_S), self.size
-        columns = view[: _COLUMNS * size].reshape(_COLUMNS, size)
-        given = (host.ids_T, host.positions_T, host.rows_S, host.slots_T, host.lens_S)
-        for row, array in enumerate(given):
-            columns[row, :count] = array
-        columns[:, count:] = np.array([[0], [0], [spare_row], [0], [1]], dtype=np.int32)
-        table = view[_COLUMNS * size :].reshape(size, -1)
-        table[:count, : host.table_SM.shape[1]] = host.table_SM
-        table[count:, 0] = 0
+        views.fill(host, spare_row)
         self.given.copy_(buffer, non_blocking=True)
 
 
@@ -142,34 +185,35 @@ class DecodeGraphs:
 
     def _capture(self, size: int, pool: Any) -> _Graph:
         device = self._last_token_P.device
-        length = size * (_COLUMNS + self._max_blocks)
+        length = _Inputs.length(size, self._max_blocks)
         given = torch.zeros(length, dtype=torch.int32, device=device)
-        columns = given[: _COLUMNS * size].view(_COLUMNS, size)
-        columns[2] = self._last_token_P.shape[0] - 1
-        columns[4] = 1
-        table = given[_COLUMNS * size :].view(size, self._max_blocks)
+        inputs = _Inputs.of(given, size, self._max_blocks)
+        inputs.rows_S.fill_(self._last_token_P.shape[0] - 1)
+        inputs.lens_S.fill_(1)
         starts = torch.arange(size + 1, dtype=torch.int32, device=device)
 
         def step() -> tuple[Tensor, Tensor]:
-            ids, positions, rows, slots, lens = columns.unbind()
-            rows = rows.long()
-            ids = torch.where(ids < 0, self._last_token_P[rows], ids.long())
+            rows = inputs.rows_S
+            ids = torch.where(inputs.pending_S, self._last_token_P[rows], inputs.ids_S)
             batch = Batch(
-                slots_T=slots.long(),
-                block_table_SM=table,
-                seq_lens_S=lens,
+                slots_T=inputs.slots_S,
+                block_table_SM=inputs.table_SM,
+                seq_lens_S=inputs.lens_S,
                 query_start_S1=starts,
                 num_decodes=size,
                 max_query_len=1,
             )
-            logits = self._decode(ids, positions.long(), rows, batch)
+            logits = self._decode(ids, inputs.positions_S, rows, batch)
             tokens = logits.argmax(-1)
             self._last_token_P.index_copy_(0, rows, tokens)
             return logits, tokens
 
         replay, (logits, tokens) = record(step, device, pool)
         pinned = device.type == "cuda"
-        hosts = [torch.zeros(length, dtype=torch.int32, pin_memory=pinned) for _ in range(_BUFFERS)]
+        hosts = []
+        for _ in range(_BUFFERS):
+            buffer = torch.zeros(length, dtype=torch.int32, pin_memory=pinned)
+            hosts.append((buffer, _Inputs.of(buffer, size, self._max_blocks)))
         return _Graph(size, replay, given, hosts, logits, tokens, (starts, self._last_token_P))
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from moetor.engine.batch import kept_rows
 from moetor.engine.outputs import Logprob
-from moetor.engine.sampler import Sampled, TokenLogprobs, token_logprobs
+from moetor.engine.sampler import TokenLogprobs, token_logprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
+from moetor.engine.transfer import to_device
 from moetor.errors import ParallelError
 from moetor.parallel.launch import NO_ANSWER
 
@@ -74,17 +75,20 @@ class Launched:
     """A step that is under way on the device.
 
     Attributes:
+        tokens_R, logprobs: what was sampled, on the host once the event has come.
+        prompts: log-probabilities of prompts, likewise.
+        event: behind the last copy to the host; None on a CPU.
         patience: seconds that its result is waited for at most; None for as long as it takes.
     """
 
     step: Step
     parts: list[Scheduled]
-    sampled: Sampled | None
+    tokens_R: Tensor | None
+    logprobs: TokenLogprobs | None
     prompts: list[tuple[Scheduled, TokenLogprobs]]
     errors: dict[Sequence, Exception]
     model_seconds: float
     event: Any = None
-    host_tokens: Tensor | None = None
     patience: float | None = None
 
     def result(self) -> StepResult:
@@ -93,13 +97,13 @@ class Launched:
         tokens: list[int] = []
         if self.event is not None:
             self._wait()
-        if self.host_tokens is not None:
-            tokens = self.host_tokens.tolist()
+        if self.tokens_R is not None:
+            tokens = self.tokens_R.tolist()
         waited = time.perf_counter() - begin
         sequences = [part.sequence for part in self.parts]
         logprobs: dict[Sequence, dict[int, Logprob]] = {}
-        if self.sampled is not None and self.sampled.logprobs is not None:
-            found = self.sampled.logprobs
+        if self.logprobs is not None:
+            found = self.logprobs
             most = {row: sequences[row].params.logprobs or 0 for row in found.rows}
             taken = [tokens[row] for row in found.rows]
             for row, entry in zip(found.rows, _mappings(found, taken, most), strict=True):
@@ -178,7 +182,7 @@ def prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:
     last = min(part.start + part.count, end - 1)
     if last <= part.start:
         return None
-    following = torch.tensor(ids[part.start + 1 : last + 1], device=logits_RV.device)
+    following = to_device(ids[part.start + 1 : last + 1], logits_RV.device)
     rows = list(range(part.start + 1, last + 1))
     most = part.sequence.params.prompt_logprobs or 0
     return token_logprobs(logits_RV[: len(rows)].float(), following, most, rows)

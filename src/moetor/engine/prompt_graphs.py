@@ -83,14 +83,15 @@ class PromptGraphs:
             self._sizes, self._capture, self._graphs, self._last_token_P.device, progress
         )
 
-    def run(self, host: HostInputs) -> tuple[Tensor, Tensor] | None:
-        """Logits [N, V] and likeliest tokens [N] of the N tokens `host.keep`; they last until the
-        next run. None where the step is larger than any graph.
+    def holds(self, tokens: int, sequences: int) -> bool:
+        """Whether some graph has room for so many."""
+        return tokens <= self._sizes[-1] and sequences <= self._sequences
+
+    def run(self, host: HostInputs) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] and likeliest tokens [N] of the N tokens `host.keep`, of a step that a
+        graph has room for; they last until the next run.
         """
-        place = bisect.bisect_left(self._sizes, len(host.ids_T))
-        if place == len(self._sizes) or len(host.rows_S) > self._sequences:
-            return None
-        size = self._sizes[place]
+        size = self._sizes[bisect.bisect_left(self._sizes, len(host.ids_T))]
         graph = self._graphs[size]
         buffer = graph.hosts[graph.turn]
         graph.turn = (graph.turn + 1) % _BUFFERS

@@ -189,15 +189,15 @@ class StepGraphs:
     def replay_prompts(self, step: Step) -> Started | None:
         """The same for a step with prompts."""
         parts = step.parts
-        if self.prompts is None or any(
-            self.goes_alone(part) or kept_rows(part) != part.samples for part in parts
+        if (
+            self.prompts is None
+            or not self.prompts.holds(sum(part.count for part in parts), len(parts))
+            or any(self.goes_alone(part) or kept_rows(part) != part.samples for part in parts)
         ):
             return None
         begin = time.perf_counter()
         self._blocks.update(parts)
         found = self.prompts.run(host_inputs(parts, self._blocks))
-        if found is None:
-            return None
         self.replayed += 1
         sampling = [part for part in parts if part.samples]
         logits, tokens = found if sampling else (None, None)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, suppress
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from moetor.engine.sampler import Sampled, Sampler, TokenLogprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
+from moetor.engine.transfer import to_device, to_host
 from moetor.errors import ConfigError
 from moetor.layer.offload import ExpertOffload
 from moetor.parallel.eplb.balancer import ExpertBalancer
@@ -181,7 +183,7 @@ class Runner:
                     prompts.append((part, found))
             first += count
         if logits is not None and len(places) != logits.shape[0]:
-            logits = logits[torch.tensor(places, device=logits.device)] if places else None
+            logits = logits[to_device(places, logits.device)] if places else None
         return Started(step, sampling, logits, None, prompts, errors, model_seconds)
 
     @torch.inference_mode()
@@ -194,7 +196,7 @@ class Runner:
         going = [row for row, part in enumerate(parts) if not part.sequence.finished]
         if logits is not None and len(going) != len(parts):
             parts = [parts[row] for row in going]
-            kept = torch.tensor(going, device=logits.device)
+            kept = to_device(going, logits.device)
             logits = logits[kept]
             tokens = None if tokens is None else tokens[kept]
         sampled = None
@@ -205,17 +207,7 @@ class Runner:
             else:
                 sampled = self.sampler.sample(logits, parts)
                 self._remember([part.sequence.row for part in parts], sampled.tokens_R)
-        launched = Launched(
-            started.step,
-            parts,
-            sampled,
-            started.prompts,
-            started.errors,
-            started.model_seconds,
-            patience=self._patience,
-        )
-        self._fetch(launched)
-        return launched
+        return self._fetched(started, parts, sampled)
 
     def _call_nobody(self) -> None:
         """A model call for other ranks' sake: one token, in the row and block of nobody."""
@@ -339,20 +331,26 @@ class Runner:
         self.sampler.forget(sequence)
 
     def _remember(self, rows: list[int | None], tokens_R: Tensor) -> None:
-        table = torch.tensor(rows, dtype=torch.int64)
-        if self.device.type == "cuda":
-            table = table.pin_memory().to(self.device, non_blocking=True)
-        self.last_token_P.index_copy_(0, table, tokens_R)
+        self.last_token_P.index_copy_(0, to_device(cast("list[int]", rows), self.device), tokens_R)
 
-    def _fetch(self, launched: Launched) -> None:
-        """Starts the copy of the sampled tokens to the host."""
-        if launched.sampled is None:
-            return
-        tokens = launched.sampled.tokens_R
-        if self.device.type != "cuda":
-            launched.host_tokens = tokens
-            return
-        host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-        launched.host_tokens = host.copy_(tokens, non_blocking=True)
-        launched.event = torch.cuda.Event()
-        launched.event.record()
+    def _fetched(
+        self, started: Started, parts: list[Scheduled], sampled: Sampled | None
+    ) -> Launched:
+        """Starts the copies of all that the host will read: later ones would wait for the next
+        step, too.
+        """
+        logprobs = None if sampled is None else sampled.logprobs
+        launched = Launched(
+            started.step,
+            parts,
+            None if sampled is None else to_host(sampled.tokens_R),
+            None if logprobs is None else logprobs.to_host(),
+            [(part, found.to_host()) for part, found in started.prompts],
+            started.errors,
+            started.model_seconds,
+            patience=self._patience,
+        )
+        if self.device.type == "cuda" and (sampled is not None or launched.prompts):
+            launched.event = torch.cuda.Event()
+            launched.event.record()
+        return launched

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moetor.engine.grammar_masks import allowed_tokens
 from moetor.engine.sequence import Scheduled, Sequence
+from moetor.engine.transfer import columns_to_device, to_device, to_host
 from moetor.kernels.triton import support
 from moetor.kernels.triton.draw import draw
 
@@ -37,6 +38,11 @@ class TokenLogprobs:
     rank_R: Tensor
     top_RN: Tensor
     ids_RN: Tensor
+
+    def to_host(self) -> TokenLogprobs:
+        """Copies that are read when the step's event has come."""
+        columns = (self.taken_R, self.rank_R, self.top_RN, self.ids_RN)
+        return TokenLogprobs(self.rows, *map(to_host, columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +98,14 @@ class Sampler:
         raw_RV = logits_RV.float()
         shaped_RV = self._penalised(self._biased(raw_RV, parts), parts)
         shaped_RV = self._in_form(shaped_RV, parts)
-        tokens_R = shaped_RV.argmax(-1)
         drawn = [row for row, p in enumerate(params) if not p.greedy]
-        if drawn:
-            rows = self._tensor(drawn)
-            tokens_R[rows] = self._draw(shaped_RV[rows], [parts[row] for row in drawn])
+        if len(drawn) == len(parts):
+            tokens_R = self._draw(shaped_RV, parts)
+        else:
+            tokens_R = shaped_RV.argmax(-1)
+            if drawn:
+                rows = self._tensor(drawn)
+                tokens_R[rows] = self._draw(shaped_RV[rows], [parts[row] for row in drawn])
         self._count(tokens_R, parts)
         asked = [row for row, p in enumerate(params) if p.logprobs is not None]
         if not asked:
@@ -106,10 +115,7 @@ class Sampler:
         return Sampled(tokens_R, token_logprobs(raw_RV[rows], tokens_R[rows], most, asked))
 
     def _tensor(self, values: Items[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        made = torch.tensor(values, dtype=dtype)
-        if self._device.type == "cuda":
-            made = made.pin_memory()
-        return made.to(self._device, non_blocking=True)
+        return to_device(values, self._device, dtype)
 
     def _biased(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
         """With `logit_bias`, and without end tokens before `min_tokens`."""
@@ -205,42 +211,44 @@ class Sampler:
 
     def _draw(self, logits_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
         params = [part.sequence.params for part in parts]
-        heat = self._tensor([p.temperature for p in params], torch.float32)[:, None]
+        size = logits_RV.shape[1]
+        draws = [uniform(part.sequence.seed, part.position) for part in parts]
+        heat, top_p, min_p, places, top_k = columns_to_device(
+            [
+                torch.tensor([p.temperature for p in params], dtype=torch.float32),
+                torch.tensor([p.top_p for p in params], dtype=torch.float32),
+                torch.tensor([p.min_p for p in params], dtype=torch.float32),
+                torch.tensor(draws, dtype=torch.float32),
+                torch.tensor(
+                    [p.top_k if 0 < p.top_k < size else size for p in params], dtype=torch.int32
+                ),
+            ],
+            self._device,
+        )
         range_ = torch.finfo(torch.float32)  # outside of it they would be 0 and infinite
-        heat = heat.clamp(range_.tiny, range_.max)
+        heat = heat.clamp(range_.tiny, range_.max)[:, None]
         # The largest is taken off first: a tiny temperature would make infinities otherwise.
         scaled_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)) / heat
         chosen = [row for row, p in enumerate(params) if p.truncated]
-        draws = [uniform(part.sequence.seed, part.position) for part in parts]
         if chosen and self._in_one_launch:
-            size = scaled_RV.shape[1]
-            return draw(
-                scaled_RV,
-                self._tensor(
-                    [p.top_k if 0 < p.top_k < size else size for p in params], torch.int32
-                ),
-                self._tensor([p.top_p for p in params], torch.float32),
-                self._tensor([p.min_p for p in params], torch.float32),
-                self._tensor(draws, torch.float32),
-            )
-        if chosen:
+            return draw(scaled_RV, top_k, top_p, min_p, places)
+        limits = tuple(column[:, None] for column in (top_k, top_p, min_p))
+        if len(chosen) == len(params):
+            scaled_RV = self._truncated(scaled_RV, *limits)
+        elif chosen:
             rows = self._tensor(chosen)
-            some = self._truncated(scaled_RV[rows], [parts[row] for row in chosen])
+            some = self._truncated(scaled_RV[rows], *(column[rows] for column in limits))
             scaled_RV = scaled_RV.index_copy(0, rows, some)
         sums_RV = scaled_RV.softmax(-1).cumsum(-1)
         # Below the last sum, so that the token found has a probability.
-        place_R1 = self._tensor(draws, torch.float32)[:, None] * sums_RV[:, -1:]
+        place_R1 = places[:, None] * sums_RV[:, -1:]
         found = torch.searchsorted(sums_RV, place_R1, right=True)[:, 0]
         last = (sums_RV < sums_RV[:, -1:]).sum(-1)
         return torch.minimum(found, last)
 
-    def _truncated(self, scaled_RV: Tensor, parts: Items[Scheduled]) -> Tensor:
-        """With -inf for tokens outside `top_k`, `top_p` and `min_p`."""
-        params = [part.sequence.params for part in parts]
+    def _truncated(self, scaled_RV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+        """With -inf for tokens outside the limits [R, 1]."""
         size = scaled_RV.shape[1]
-        top_k = self._tensor([p.top_k if p.top_k > 0 else size for p in params])[:, None]
-        top_p = self._tensor([p.top_p for p in params], torch.float32)[:, None]
-        min_p = self._tensor([p.min_p for p in params], torch.float32)[:, None]
         # Sorting a whole vocabulary is slow on a CPU.
         ordered, order, enough = scaled_RV, scaled_RV, False
         if self._device.type == "cpu" and size > _CANDIDATES:
