@@ -75,8 +75,11 @@ class OffloadConfig:
             raise ConfigError(f"accelerator={self.accelerator!r} is not one of cuda, cpu")
 
 
-def parse_bytes(text: str) -> int:
+def parse_bytes(text: str, name: str) -> int:
     """Bytes of a size such as 24GiB, 24GB, 512MiB or 1000000.
+
+    Args:
+        name: of what has this size.
 
     Raises:
         ConfigError: it is none.
@@ -84,7 +87,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
     if found is None or (found[3] and not found[2]):
         raise ConfigError(
-            f"{text!r} is no size; write for example 24GiB, 24GB or a number of bytes"
+            f"{name}={text!r} is no size; write for example 24GiB, 24GB or a number of bytes"
         )
     power = "kMGT".find(found[2]) + 1 if found[2] else 0
     return int(float(found[1]) * (1024 if found[3] else 1000) ** power)

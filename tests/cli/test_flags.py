@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from moetor.cli.flag_names import in_flags
 from moetor.cli.flags import Parser, UsageError, add_flags, parse_options
 from moetor.errors import ConfigError
 
@@ -131,3 +132,36 @@ def test_a_field_without_help_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"Silent\.name has no help"):
         add_flags(Parser("sample", "", ""), Silent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Fields that errors name."""
+
+    model: str = field(default="demo", metadata={"positional": True, "help": "which"})
+    seed: int = field(default=0, metadata={"help": "a word of the language too"})
+    max_len: int | None = field(default=None, metadata={"help": "tokens"})
+    eager: bool = field(default=False, metadata={"help": "a switch"})
+    load_now: bool = field(default=False, metadata={"help": "one of two", "sets": "load"})
+    load_file: str | None = field(default=None, metadata={"help": "the other", "sets": "load"})
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("NamedConfig: max_len=0 must be at least 1", "--max-len 0 must be at least 1"),
+        ("lower max_len, or raise max_length", "lower --max-len, or raise max_length"),
+        ("seed=-1: the seed is negative", "--seed -1: the seed is negative"),
+        ("load='a b.json' was asked for", "--load-file a b.json was asked for"),
+        ("NamedConfig: load needs seed", "--load-file needs seed"),
+        ("a heavy load", "a heavy load"),
+        ("needs eager=True", "needs --eager"),
+        ("eager=False cannot be", "--no-eager cannot be"),
+        ("model='x' is unknown", "model='x' is unknown"),
+        ("OtherConfig: top_k=3 exceeds 2", "OtherConfig: top_k=3 exceeds 2"),
+        ("--max-len and x.max_len are left", "--max-len and x.max_len are left"),
+    ],
+)
+def test_fields_in_errors_are_told_as_flags(said: str, shown: str) -> None:
+    given = {"load_file": "x", "load_now": False}
+    assert in_flags(said, Named, given) == shown

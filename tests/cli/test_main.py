@@ -82,6 +82,14 @@ def test_an_error_raised_on_purpose_is_its_text_and_status_1(
     assert one_line(capsys) == "no folder 'here'; give a folder"
 
 
+def test_an_error_of_a_command_names_flags(
+    explain_raises: Callable[[BaseException], None], capsys: Captured
+) -> None:
+    explain_raises(CheckpointError("add trust_remote_code=True, or lower gpu_memory"))
+    assert main(["explain"]) == 1
+    assert one_line(capsys) == "add --trust-remote-code, or lower --gpu-memory"
+
+
 def test_any_other_error_is_one_line_that_says_how_to_see_more(
     explain_raises: Callable[[BaseException], None], capsys: Captured
 ) -> None:

@@ -95,6 +95,16 @@ def refused(line: str, capsys: Captured) -> tuple[int, str]:
             "bench latency -tp 3 --enable-expert-parallel --expert-parallel-size 2",
             "error: --expert-parallel-size 2 does not divide the 3 ranks",
         ),
+        ("serve --max-num-seqs 0", "error: --max-num-seqs 0 must be at least 1\n"),
+        (
+            "bench latency --max-num-batched-tokens 2 --max-num-seqs 4",
+            "error: --max-num-batched-tokens 2 is below --max-num-seqs 4: a step has one token of "
+            "each sequence; lower --max-num-seqs\n",
+        ),
+        ("serve --seed -1", "error: --seed -1 must be at least 0"),
+        ("serve --port 70000", "error: --port 70000 must be between 0 and 65535"),
+        ("serve --drain-timeout -1", "error: --drain-timeout -1.0 must be at least 0"),
+        ("explain --cpu-experts 1 --gpu-memory lots", "error: --gpu-memory lots is no size"),
         ("serve --sequence-parallel", "it needs --tensor-parallel-size of at least 2"),
         ("serve -tp 2 --dispatcher alltoall", "error: --dispatcher alltoall concerns tokens"),
     ],

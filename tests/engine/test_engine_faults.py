@@ -161,7 +161,7 @@ def test_a_lost_step_ends_its_requests_and_the_engine_lives_on(
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"block_size": 12}, "power of two"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "below max_num_seqs"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),

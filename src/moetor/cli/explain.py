@@ -100,7 +100,7 @@ def _offload(options: ExplainOptions, config: Any) -> tuple[OffloadConfig | None
     from moetor.engine.reserve import predict_reserve
     from moetor.huggingface.devices import find_dtype
 
-    host = None if options.host_memory is None else parse_bytes(options.host_memory)
+    host = None if options.host_memory is None else parse_bytes(options.host_memory, "host_memory")
     asked = options.offload(host_memory=host)
     if asked is None:
         return None, None

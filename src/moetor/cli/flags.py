@@ -8,6 +8,7 @@ the default, and its metadata the rest:
 - `short`: another name of the flag, such as `-tp`.
 - `positional`: the field is the command's argument instead of a flag; a list may be several words.
 - `group`: heading under which the help lists the flag.
+- `sets`: the configuration's field that the flag sets, where that has another name, for errors.
 - `settings_file`: the value names a YAML file with further flags, which come before the line's own.
 
 Annotations: `str`, `int`, `float`, `Path`, `bool` (a switch, `--no-...` where the default is True),
@@ -33,6 +34,7 @@ from typing import (
     get_type_hints,
 )
 
+from moetor.cli.flag_names import in_flags
 from moetor.errors import MoetorError
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ def parse_options(
     try:
         return options(**values)
     except MoetorError as refusal:
-        raise UsageError(str(refusal)) from refusal
+        raise UsageError(in_flags(str(refusal), options, values)) from refusal
 
 
 def settings_words(

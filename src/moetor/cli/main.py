@@ -13,12 +13,13 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moetor import __version__
 from moetor.cli.console import fail
+from moetor.cli.flag_names import in_flags
 from moetor.cli.flags import Parser, UsageError, add_flags, parse_options
 from moetor.errors import MoetorError
 from moetor.parallel.launch import is_rank, launch, python_command, tell_launcher
@@ -270,7 +271,12 @@ def _dispatch(arguments: list[str]) -> int:
         if getattr(chosen, "converses", False):
             return launch(python_command(arguments), processes, converses=True)
         return _launch(arguments, processes, drains=getattr(chosen, "drains", False))
-    return int(module.run(chosen))
+    try:
+        return int(module.run(chosen))
+    except MoetorError as error:
+        values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+        error.args = (in_flags(str(error), options, values),)
+        raise
 
 
 def _launch(arguments: list[str], ranks: int, *, drains: bool) -> int:

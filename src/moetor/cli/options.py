@@ -132,6 +132,7 @@ class OffloadOptions:
         metadata={
             "group": HOST,
             "metavar": "N|auto",
+            "sets": "cache_experts",
             "help": "experts of each of these layers that are on the GPU as well, the hottest "
             "ones; auto takes as many as there is room for",
         },
@@ -141,6 +142,7 @@ class OffloadOptions:
         metadata={
             "group": HOST,
             "metavar": "N|auto",
+            "sets": "stream_min_tokens",
             "help": "steps of at least N tokens copy the layer's experts to the GPU and compute "
             "there; auto measures from how many on that is faster; 0 never does",
         },
@@ -172,11 +174,12 @@ class OffloadOptions:
                     "in host memory; give --cpu-experts too"
                 )
             return None
+        gpu = None if self.gpu_memory is None else parse_bytes(self.gpu_memory, "gpu_memory")
         return OffloadConfig(
             cpu_experts=_count("--cpu-experts", self.cpu_experts),
             cache_experts=_count("--cpu-experts-cache", self.cpu_experts_cache),
             stream_min_tokens=_count("--cpu-experts-stream", self.cpu_experts_stream),
-            gpu_memory=None if self.gpu_memory is None else parse_bytes(self.gpu_memory),
+            gpu_memory=gpu,
             **settings,
         )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moetor.cli.options import ServedModelOptions
@@ -52,6 +51,7 @@ class ParallelFlags:
         default=False,
         metadata={
             "group": PARALLEL,
+            "sets": "eplb",
             "help": "move experts between ranks by the load that is met",
         },
     )
@@ -60,6 +60,7 @@ class ParallelFlags:
         metadata={
             "group": PARALLEL,
             "metavar": "FILE.json",
+            "sets": "eplb",
             "help": "place experts for a recorded load: a file of moetor experts --save-stats",
         },
     )
@@ -76,6 +77,7 @@ class ParallelFlags:
         metadata={
             "group": PARALLEL,
             "metavar": "SECONDS",
+            "sets": "timeout",
             "help": "a rank that waits longer for another one gives up, and all end",
         },
     )
@@ -91,40 +93,22 @@ class ParallelFlags:
         eplb = None
         if self.enable_eplb or self.eplb_stats is not None:
             eplb = EplbConfig(statistics=self.eplb_stats, dynamic=self.enable_eplb)
-        try:
-            config = ParallelConfig(
-                tensor_parallel_size=self.tensor_parallel_size,
-                enable_expert_parallel=self.enable_expert_parallel,
-                expert_parallel_size=self.expert_parallel_size,
-                sequence_parallel=self.sequence_parallel,
-                eplb=eplb,
-                num_redundant_experts=self.num_redundant_experts,
-                timeout=self.parallel_timeout,
-                **self._groups_flags(),
-            )
-        except ConfigError as refusal:
-            raise ConfigError(self._in_flags(str(refusal))) from refusal
+        config = ParallelConfig(
+            tensor_parallel_size=self.tensor_parallel_size,
+            enable_expert_parallel=self.enable_expert_parallel,
+            expert_parallel_size=self.expert_parallel_size,
+            sequence_parallel=self.sequence_parallel,
+            eplb=eplb,
+            num_redundant_experts=self.num_redundant_experts,
+            timeout=self.parallel_timeout,
+            **self._groups_flags(),
+        )
         if config.world_size > 1 and getattr(self, "level", "auto") == "none":
             raise ConfigError(
                 "--level none runs plain Transformers; several ranks need a fused model. Leave "
                 "out one of the two"
             )
         return config if config.world_size > 1 else None
-
-    def _in_flags(self, text: str) -> str:
-        """What `ParallelConfig` says of its fields, said of the flags that set them."""
-        names = {field.name: field.name for field in fields(self)} | {
-            "timeout": "parallel_timeout",
-            "eplb": "enable_eplb" if self.enable_eplb else "eplb_stats",
-        }
-
-        def flag(found: re.Match[str]) -> str:
-            name, value = "--" + names[found["name"]].replace("_", "-"), found["value"]
-            return name if value in (None, "True") else f"{name} {value}"
-
-        known = "|".join(names)
-        text = re.sub(rf"\b(?P<name>{known})\b(='?(?P<value>[^\s,;']+)'?)?", flag, text)
-        return text.removeprefix("ParallelConfig: ")
 
     def _groups_flags(self) -> dict[str, Any]:
         """The fields of `ParallelConfig` that only commands with many prompts have flags for."""

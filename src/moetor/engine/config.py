@@ -96,26 +96,26 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_model_len", "kv_cache_blocks"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} {value} must be at least 1")
+                raise ConfigError(f"{name}={value} must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens {self.max_num_batched_tokens} is below max_num_seqs "
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs="
                 f"{self.max_num_seqs}: a step has one token of each sequence; lower max_num_seqs"
             )
         if self.block_size & (self.block_size - 1):
-            raise ConfigError(f"block_size {self.block_size} must be a power of two")
+            raise ConfigError(f"block_size={self.block_size} must be a power of two")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
-                f"gpu_memory_utilization {self.gpu_memory_utilization:g} must be above 0 and at "
+                f"gpu_memory_utilization={self.gpu_memory_utilization:g} must be above 0 and at "
                 "most 1"
             )
         if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed {self.seed} must be at least 0 and below 2^64")
+            raise ConfigError(f"seed={self.seed} must be at least 0 and below 2^64")
         if self.fuse_dense not in ("auto", "on", "off"):
-            raise ConfigError(f"fuse_dense {self.fuse_dense!r} is not one of auto, on, off")
+            raise ConfigError(f"fuse_dense={self.fuse_dense!r} is not one of auto, on, off")
         if self.load_format not in ("auto", "dummy"):
-            raise ConfigError(f"load_format {self.load_format!r} is not one of auto, dummy")
+            raise ConfigError(f"load_format={self.load_format!r} is not one of auto, dummy")

@@ -123,7 +123,7 @@ def _stored(
     if quantization is not None:
         raise ConfigError(
             f"quantization={quantization!r} was asked for, and {model!r} is quantised already "
-            f"({kind}); leave it None"
+            f"({kind}); leave it out"
         )
     if not folder.is_dir():
         raise UnsupportedError(

@@ -108,7 +108,7 @@ def fuse(
     options = check_options(model, level, kernel, quantization, verify, runner, cpu_experts)
     check_host_experts(model, options.offload)
     if options.offload is not None and parallel is not None:
-        raise ConfigError("cpu_experts and parallel cannot be had together; leave one None")
+        raise ConfigError("cpu_experts and parallel cannot be had together; leave one out")
     if dense and parallel is not None:
         raise ConfigError("dense=True joins weights that `parallel` would split; choose one")
     if parallel is not None:

@@ -275,7 +275,7 @@ def _check_stored(model: str, settings: Mapping[str, Any], options: LoadOptions)
     if options.quantization is not None:
         raise ConfigError(
             f"quantization={options.quantization.name!r} was asked for, and {model!r} is quantised "
-            f"already ({settings.get('quant_method')}); leave it None to load it as it is"
+            f"already ({settings.get('quant_method')}); leave it out to load it as it is"
         )
 
 
@@ -337,7 +337,7 @@ def _plan_offload(
     """Which experts are read into host memory, refused before any is read."""
     assert options.offload is not None, "asked by the caller"
     if options.sharded:
-        raise ConfigError("cpu_experts and parallel cannot be had together; leave one None")
+        raise ConfigError("cpu_experts and parallel cannot be had together; leave one out")
     method = _method(checkpoint, options)
     found, modules = plan_offload(empty, options.offload, options.device, method, dtype)
     computed = [module for module in modules if module not in quantizable_experts(empty, plan)]

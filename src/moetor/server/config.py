@@ -151,7 +151,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
-            raise ConfigError(f"port {self.port} must be between 0 and 65535")
+            raise ConfigError(f"port={self.port} must be between 0 and 65535")
         for name in (
             "max_body_mib",
             "read_timeout",
@@ -160,19 +160,19 @@ class ServerConfig:
             "engine_timeout",
         ):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} {getattr(self, name)} must be above 0")
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         if self.engine_timeout < 1:
-            raise ConfigError(f"engine_timeout {self.engine_timeout} must be at least 1")
+            raise ConfigError(f"engine_timeout={self.engine_timeout} must be at least 1")
         if self.max_requests_per_minute is not None and self.max_requests_per_minute < 1:
             raise ConfigError(
-                f"max_requests_per_minute {self.max_requests_per_minute} must be at least 1"
+                f"max_requests_per_minute={self.max_requests_per_minute} must be at least 1"
             )
         if self.stream_interval < 1:
-            raise ConfigError(f"stream_interval {self.stream_interval} must be at least 1")
+            raise ConfigError(f"stream_interval={self.stream_interval} must be at least 1")
         if self.max_waiting < 0:
-            raise ConfigError(f"max_waiting {self.max_waiting} must be at least 0")
+            raise ConfigError(f"max_waiting={self.max_waiting} must be at least 0")
         if not 0 <= self.drain_timeout < float("inf"):
-            raise ConfigError(f"drain_timeout {self.drain_timeout} must be at least 0")
+            raise ConfigError(f"drain_timeout={self.drain_timeout} must be at least 0")
         if self.otlp_traces_endpoint is not None:
             _check_endpoint(self.otlp_traces_endpoint)
         if any(not name for name in self.served_model_name):
@@ -226,7 +226,7 @@ def _check_endpoint(url: str) -> None:
         sound = False
     if not sound:
         raise ConfigError(
-            f"otlp_traces_endpoint {url!r} is not the whole URL at which a collector takes traces "
+            f"otlp_traces_endpoint={url!r} is not the whole URL at which a collector takes traces "
             "by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces"
         )
 
