@@ -89,7 +89,7 @@ def test_tokens_are_those_of_generate(name: str, monkeypatch: pytest.MonkeyPatch
 def test_what_nobody_asked_for_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where dense parts are fused by themselves, a mismatch is a warning."""
 
-    def mismatch(model: object) -> None:
+    def mismatch(model: object, **_: object) -> None:
         raise FusionMismatchError("logits differ")
 
     model = make_model("qwen3_moe", 3)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import moetor
-from moetor.errors import ConfigError, FusionError, FusionMismatchError
+from moetor.errors import FusionError, FusionMismatchError
 from moetor.huggingface import dense_fusing
 from moetor.huggingface.dense_fusing import is_dense_fused, unfuse_dense
 from moetor.huggingface.dense_products import GatedMLPForward, JoinedPart, JoinedProduct
@@ -199,10 +199,6 @@ def test_off_by_default_and_refusals() -> None:
     assert report.to_dict()["dense"]
     with pytest.raises(FusionError, match="fused already"):
         moetor.fuse(model, dense=True)
-    from moetor.parallel.config import ParallelConfig
-
-    with pytest.raises(ConfigError, match="choose one"):
-        moetor.fuse(tiny_model("mixtral"), dense=True, parallel=ParallelConfig())
 
 
 def test_a_wrong_whole_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
 
     from moetor.bench.generation_peers import ContinuousBackend, GenerateBackend
     from moetor.huggingface import fuse
+    from moetor.huggingface.dense_spread import check_taken_over
 
     settings: dict[str, Any] = {"cache": options.cache, "compiled": options.compile}
     peers: list[TextBackend] = []
@@ -190,11 +191,13 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
-            dense=options.parallel() is None and options.fuses_dense(model.device.type),
+            dense=options.fuses_dense(model.device.type),
             parallel=options.parallel(),
             cpu_experts=_offload(options, model.config),
             progress=fused,
         )
+    if options.fuse_dense == "on":
+        check_taken_over(report.dense)
     if report.offload is not None:
         for line in report.offload.lines():
             note(line)

@@ -146,11 +146,6 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
                 f"--peer {self.peer} runs the whole model on one device, and several ranks were "
                 "asked for; leave out one of the two"
             )
-        if self.fuse_dense == "on":
-            raise InputError(
-                "--fuse-dense on joins what several ranks split: dense parts are joined, or split "
-                "by Transformers' plan, not both; leave out one of the two"
-            )
         if self.backend == "generate" and self.data_parallel_size > 1:
             raise InputError(
                 "--backend generate has no scheduler that shares prompts out between data-parallel "

@@ -31,8 +31,9 @@ from moetor.huggingface.devices import find_device, find_dtype
 from moetor.huggingface.dummy import CONFIGS, dummy_model
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.offloading import offload_of
-from moetor.huggingface.parallelism import spread_over, take_balancer
+from moetor.huggingface.parallelism import take_balancer
 from moetor.huggingface.report import DenseReport
+from moetor.huggingface.tensor_parallel import spread_over
 from moetor.parallel.collectives import host_agree
 from moetor.parallel.groups import ParallelGroups, join_ranks
 
@@ -261,12 +262,6 @@ def _load(source: ModelSource, config: EngineConfig) -> tuple[Any, Any, FusionRe
             "parallel is for a path whose model is fused; spread a live model yourself: "
             "moetor.fuse(model, parallel=...)"
         )
-    spread = not isinstance(source.model, str) and spread_over(source.model) is not None
-    if config.fuse_dense == "on" and (source.parallel is not None or spread):
-        raise ConfigError(
-            "fuse_dense='on' joins what several ranks split: dense parts are joined, or split by "
-            "Transformers' plan, not both; leave it at 'auto', or take one rank"
-        )
     if not isinstance(source.model, str):
         asked = [n for n in ("dtype", "device") if getattr(source, n) != "auto"]
         if config.load_format != "auto":
@@ -348,7 +343,7 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
 
 def _dense_asked(model: Any, source: ModelSource, config: EngineConfig) -> bool:
     """Whether dense parts are to be fused now."""
-    if is_dense_fused(model) or spread_over(model) is not None:
+    if is_dense_fused(model):
         return False
     by_itself = config.fuse_dense == "auto"
     return config.fuses_dense(model.device.type) and not (by_itself and source.level == "none")
@@ -358,10 +353,10 @@ def _fuse_dense(model: Any, config: EngineConfig) -> list[DenseReport]:
     """Fuses them. What nobody asked for may fail: the model is then as it was.
 
     Raises:
-        FusionMismatchError: with fuse_dense='on'.
+        FusionError: with fuse_dense='on'.
     """
     try:
-        return fuse_dense(model)
+        return fuse_dense(model, whole_plan=config.fuse_dense == "on")
     except FusionMismatchError as error:
         if config.fuse_dense == "on":
             raise

@@ -157,14 +157,19 @@ class AttentionForward:
 
 
 def recognise_attention(
-    call: Call, seen: AttentionCall | None, norms: dict[str, NormForward]
+    call: Call,
+    seen: AttentionCall | None,
+    norms: dict[str, NormForward],
+    projected: Call | None,
 ) -> AttentionForward | Unrecognised:
     """The module's form, proved by the queries, keys, values and output of its observed call.
+    Nothing is called here that communicates in a spread model.
 
     Args:
         call: the observed call.
         seen: its call of the attention interface.
         norms: recognised norms among the module's children, by name.
+        projected: the observed call of its output projection.
     """
     if seen is None:
         return Unrecognised("it does not call Transformers' attention interface")
@@ -190,7 +195,7 @@ def recognise_attention(
             )
             made = AttentionForward(module, form)
             if _matches(made, hidden, positions, seen):
-                return _proved(made, call, seen)
+                return _proved(made, call, seen, projected)
     return Unrecognised("no form of norms and rotary positions gives its queries and keys")
 
 
@@ -262,12 +267,16 @@ def _matches(
 
 
 def _proved(
-    made: AttentionForward, call: Call, seen: AttentionCall
+    made: AttentionForward, call: Call, seen: AttentionCall, projected: Call | None
 ) -> AttentionForward | Unrecognised:
     """Whether what follows attention is the output projection and nothing else."""
     out = seen.output.reshape(*call.given["hidden_states"].shape[:2], -1)
-    with torch.no_grad():
-        projected = made._project(out)
-    if relative_error(projected, call.output[0]) > tolerance(projected.dtype):
+    if (
+        projected is None
+        or not isinstance(projected.input, Tensor)
+        or projected.input.shape != out.shape
+        or relative_error(projected.input, out) > tolerance(out.dtype)
+        or relative_error(projected.first_output, call.output[0]) > tolerance(out.dtype)
+    ):
         return Unrecognised("it does more to its output than to project it")
     return made

@@ -8,14 +8,14 @@ Every module keeps its place and its parameters' names; what changes is its forw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from moetor.errors import FusionMismatchError
+from moetor.errors import FusionError, FusionMismatchError
 from moetor.huggingface.dense_attention import AttentionForward, recognise_attention
 from moetor.huggingface.dense_layers import (
     LayerForward,
@@ -43,52 +43,100 @@ from moetor.huggingface.dense_products import (
     joinable,
     packed,
 )
+from moetor.huggingface.dense_spread import (
+    all_agree,
+    check_taken_over,
+    common,
+    give_back,
+    has_taken_over,
+    take_over,
+)
 from moetor.huggingface.experts_form import Unrecognised
-from moetor.huggingface.report import DenseReport
+from moetor.huggingface.report import DenseKind, DenseReport
+from moetor.huggingface.tensor_parallel import spread_over
 from moetor.huggingface.trial import relative_error, tolerance
 from moetor.kernels import dense
 from moetor.kernels.native import dense as native
+from moetor.parallel.groups import ParallelGroups
 
+Part = TypeVar("Part")
 _FORWARDS = (
     NormForward, JoinedPart, FewRowsForward, GatedMLPForward, AttentionForward, LayerForward,
 )  # fmt: skip
 
 
-def fuse_dense(model: nn.Module, *, verify: bool = True) -> list[DenseReport]:
+def fuse_dense(
+    model: nn.Module, *, verify: bool = True, whole_plan: bool = False
+) -> list[DenseReport]:
     """Fuses what is recognised, in place, and says what was not and why.
+
+    Of a model that is spread over ranks every rank calls it: what Transformers' plan has split is
+    fused as the ranks' local products, and only what every rank recognises.
 
     Args:
         model: a Transformers model; blocks of experts may be fused already.
         verify: compare the fused model's logits with the original's, beside the parts.
+        whole_plan: refuse a spread model of which the plan's wrapper stays on a linear module.
 
     Raises:
         FusionMismatchError: the parts agree and the whole does not; the model is as it was.
+        FusionError: with `whole_plan`; the model is as it was.
     """
+    ranks = spread_over(model)
     observed = observe(model)
-    if isinstance(observed, Unrecognised):
-        return [DenseReport(name="", kind="model", done=False, reason=observed.reason)]
-    reports: list[DenseReport] = []
+    if not all_agree(isinstance(observed, Observation), ranks):
+        reason = "another rank cannot run it"
+        if isinstance(observed, Unrecognised):
+            reason = observed.reason
+        return [DenseReport(name="", kind="model", done=False, reason=reason)]
+    assert isinstance(observed, Observation), "the ranks have agreed"
     with _same_attention(model, observed):
         before = run(model, random_ids(model.config)) if verify else None
-        if before is not None and not torch.equal(before, run(model, random_ids(model.config))):
-            reason = "it does not give the same logits twice"
-            return [DenseReport(name="", kind="model", done=False, reason=reason)]
-        norms = _find_norms(observed, reports)
-        groups = _find_groups(observed, reports)
-        attention = _find_attention(observed, norms, reports)
-        layers = _find_layers(observed, norms, reports)
-        forwards: dict[str, Any] = {**norms, **attention, **layers}
-        for path, forward in forwards.items():
-            model.get_submodule(path).__dict__["forward"] = forward
-        _install_products(model, observed, groups, reports)
-        _install_rows(observed, reports)
         if before is not None:
-            _check_whole(model, before)
+            same = torch.equal(before, run(model, random_ids(model.config)))
+            if not all_agree(same, ranks):
+                reason = "it does not give the same logits twice"
+                return [DenseReport(name="", kind="model", done=False, reason=reason)]
+        reports = take_over(model, observed)
+        if whole_plan:
+            try:
+                check_taken_over(reports)
+            except FusionError:
+                give_back(model)
+                raise
+        _fuse_parts(model, observed, ranks, reports)
+        if before is not None:
+            _check_whole(model, before, ranks)
     return reports
 
 
+def _fuse_parts(
+    model: nn.Module,
+    observed: Observation,
+    ranks: ParallelGroups | None,
+    reports: list[DenseReport],
+) -> None:
+    norms = _settle(_find_norms(observed), "norm", reports, ranks)
+    groups = _settle(_find_groups(observed), "product", reports, ranks)
+    attention = _settle(_find_attention(observed, norms), "attention", reports, ranks)
+    layers = _find_layers(observed, norms, reports, ranks)
+    mlps = {
+        name: mlp
+        for name, calls in groups.items()
+        if (mlp := _gated_mlp(observed, calls)) is not None
+    }
+    mlps = {name: mlps[name] for name in mlps if name in common(mlps, ranks)}
+    forwards: dict[str, Any] = {**norms, **attention, **layers}
+    for path, forward in forwards.items():
+        model.get_submodule(path).__dict__["forward"] = forward
+    _install_products(model, groups, mlps, reports)
+    _install_rows(observed, reports)
+
+
 def unfuse_dense(model: nn.Module) -> int:
-    """Gives every module its own forward again; how many had another."""
+    """Gives every module its own forward again, or the plan's of a spread model; how many had
+    another.
+    """
     products = set()
     count = 0
     for module in model.modules():
@@ -102,19 +150,39 @@ def unfuse_dense(model: nn.Module) -> int:
             module.__dict__.pop("forward")
     for product in products:
         product.remove()
-    return count
+    return count + give_back(model)
 
 
 def is_dense_fused(model: nn.Module) -> bool:
     """Whether `fuse_dense` changed the model."""
-    return any(isinstance(m.__dict__.get("forward"), _FORWARDS) for m in model.modules())
+    return any(
+        isinstance(m.__dict__.get("forward"), _FORWARDS) or has_taken_over(m)
+        for m in model.modules()
+    )
+
+
+def _settle(
+    made: Mapping[str, Part | Unrecognised],
+    kind: DenseKind,
+    reports: list[DenseReport],
+    ranks: ParallelGroups | None,
+) -> dict[str, Part]:
+    """What was recognised on every rank, and a report on each."""
+    ours = {name: one for name, one in made.items() if not isinstance(one, Unrecognised)}
+    settled = common(ours, ranks)
+    for name, one in made.items():
+        reason = "" if name in settled else "another rank does not recognise its own part"
+        if isinstance(one, Unrecognised):
+            reason = one.reason
+        reports.append(DenseReport(name=name, kind=kind, done=not reason, reason=reason))
+    return {name: one for name, one in ours.items() if name in settled}
 
 
 def _same_attention(model: nn.Module, observed: Observation) -> AbstractContextManager[None]:
     return attention_by(model, plain_attention) if observed.watched else nullcontext()
 
 
-def _check_whole(model: nn.Module, before: Tensor) -> None:
+def _check_whole(model: nn.Module, before: Tensor, ranks: ParallelGroups | None) -> None:
     with torch.no_grad():
         after = run(model, random_ids(model.config))
     deviation = (after.double() - before.double()).abs().amax(-1) / before.double().abs().max()
@@ -122,7 +190,7 @@ def _check_whole(model: nn.Module, before: Tensor) -> None:
     # In half precision a token may get other experts after another rounding.
     error = float((deviation.median() if half else deviation.max()).item())
     limit = 0.25 if half else 1e-3
-    if not error <= limit:
+    if not all_agree(error <= limit, ranks):
         unfuse_dense(model)
         raise FusionMismatchError(
             f"with its dense parts fused the model's logits differ by {error:.1e} of the largest, "
@@ -130,19 +198,15 @@ def _check_whole(model: nn.Module, before: Tensor) -> None:
         )
 
 
-def _find_norms(observed: Observation, reports: list[DenseReport]) -> dict[str, NormForward]:
-    found: dict[str, NormForward] = {}
-    for path, call in observed.calls.items():
-        if not looks_like_norm(call.module) or not isinstance(call.input, Tensor):
-            continue
-        made = recognise_norm(call.module, call.input)
-        reports.append(_report(path, "norm", made))
-        if not isinstance(made, Unrecognised):
-            found[path] = made
-    return found
+def _find_norms(observed: Observation) -> dict[str, NormForward | Unrecognised]:
+    return {
+        path: recognise_norm(call.module, call.input)
+        for path, call in observed.calls.items()
+        if looks_like_norm(call.module) and isinstance(call.input, Tensor)
+    }
 
 
-def _find_groups(observed: Observation, reports: list[DenseReport]) -> list[list[Call]]:
+def _find_groups(observed: Observation) -> dict[str, list[Call] | Unrecognised]:
     """Linear modules of one parent that were called with one tensor, where one product of their
     packed weights gives what they gave.
     """
@@ -150,22 +214,19 @@ def _find_groups(observed: Observation, reports: list[DenseReport]) -> list[list
     for path, call in observed.calls.items():
         if isinstance(call.module, nn.Linear) and isinstance(call.input, Tensor):
             groups.setdefault((path.rpartition(".")[0], id(call.input)), []).append(call)
-    found = []
+    found: dict[str, list[Call] | Unrecognised] = {}
     for calls in groups.values():
         modules: list[Any] = [call.module for call in calls]
-        if not joinable(modules) or not all(map(is_own, modules)) or _tied(modules):
+        if not all(map(is_own, modules)) or not joinable(modules) or _tied(modules):
             continue
         weight, bias = packed(modules)
         sizes = [module.weight.shape[0] for module in modules]
         product = dense.linear(calls[0].input, weight, bias).split(sizes, dim=-1)
         errors = [relative_error(x, call.output) for x, call in zip(product, calls, strict=True)]
         names = " + ".join([calls[0].path, *(call.path.rpartition(".")[2] for call in calls[1:])])
+        found[names] = calls
         if max(errors) > tolerance(weight.dtype):
-            why = f"one product differs by {max(errors):.1e}"
-            reports.append(DenseReport(name=names, kind="product", done=False, reason=why))
-            continue
-        found.append(calls)
-        reports.append(DenseReport(name=names, kind="product", done=True))
+            found[names] = Unrecognised(f"one product differs by {max(errors):.1e}")
     return found
 
 
@@ -178,9 +239,9 @@ def _tied(modules: list[Any]) -> bool:
 
 
 def _find_attention(
-    observed: Observation, norms: dict[str, NormForward], reports: list[DenseReport]
-) -> dict[str, AttentionForward]:
-    found: dict[str, AttentionForward] = {}
+    observed: Observation, norms: dict[str, NormForward]
+) -> dict[str, AttentionForward | Unrecognised]:
+    found: dict[str, AttentionForward | Unrecognised] = {}
     for path, call in observed.calls.items():
         seen = observed.attention.get(id(call.module))
         if seen is None or not is_own(call.module):
@@ -191,29 +252,33 @@ def _find_attention(
             for name, norm in norms.items()
             if name.startswith(prefix)
         }
-        made = recognise_attention(call, seen, own)
-        reports.append(_report(path, "attention", made))
-        if not isinstance(made, Unrecognised):
-            found[path] = made
+        projected = observed.calls.get(f"{prefix}o_proj")
+        found[path] = recognise_attention(call, seen, own, projected)
     return found
 
 
 def _find_layers(
-    observed: Observation, norms: dict[str, NormForward], reports: list[DenseReport]
+    observed: Observation,
+    norms: dict[str, NormForward],
+    reports: list[DenseReport],
+    ranks: ParallelGroups | None,
 ) -> dict[str, LayerForward]:
-    found: dict[str, LayerForward] = {}
-    for path, call in _layer_calls(observed, norms):
-        made = recognise_layer(call, observed, norms)
-        if not isinstance(made, Unrecognised):
-            error = layer_error(made, call)
-            if error > layer_tolerance(call.first_output.dtype):
-                made = Unrecognised(f"norm, mixer, norm, MLP and two sums differ by {error:.1e}")
-        reports.append(_report(path, "layer", made))
-        if not isinstance(made, Unrecognised):
-            found[path] = made
+    made: dict[str, LayerForward | Unrecognised] = {
+        path: recognise_layer(call, observed, norms) for path, call in _layer_calls(observed, norms)
+    }
+    # A layer of a spread model communicates: it is tried where every rank tries it.
+    tried = common([p for p, one in made.items() if isinstance(one, LayerForward)], ranks)
+    for path, one in made.items():
+        call = observed.calls[path]
+        if path not in tried or isinstance(one, Unrecognised):
+            continue
+        error = layer_error(one, call)
+        if error > layer_tolerance(call.first_output.dtype):
+            made[path] = Unrecognised(f"norm, mixer, norm, MLP and two sums differ by {error:.1e}")
+    found = _settle(made, "layer", reports, ranks)
     by_input = {id(observed.calls[path].input): norm for path, norm in norms.items()}
-    for path, made in found.items():
-        made.follower = by_input.get(id(observed.calls[path].first_output))
+    for path, layer in found.items():
+        layer.follower = by_input.get(id(observed.calls[path].first_output))
     return found
 
 
@@ -236,18 +301,20 @@ def _parent(model: nn.Module, calls: list[Call]) -> nn.Module:
 
 
 def _install_products(
-    model: nn.Module, observed: Observation, groups: list[list[Call]], reports: list[DenseReport]
+    model: nn.Module,
+    groups: dict[str, list[Call]],
+    mlps: dict[str, tuple[Call, str, Any]],
+    reports: list[DenseReport],
 ) -> None:
-    for calls in groups:
-        mlp = _gated_mlp(observed, calls)
+    for name, calls in groups.items():
         parent_forward = _parent(model, calls).__dict__.get("forward")
         product = JoinedProduct(
             [call.module for call in calls],  # type: ignore[misc]
             contiguous=not isinstance(parent_forward, AttentionForward),
         )
         product.install()
-        if mlp is not None:
-            parent, down, activation = mlp
+        if name in mlps:
+            parent, down, activation = mlps[name]
             parent.module.__dict__["forward"] = GatedMLPForward(
                 parent.module, product, down, activation
             )
@@ -289,9 +356,3 @@ def _install_rows(observed: Observation, reports: list[DenseReport]) -> None:
             continue
         module.__dict__["forward"] = FewRowsForward(module)
         reports.append(DenseReport(name=path, kind="rows", done=True))
-
-
-def _report(path: str, kind: Any, made: object) -> DenseReport:
-    if isinstance(made, Unrecognised):
-        return DenseReport(name=path, kind=kind, done=False, reason=made.reason)
-    return DenseReport(name=path, kind=kind, done=True)

@@ -58,7 +58,7 @@ class JoinedProduct:
     def __init__(self, modules: Sequence[nn.Linear], *, contiguous: bool) -> None:
         self.modules = list(modules)
         self.contiguous = contiguous
-        self.sizes = [module.out_features for module in modules]
+        self.sizes = [module.weight.shape[0] for module in modules]
         self.weight, self.bias = packed(self.modules)
         self._share(self.weight, self.bias)
         self.input: Tensor | None = None

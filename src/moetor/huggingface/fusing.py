@@ -86,7 +86,7 @@ def fuse(
             of each form, which is enough where the weights have been compared by other means.
         dense: also fuse what stands around the experts: linear modules with one input, gated MLPs,
             norms with the sums before them, rotary positions. What is not recognised is left
-            alone, and the report's `dense` says why.
+            alone, and the report's `dense` says why. With `parallel` these are the rank's parts.
         runner: how the layers are driven; its `kernel` must be left at `auto`, or agree with
             `kernel`.
         parallel: spread the fused model over the ranks that have joined, as
@@ -109,8 +109,6 @@ def fuse(
     check_host_experts(model, options.offload)
     if options.offload is not None and parallel is not None:
         raise ConfigError("cpu_experts and parallel cannot be had together; leave one out")
-    if dense and parallel is not None:
-        raise ConfigError("dense=True joins weights that `parallel` would split; choose one")
     if parallel is not None:
         make_groups(parallel, next(model.parameters()).device)  # refuses before anything is built
     report = _fuse(model, options, parallel, progress)

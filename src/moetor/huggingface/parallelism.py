@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from moetor.errors import ConfigError, FusionError
 from moetor.huggingface.block_form import find_blocks, find_left_alone
+from moetor.huggingface.dense_fusing import is_dense_fused
 from moetor.huggingface.fused_experts import FusedExperts
 from moetor.huggingface.modules import FusedMoEBlock, fused_modules
 from moetor.huggingface.report import ParallelReport, SpreadBlock
@@ -20,6 +22,7 @@ from moetor.huggingface.tensor_parallel import (
     apply_plan,
     check_plan,
     expand_plan,
+    mark_spread,
 )
 from moetor.layer.experts import TakenShards
 from moetor.layer.sharding import (
@@ -37,14 +40,7 @@ from moetor.parallel.layout import LayerLayout
 
 # Of every tensor so many elements are compared between the ranks.
 FINGERPRINT = 16
-_GROUPS = "_moetor_parallel_groups"
 _BALANCER = "_moetor_balancer"
-
-
-def spread_over(model: Any) -> ParallelGroups | None:
-    """The ranks that a model has been spread over; None for a whole one."""
-    groups: ParallelGroups | None = model.__dict__.get(_GROUPS)
-    return groups
 
 
 def take_balancer(model: Any) -> ExpertBalancer | None:
@@ -73,12 +69,17 @@ def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
 
     Raises:
         ConfigError: the ranks or the model do not fit the configuration; says what is possible.
-        FusionError: the model is not fused.
+        FusionError: the model is not fused, or its dense parts are.
         ParallelError: the ranks have different models or versions.
     """
     fused = fused_modules(model)
     if not fused and any(True for _ in find_blocks(model)):
         raise FusionError("the model is not fused; call moetor.fuse(model, parallel=...)")
+    if is_dense_fused(model):
+        raise FusionError(
+            "the model's dense parts are fused already, which joins weights that ranks must split "
+            "one by one; fuse with both at once: moetor.fuse(model, dense=True, parallel=...)"
+        )
     device = next(model.parameters()).device
     groups = make_groups(config, device)
     agree(_facts(model))
@@ -96,14 +97,14 @@ def parallelize(model: Any, config: ParallelConfig) -> ParallelReport:
         SpreadBlock(name=path, experts="whole on every rank", reason=reason)
         for path, _, reason in find_left_alone(model)
     ]
-    styles = apply_plan(model, plan.entries, groups.mesh["tp"])
+    split = apply_plan(model, plan.entries, groups.mesh["tp"])
     model._device_mesh = groups.mesh  # Transformers asks for it when it batches
-    model.__dict__[_GROUPS] = groups
+    mark_spread(model, groups, split)
     whole = _whole(model, left_out) if config.tensor_parallel_size > 1 else ()
     return ParallelReport(
         groups=groups,
         blocks=blocks,
-        styles=styles,
+        styles=Counter(one.style for one in split),
         whole=whole,
         left=plan.left,
         balancer=_balance(model, fused, groups),

@@ -123,7 +123,7 @@ class ParallelReport:
         return "\n".join(lines)
 
 
-DenseKind = Literal["model", "norm", "product", "mlp", "attention", "layer", "rows"]
+DenseKind = Literal["model", "split", "norm", "product", "mlp", "attention", "layer", "rows"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +134,8 @@ class DenseReport:
         name: path of the module, or of the modules that share a product.
         kind: `norm`, `product` (linear modules with one input), `mlp` (gate, up and activation),
             `attention` (head norms, rotary positions and cache write), `layer` (its sums with the
-            norms after them), `rows` (a linear module for few rows), `model` (nothing could be
+            norms after them), `rows` (a linear module for few rows), `split` (a module that
+            Transformers' plan has split, as a product of local tensors), `model` (nothing could be
             tried).
         done: whether it was fused.
         reason: why not.

@@ -8,7 +8,6 @@ for itself. MoE blocks that Moetor spreads are left out of it.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moetor.errors import ConfigError, UnsupportedError
+from moetor.parallel.groups import ParallelGroups
 
 # Styles that act on experts, which Moetor spreads itself or leaves whole.
 EXPERTS_STYLES = ("moe_tp_experts", "moe_identity_expert", "ep_dispatch_experts", "grouped_gemm")
@@ -38,12 +38,31 @@ WHOLE_ATTENTION = {
 }
 
 
+_GROUPS = "_moetor_parallel_groups"
+_SPLIT = "_moetor_split_modules"
+
+
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
     """A module or parameter and its style."""
 
     name: str
     style: str
+
+
+@dataclass(frozen=True, slots=True)
+class SplitModule:
+    """A module to which an entry of the plan was applied.
+
+    Attributes:
+        before: the forward that the module had of its own before, where it had one.
+        after: the same afterwards; most styles wrap it.
+    """
+
+    name: str
+    style: str
+    before: Any
+    after: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,24 @@ class DensePlan:
 
     entries: list[PlanEntry]
     left: dict[str, str]
+
+
+def mark_spread(model: Any, groups: ParallelGroups, split: list[SplitModule]) -> None:
+    """Notes on a model over which ranks it lies, and what `apply_plan` did."""
+    model.__dict__[_GROUPS] = groups
+    model.__dict__[_SPLIT] = split
+
+
+def spread_over(model: Any) -> ParallelGroups | None:
+    """The ranks that a model has been spread over; None for a whole one."""
+    groups: ParallelGroups | None = model.__dict__.get(_GROUPS)
+    return groups
+
+
+def split_modules(model: Any) -> list[SplitModule]:
+    """The modules that Transformers' plan has split, in the plan's order; none of a whole model."""
+    split: list[SplitModule] = model.__dict__.get(_SPLIT, [])
+    return split
 
 
 def expand_plan(model: Any, left_out: Collection[str], mesh: DeviceMesh) -> DensePlan:
@@ -163,14 +200,14 @@ def _split_heads(model: Any, entries: list[PlanEntry]) -> Iterator[tuple[str, in
             yield what, heads
 
 
-def apply_plan(model: Any, entries: list[PlanEntry], mesh: DeviceMesh) -> Counter[str]:
-    """Slices parameters and wraps forwards; how many modules or parameters got each style.
+def apply_plan(model: Any, entries: list[PlanEntry], mesh: DeviceMesh) -> list[SplitModule]:
+    """Slices parameters and wraps forwards; the modules and parameters that got a style.
 
     Args:
         mesh: one-dimensional, of the ranks of this rank's tensor-parallel group.
     """
     styles = _styles()
-    done: Counter[str] = Counter()
+    done: list[SplitModule] = []
     for entry in entries:
         style = styles[entry.style]
         owner, _, leaf = entry.name.rpartition(".")
@@ -181,8 +218,10 @@ def apply_plan(model: Any, entries: list[PlanEntry], mesh: DeviceMesh) -> Counte
         module: nn.Module = model.get_submodule(entry.name)
         if entry.style == "mla_kv_a_proj":
             module.config = model.config.get_text_config()  # its style asks for a width of it
+        before = module.__dict__.get("forward")
         style.install_forward(module, mesh)
-        done[entry.style] += 1
+        after = module.__dict__.get("forward")
+        done.append(SplitModule(entry.name, entry.style, before, after))
     return done
 
 

@@ -69,13 +69,41 @@ def start_all_to_all(
 
 
 def all_reduce(partial_TH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of the ranks' partial results, as a new tensor; traceable by `torch.compile`."""
-    return _waited(functional.all_reduce(partial_TH, "sum", group))
+    """The sum of the ranks' partial results, in the argument's own memory where that is one piece:
+    for a tensor that nobody else reads. `torch.compile` traces it, as a new tensor.
+    """
+    if torch.compiler.is_compiling():
+        return _waited(functional.all_reduce(partial_TH, "sum", group))
+    # The traceable one would copy first, and on CUDA go over another stream and back.
+    partial_TH = partial_TH.contiguous()
+    dist.all_reduce(partial_TH, group=group)
+    return partial_TH
 
 
 def all_gather(rows_TH: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[T, H] of every rank as [R * T, H]; traceable by `torch.compile`."""
-    return _waited(_traced_gather(rows_TH, 0, group))
+    if torch.compiler.is_compiling():
+        return _waited(_traced_gather(rows_TH, 0, group))
+    result = rows_TH.new_empty((rows_TH.shape[0] * group.size(), *rows_TH.shape[1:]))
+    _gather(result, rows_TH.contiguous(), group=group)
+    return result
+
+
+def gather_columns(part: Tensor, width: int, group: dist.ProcessGroup) -> Tensor:
+    """[..., N] of every rank side by side, as [..., width].
+
+    Args:
+        part: its columns; each rank has width / R of them, rounded up, and what remains is on the
+            last ones, as `torch.chunk` gives them.
+    """
+    ranks = group.size()
+    most = -(-width // ranks)
+    rows = part.reshape(-1, part.shape[-1])
+    if rows.shape[1] < most:
+        rows = torch.nn.functional.pad(rows, (0, most - rows.shape[1]))
+    gathered_RTN = all_gather(rows, group).view(ranks, -1, most)
+    side_by_side = gathered_RTN.transpose(0, 1).reshape(-1, ranks * most)
+    return side_by_side[:, :width].reshape(*part.shape[:-1], width)
 
 
 def _waited(result: Tensor) -> Tensor:
