@@ -20,11 +20,10 @@ from engine.engine_cases import (
     random_prompts,
     run_staggered,
 )
-from engine.test_engine_graphs import rerun
+from engine.test_engine_graphs import rerun_with_recorder
 from moetor import AsyncEngine, record_routing
 from moetor.engine import EngineConfig, graphs
 from moetor.errors import ConfigError, InputError
-from moetor.layer.context import forward_context, get_forward_context
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 8},
@@ -36,17 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "no_prefix_cache": {"enable_prefix_caching": False},
 }
-
-
-def rerun_with_recorder(step: Any, device: torch.device, pool: Any) -> Any:
-    """Like a graph, which also holds what the recorder launched when it was captured."""
-    context = get_forward_context()
-
-    def recorded() -> Any:
-        with forward_context(context):
-            return step()
-
-    return rerun(recorded, device, pool)
 
 
 @pytest.mark.parametrize("captured", [False, True])

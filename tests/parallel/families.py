@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 import moetor
-from moetor import ParallelConfig
 from moetor.errors import UnsupportedError
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.trial import relative_error
 from moetor.tools.tiny import generate_of, logits_of, tiny_inputs, tiny_model
+from parallel.pool import patient
 
 EP = {"enable_expert_parallel": True}
 MODES = {
-    "tp": ParallelConfig(tensor_parallel_size=2),
-    "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
-    "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
-    "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
-    "dp_ep_alltoall": ParallelConfig(data_parallel_size=2, dispatcher="alltoall", **EP),
-    "tp4_ep2": ParallelConfig(tensor_parallel_size=4, expert_parallel_size=2, **EP),
-    "tp2_dp2_ep": ParallelConfig(tensor_parallel_size=2, data_parallel_size=2, **EP),
+    "tp": patient(tensor_parallel_size=2),
+    "tp_ep": patient(tensor_parallel_size=2, **EP),
+    "sp": patient(tensor_parallel_size=2, sequence_parallel=True, **EP),
+    "dp_ep": patient(data_parallel_size=2, **EP),
+    "dp_ep_alltoall": patient(data_parallel_size=2, dispatcher="alltoall", **EP),
+    "tp4_ep2": patient(tensor_parallel_size=4, expert_parallel_size=2, **EP),
+    "tp2_dp2_ep": patient(tensor_parallel_size=2, data_parallel_size=2, **EP),
 }
 
 

@@ -16,8 +16,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moetor import ParallelConfig
+from moetor.parallel.launch import NO_ANSWER, explain_waiting
+
 # A rank that does not answer for so long hangs.
 PATIENCE = 240.0
+
+
+def patient(**fields: Any) -> ParallelConfig:
+    """A configuration for tests of other things than time limits."""
+    return ParallelConfig(timeout=PATIENCE, **fields)
 
 
 def _work(rank: int, ranks: int, port: int, orders: Connection) -> None:
@@ -77,7 +85,8 @@ class Pool:
         failed = [(rank, answer) for rank, (fine, answer) in enumerate(answers) if not fine]
         for rank, answer in failed:
             # One that waited for another one tells less than that one.
-            if answer[0] is not RuntimeError or (rank, answer) == failed[-1]:
+            waited = explain_waiting(answer[1]) is not None or NO_ANSWER in answer[1]
+            if not waited or (rank, answer) == failed[-1]:
                 raise RankError(rank, *answer)
         return [answer for _, answer in answers]
 

@@ -24,7 +24,7 @@ from moetor.parallel.eplb.rearrange import moves_between
 from moetor.parallel.eplb.statistics import read_loads, save_loads
 from moetor.parallel.groups import make_groups
 from moetor.parallel.placement import ExpertMap, ExpertPlacement
-from parallel.pool import Pool, RankError
+from parallel.pool import Pool, RankError, patient
 
 
 def zipf(experts: int, rng: torch.Generator) -> list[float]:
@@ -175,9 +175,7 @@ def test_experts_move_and_results_stay(fields: dict[str, Any], two: Pool, seed: 
         inputs.append((torch.randn(tokens, 12, generator=rng).double(), logits.double()))
     one_expert = 12 * 30 * 8 + 20 * 8 + 12 * 8
     eplb = EplbConfig(window=8, interval=3, max_bytes_per_step=one_expert)
-    parallel = ParallelConfig(
-        enable_expert_parallel=True, num_redundant_experts=3, eplb=eplb, **fields
-    )
+    parallel = patient(enable_expert_parallel=True, num_redundant_experts=3, eplb=eplb, **fields)
     answers = two.run(skewed, tensors, inputs, parallel)
     for errors, busy, even, stats, _ in answers:
         assert max(errors) < 1e-12
@@ -189,6 +187,53 @@ def test_experts_move_and_results_stay(fields: dict[str, Any], two: Pool, seed: 
         assert even[1] > even[0]
         assert even[1] > 0.9
     assert answers[0][4] == answers[1][4], "both ranks have the same placement"
+
+
+def counted(
+    rank: int, tensors: LayerTensors, inputs: list[tuple[Tensor, Tensor]], fields: dict[str, Any]
+) -> Tensor:
+    """In a worker: choices of each expert in three calls, of all ranks together."""
+    layer = build(make_config(**FIELDS), tensors)
+    groups = make_groups(patient(eplb=EplbConfig(decay=1.0), **fields))
+    layout = shard_layer(layer, groups)
+    assert layout.load is not None
+    for _ in range(3):
+        layer(*inputs[groups.data_rank])
+    loads = layout.load.read()
+    dist.all_reduce(loads)
+    return loads
+
+
+@pytest.mark.parametrize("tokens", [(5, 3), (1, 0)])
+@pytest.mark.parametrize(
+    ("world", "fields"),
+    [
+        (2, {"tensor_parallel_size": 2}),
+        (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+        (2, {"tensor_parallel_size": 2, "sequence_parallel": True, "dispatcher": "alltoall"}),
+        (2, {"data_parallel_size": 2}),
+        (4, {"tensor_parallel_size": 2, "data_parallel_size": 2, "sequence_parallel": True}),
+    ],
+    ids=["replicated", "sp", "sp-alltoall", "dp", "sp-dp"],
+)
+def test_each_token_counts_once_and_filling_rows_never(
+    world: int,
+    fields: dict[str, Any],
+    tokens: tuple[int, ...],
+    two: Pool,
+    four: Pool,
+    rng: torch.Generator,
+) -> None:
+    tensors = draw_layer(make_config(**FIELDS), torch.float64, rng)
+    inputs = [
+        (torch.randn(n, 12, generator=rng).double(), torch.randn(n, 8, generator=rng).double())
+        for n in tokens
+    ]
+    seen = inputs[: fields.get("data_parallel_size", 1)]
+    chosen = torch.cat([logits.topk(2).indices.flatten() for _, logits in seen])
+    fields = {"enable_expert_parallel": True, **fields}
+    for loads in (four if world == 4 else two).run(counted, tensors, inputs, fields):
+        assert loads.tolist() == (3 * chosen.bincount(minlength=8)).tolist()
 
 
 def demo_under_eplb(rank: int, folder: str, dynamic: bool) -> Any:
@@ -208,7 +253,7 @@ def demo_under_eplb(rank: int, folder: str, dynamic: bool) -> Any:
         statistics=None if dynamic else stats,
         max_bytes_per_step=2**20,
     )
-    config = ParallelConfig(
+    config = patient(
         data_parallel_size=2, enable_expert_parallel=True, eplb=eplb, num_redundant_experts=2
     )
     report = moetor.fuse(model, verify=False, parallel=config).parallel

@@ -14,10 +14,9 @@ from moetor.huggingface.trial import relative_error
 from moetor.kernels.dequantize import round_activations
 from moetor.layer.sharding import shard_layer
 from moetor.parallel import allgather, alltoall
-from moetor.parallel.config import ParallelConfig
 from moetor.parallel.groups import make_groups
 from moetor.parallel.wire import Fp8Wire
-from parallel.pool import Pool
+from parallel.pool import Pool, patient
 
 WIDTH = 320
 BFLOAT16 = 0.01
@@ -86,7 +85,7 @@ def run(rank: int, fields: dict[str, Any]) -> Answer:
     out = {}
     for dtype in ("auto", "fp8"):
         layer = build(config, tensors)
-        groups = make_groups(ParallelConfig(**fields, dispatch_dtype=dtype))
+        groups = make_groups(patient(**fields, dispatch_dtype=dtype))
         shard_layer(layer, groups)
         drawn = torch.Generator().manual_seed(20 + groups.data_rank)
         hidden = torch.randn(7 - 3 * groups.data_rank, WIDTH, generator=drawn).bfloat16()

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import moetor
 from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams, StructuredOutputsParams
-from moetor.engine import EngineConfig, EngineStoppedError, ModelSource, build_engine
+from moetor.engine import EngineConfig, EngineStoppedError, ModelSource, build_engine, graphs
 from moetor.engine.ranks import RankedCore
 from moetor.errors import ParallelError
+from moetor.layer.context import forward_context, get_forward_context
 from moetor.parallel.config import EplbConfig
 from moetor.tools.tiny import tiny_model
-from parallel.pool import Pool, RankError
+from parallel.pool import Pool, RankError, patient
 
 PROMPTS = ["ROMEO:", "To be, or not to be", "KING HENRY:\nOnce more", "a"]
 EP = {"enable_expert_parallel": True}
 CONFIGS = {
-    "tp": ParallelConfig(tensor_parallel_size=2),
-    "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
-    "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
-    "dp": ParallelConfig(data_parallel_size=2),
-    "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
-    "dp_ep_alltoall": ParallelConfig(data_parallel_size=2, dispatcher="alltoall", **EP),
-    "eplb": ParallelConfig(
+    "tp": patient(tensor_parallel_size=2),
+    "tp_ep": patient(tensor_parallel_size=2, **EP),
+    "sp": patient(tensor_parallel_size=2, sequence_parallel=True, **EP),
+    "dp": patient(data_parallel_size=2),
+    "dp_ep": patient(data_parallel_size=2, **EP),
+    "dp_ep_alltoall": patient(data_parallel_size=2, dispatcher="alltoall", **EP),
+    "eplb": patient(
         data_parallel_size=2,
         eplb=EplbConfig(window=8, interval=4, min_gain=1.0),
         num_redundant_experts=2,
@@ -147,25 +150,64 @@ def served(rank: int, parallel: ParallelConfig) -> Any:
     return asyncio.run(work())
 
 
-def load(rank: int, parallel: ParallelConfig | None) -> Any:
-    """In a worker: what `PROMPTS` did to the experts, of all ranks."""
+def rerun(step: Any, device: torch.device, pool: Any) -> Any:
+    """Like a graph: what was told the recorder at the capture is told it at each replay."""
+    context = get_forward_context()
+
+    def again() -> Any:
+        with forward_context(context):
+            return step()
+
+    filled = tuple(tensor.clone() for tensor in again())
+
+    def replay() -> None:
+        for old, new in zip(filled, again(), strict=True):
+            old.copy_(new)
+
+    return replay, filled
+
+
+def load(rank: int, parallel: ParallelConfig | None, captured: bool = False) -> Any:
+    """In a worker: what `PROMPTS` did to the experts, of all ranks, as the engine tells it and,
+    under EPLB, as the balancer sees it."""
     config = EngineConfig(max_num_seqs=4, kv_cache_blocks=64, record_expert_load=True)
     source = ModelSource(model="demo", dtype="float32", device="cpu", parallel=parallel)
     engine = build_engine(source, config)
+    runner = engine.core.runner
+    if captured:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graphs, "record", rerun)
+            runner.graphs.capture()
     for index, prompt in enumerate(PROMPTS):
         params = SamplingParams(max_tokens=5 + index, temperature=0, ignore_eos=True)
         engine.core.add(engine.intake.request(prompt, params, f"r{index}"))
     while not engine.core.idle:
         engine.core.step()
-    return engine.core.expert_load()
+    assert (runner.graphs.replayed > 0) is captured
+    told, stats = engine.core.expert_load(), engine.core.stats()
+    # Nobody computes the token that was sampled last.
+    tokens = stats.prompt_tokens + stats.generated_tokens - len(PROMPTS)
+    top_k = engine.served.config.num_experts_per_tok
+    assert [sum(counts) for counts in told.values()] == [tokens * top_k] * 4
+    if runner.balancer is None:
+        return told, None
+    seen = torch.stack([layer.load.read() for layer in runner.balancer.layers])
+    dist.all_reduce(seen)
+    return told, seen.tolist()
 
 
-@pytest.mark.parametrize("name", ["tp", "sp", "dp", "dp_ep"])
-def test_the_load_is_that_of_all_ranks_tokens(name: str, two: Pool) -> None:
-    """Each token counts once, wherever it was computed; rows that fill up a part, never."""
-    expected = load(0, None)
-    assert all(sum(counts) for counts in expected.values())
-    assert two.run(load, CONFIGS[name]) == [expected, expected]
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("name", ["tp", "tp_ep", "sp", "dp", "dp_ep", "dp_ep_alltoall"])
+def test_the_load_is_that_of_all_ranks_tokens(name: str, captured: bool, two: Pool) -> None:
+    """Each token counts once, wherever it was computed; rows that fill up a part or a graph, and
+    those of a rank without work, never."""
+    expected, _ = load(0, None)
+    parallel = CONFIGS[name]
+    if parallel.enable_expert_parallel:
+        parallel = replace(parallel, eplb=EplbConfig(window=10**4, interval=10**6, decay=1.0))
+    for told, seen in two.run(load, parallel, captured):
+        assert told == expected
+        assert seen is None or seen == list(expected.values())
 
 
 @pytest.mark.parametrize("name", ["tp", "tp_ep", "dp_ep"])

@@ -25,7 +25,7 @@ from moetor.layer.runner import base
 from moetor.layer.sharding import shard_layer
 from moetor.parallel.config import EplbConfig, ParallelConfig
 from moetor.parallel.groups import make_groups
-from parallel.pool import Pool, RankError
+from parallel.pool import Pool, RankError, patient
 
 SHARED = SharedExpertsConfig(intermediate_size=6, sigmoid_gate=True)
 MEAN = SharedExpertsConfig(intermediate_size=7, combine="mean")
@@ -52,11 +52,11 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 def dp_ep(size: int = 2, **fields: Any) -> ParallelConfig:
-    return ParallelConfig(data_parallel_size=size, enable_expert_parallel=True, **fields)
+    return patient(data_parallel_size=size, enable_expert_parallel=True, **fields)
 
 
 def tp(size: int = 2, **fields: Any) -> ParallelConfig:
-    return ParallelConfig(tensor_parallel_size=size, **fields)
+    return patient(tensor_parallel_size=size, **fields)
 
 
 EP = {"enable_expert_parallel": True}

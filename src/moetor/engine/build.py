@@ -111,6 +111,8 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
     if config.enable_return_routed_experts:
         runner.keep_routes(plan.num_blocks, config.block_size)
     without_graphs = _capture(runner, config, groups)
+    if runner.balancer is not None:
+        runner.balancer.forget()
     blocks = BlockManager(
         plan.num_blocks,
         config.block_size,

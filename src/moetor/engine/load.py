@@ -19,7 +19,7 @@ from moetor.layer.recording import RoutingRecorder
 
 
 class ExpertLoad(RoutingRecorder):
-    """Counts on the device, also inside CUDA graphs, where the padded rows count along.
+    """Counts on the device, also inside CUDA graphs. Identity experts do not count.
 
     Args:
         model: a fused model.
@@ -44,8 +44,9 @@ class ExpertLoad(RoutingRecorder):
 
     def note(self, layer: str, ids_TK: Tensor) -> None:
         """Adds one call's ids."""
-        ids = ids_TK.reshape(-1).long()
-        self._counts[layer].index_add_(0, ids, torch.ones_like(ids))
+        counts_E = self._counts[layer]
+        ids = ids_TK.reshape(-1).long().clamp(max=counts_E.numel() - 1)
+        counts_E.index_add_(0, ids, torch.ones_like(ids))
 
     def counts(self) -> dict[str, list[int]]:
         """Tokens of each expert, by the layer's path in the model."""

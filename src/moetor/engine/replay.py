@@ -21,6 +21,7 @@ from moetor.engine.prompt_graphs import PromptGraphs, prompt_sizes
 from moetor.engine.routes import SequenceRoutes
 from moetor.engine.sequence import Scheduled, Step
 from moetor.engine.state import StateSlots
+from moetor.layer.context import only_tokens
 from moetor.layer.offload import ExpertOffload
 
 
@@ -144,9 +145,14 @@ class StepGraphs:
         """Logits [S, V] of one token of each row; everything it needs is on the device."""
         assert self.cache is not None
         shape = (1, -1) if self.states is None else (-1, 1)
+        nobody = self._last_token_P.shape[0] - 1
         if self.states is not None:
             self.states.load(rows_S)
-        with self.served.paged_attention(), self.cache.running(batch, 1):
+        with (
+            only_tokens(rows_S != nobody),
+            self.served.paged_attention(),
+            self.cache.running(batch, 1),
+        ):
             logits, _ = self.served(
                 ids_S.view(shape), positions_S.view(shape), self.cache, rows=None
             )

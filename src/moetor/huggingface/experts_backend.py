@@ -52,6 +52,21 @@ class BorrowedExperts:
         return 1
 
     @property
+    def num_ids(self) -> int:
+        """E."""
+        return self.routed_experts.config.num_experts
+
+    @property
+    def parallel(self) -> None:
+        """None: Transformers itself spreads them."""
+        return None
+
+    @property
+    def token_split(self) -> None:
+        """None, likewise."""
+        return None
+
+    @property
     def routed_experts(self) -> Experts:
         """The experts with the parameters that the module holds now."""
         module = self.module()

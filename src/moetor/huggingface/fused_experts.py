@@ -63,6 +63,19 @@ class FusedExperts(nn.Module):
         return 1
 
     @property
+    def num_ids(self) -> int:
+        """Experts of all ranks."""
+        layout = self.parallel
+        if layout is None or layout.experts is None:
+            return self.routed_experts.config.num_experts
+        return layout.experts.placement.num_experts
+
+    @property
+    def token_split(self) -> None:
+        """None: every rank of a tensor-parallel group has all tokens."""
+        return None
+
+    @property
     def num_experts(self) -> int:
         """E, as the original offers it."""
         return self.routed_experts.config.num_experts

@@ -10,8 +10,10 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from moetor.errors import InputError
 from moetor.layer.recording import RoutingRecorder, RoutingReplay
@@ -31,11 +33,14 @@ class ForwardContext:
         layers: the layers it may find by name.
         recorder: notes which experts every layer chose.
         replay: ids that layers are to use instead of their own choice.
+        tokens: bool [T], which rows of a call are tokens; None for all. The others fill up a
+            captured graph: they are computed, and no choice of theirs is noted or counted.
     """
 
     layers: Mapping[str, ExpertsOwner] = field(default_factory=lambda: _layers)
     recorder: RoutingRecorder | None = None
     replay: RoutingReplay | None = None
+    tokens: Tensor | None = None
 
 
 _DEFAULT = ForwardContext()
@@ -70,6 +75,13 @@ def forward_context(context: ForwardContext) -> Iterator[ForwardContext]:
         yield context
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def only_tokens(tokens_T: Tensor) -> Iterator[None]:
+    """Inside the `with` block only these rows of each call, bool [T], are tokens."""
+    with forward_context(replace(get_forward_context(), tokens=tokens_T)):
+        yield
 
 
 def find_layer(name: str) -> ExpertsOwner:

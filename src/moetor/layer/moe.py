@@ -213,6 +213,11 @@ class MoELayer(nn.Module):
         return self._modules.get(self.names.output_transform)
 
     @property
+    def num_ids(self) -> int:
+        """Experts and identity experts that the router chooses among."""
+        return self.config.router.num_logits
+
+    @property
     def selection_bias(self) -> Tensor | None:
         """The router's selection bias [E], wherever it lives."""
         owner = self if self.gate_module is None else self.gate_module

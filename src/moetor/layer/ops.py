@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @torch.library.custom_op("moetor::moe_forward", mutates_args=())
 def moe_forward(hidden_TH: Tensor, logits_TE: Tensor, layer_name: str) -> Tensor:
-    """Routes by the logits and runs the routed experts: [T, H]."""
+    """Routes by the logits and runs the routed experts: [T, H].
+
+    Under sequence parallelism the logits are those of all ranks' tokens, which tells how many of
+    this rank's rows are tokens.
+    """
     layer = cast("MoELayer", find_layer(layer_name))
     return layer.runner.run_routed(layer, hidden_TH, logits_TE)
 
@@ -61,8 +65,7 @@ def transformers_moe_forward(
     if context.replay is not None:
         ids_TK = context.replay.take(layer_name, hidden_TH.shape[0])
         routing = replay_choice(layer_name, ids_TK, routing)
-    if context.recorder is not None:
-        context.recorder.note(layer_name, routing.topk_ids)
+    layer.runner.note_choice(layer, routing)
     return layer.runner.run_experts(layer, hidden_TH, routing)
 
 

@@ -40,15 +40,10 @@ class TokenSplit:
             None if identity is None else self.own(identity),
         )
 
-    @staticmethod
-    def without_filling(ids_TK: Tensor, logits_TE: Tensor, num_experts: int) -> Tensor:
-        """The ids to record [T, K], where rows that fill up have chosen nothing.
-
-        Args:
-            logits_TE: of this rank's part; the rows that fill up are zero throughout, which a
-                captured graph can tell at every replay.
-        """
-        return ids_TK.masked_fill(~logits_TE.any(dim=-1, keepdim=True), num_experts)
+    def num_own(self, tokens: int) -> int:
+        """How many rows of this rank's part of so many tokens do not fill it up."""
+        share = -(-tokens // self.group.size())
+        return min(share, max(0, tokens - self.group.rank() * share))
 
     def gather(self, rows_NH: Tensor, tokens: int) -> Tensor:
         """All ranks' results [T, H]."""

@@ -31,7 +31,8 @@ class _Gathered(Exchange):
         self.tokens, self.top_k = routing.topk_ids.shape
         self.like = hidden_TH
         missing = rows - self.tokens
-        physical_TK, weights_TK = dispatcher.note(routing), routing.topk_weights
+        physical_TK = dispatcher.experts.physical(routing.topk_ids)
+        weights_TK = routing.topk_weights
         dropped = dispatcher.experts.placement.num_physical
         if missing:
             hidden_TH = F.pad(hidden_TH, (0, 0, 0, missing))

@@ -29,7 +29,7 @@ class AllToAllDispatcher(TokenDispatcher):
         Raises:
             UnsupportedError: no bound is known, and a CUDA graph is being captured.
         """
-        slots_MTK = self.experts.all_slots(self.note(routing))
+        slots_MTK = self.experts.all_slots(self.experts.physical(routing.topk_ids))
         size_M = self.experts.all_num_slots(hidden_TH.device)
         goes_MT = (slots_MTK < size_M[:, None, None]).any(dim=-1)
         parcel = _Parcel(hidden_TH, routing.topk_weights, slots_MTK, goes_MT)

@@ -23,8 +23,6 @@ from moetor.parallel.wire import PlainWire, Wire
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from moetor.parallel.eplb.load import ExpertLoad
-
 _agreed: ContextVar[int | None] = ContextVar("moetor_agreed_rows", default=None)
 
 
@@ -122,7 +120,6 @@ class ReplicatedDispatcher(Dispatcher):
     Args:
         experts: where experts are; None where every rank has a slice of each of them.
         reduce_group: sum over it in the combine, for a caller that does not.
-        load: counts what the router chose.
     """
 
     communicates = False
@@ -131,16 +128,12 @@ class ReplicatedDispatcher(Dispatcher):
         self,
         experts: ExpertMap | None,
         reduce_group: dist.ProcessGroup | None = None,
-        load: ExpertLoad | None = None,
     ) -> None:
         self.experts = experts
         self.reduce_group = reduce_group
-        self.load = load
 
     def dispatch(self, hidden_TH: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
         """The tokens, and the slots of this rank's experts."""
-        if self.load is not None:
-            self.load.count(routing.topk_ids)
         if self.experts is None:
             return hidden_TH, routing
         physical_TK = self.experts.physical(routing.topk_ids)
@@ -162,7 +155,6 @@ class TokenDispatcher(Dispatcher):
         max_rows: `ParallelConfig.max_tokens_per_rank`.
         uniform: the members always have equally many tokens (sequence parallel).
         reduce_group: sum over it after the combine, for a caller that does not.
-        load: counts what the router chose.
         wire: how tokens travel; as they are by default.
     """
 
@@ -176,7 +168,6 @@ class TokenDispatcher(Dispatcher):
         max_rows: int | None = None,
         uniform: bool = False,
         reduce_group: dist.ProcessGroup | None = None,
-        load: ExpertLoad | None = None,
         wire: Wire | None = None,
     ) -> None:
         self.wire = PlainWire() if wire is None else wire
@@ -185,7 +176,6 @@ class TokenDispatcher(Dispatcher):
         self.max_rows = max_rows
         self.uniform = uniform
         self.reduce_group = reduce_group
-        self.load = load
         self.fan_in = group.size()
         self._open: Exchange | None = None
         self._least: dict[int, int] = {}
@@ -236,12 +226,6 @@ class TokenDispatcher(Dispatcher):
         if value not in self._least:
             self._least[value] = host_agree(value, dist.ReduceOp.MIN, self.group, device)
         return self._least[value]
-
-    def note(self, routing: Routing) -> Tensor:
-        """Counts a routing, and gives its physical ids."""
-        if self.load is not None:
-            self.load.count(routing.topk_ids)
-        return self.experts.physical(routing.topk_ids)
 
     def finish(self, out_TH: Tensor) -> Tensor:
         """The last sum, where there is one."""

@@ -90,9 +90,11 @@ def plan_layer(
     part, piece = divmod(index, width)
     start, stop = slice_bounds(form.intermediate_size, width, multiple)[piece]
     shard = ExpertShard(experts=placement.parts[part], start=start, stop=stop, adds_bias=piece == 0)
-    watched = config.eplb is not None and config.eplb.dynamic
-    load = ExpertLoad(form.num_experts, config.eplb) if config.eplb and watched else None
     splits = config.sequence_parallel and not reduces
+    # The ranks of a tensor-parallel group see the same tokens: one of them counts.
+    counts = splits or groups.tensor_rank == 0
+    eplb = config.eplb if config.eplb is not None and config.eplb.dynamic else None
+    load = None if eplb is None else ExpertLoad(form.num_experts, eplb, counts=counts)
     sums_tensor = config.tensor_parallel_size > 1 and not splits
     dispatcher, experts = _dispatcher(
         groups,
@@ -101,7 +103,6 @@ def plan_layer(
         top_k,
         splits,
         groups.tensor if reduces and sums_tensor else None,
-        load,
     )
     return LayerLayout(
         shard=shard,
@@ -137,7 +138,6 @@ def _dispatcher(
     top_k: int,
     splits: bool,
     reduce_group: dist.ProcessGroup | None,
-    load: ExpertLoad | None,
 ) -> tuple[Dispatcher, ExpertMap | None]:
     """The dispatcher for this rank, and its view of the placement.
 
@@ -148,9 +148,9 @@ def _dispatcher(
     tp = config.tensor_parallel_size
     if not config.joint and not splits:
         if len(placement.parts) == 1:
-            return ReplicatedDispatcher(None, reduce_group, load), None
+            return ReplicatedDispatcher(None, reduce_group), None
         experts = ExpertMap(placement, [groups.tensor_rank // width], 0)
-        return ReplicatedDispatcher(experts, reduce_group, load), experts
+        return ReplicatedDispatcher(experts, reduce_group), experts
     if config.joint and splits:
         group, indices = groups.world, list(range(config.world_size))
     elif config.joint:
@@ -171,7 +171,6 @@ def _dispatcher(
         max_rows=config.max_tokens_per_rank,
         uniform=not config.joint,
         reduce_group=reduce_group,
-        load=load,
         wire=Fp8Wire() if config.dispatch_dtype == "fp8" else None,
     )
     return dispatcher, experts

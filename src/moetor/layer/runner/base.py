@@ -28,6 +28,8 @@ from moetor.quantization.method import MonolithicMethod
 if TYPE_CHECKING:
     from moetor.layer.experts import Experts
     from moetor.layer.moe import MoELayer
+    from moetor.layer.token_split import TokenSplit
+    from moetor.parallel.layout import LayerLayout
 
 
 Between = Callable[[], None]
@@ -40,6 +42,10 @@ class ExpertsOwner(Protocol):
     runner: MoERunner
 
     @property
+    def name(self) -> str:
+        """Under which it is filed."""
+
+    @property
     def routed_experts(self) -> Experts:
         """The routed experts."""
 
@@ -50,6 +56,18 @@ class ExpertsOwner(Protocol):
     @property
     def ranks(self) -> int:
         """How many ranks' results are summed after the experts; 1 for no reduction."""
+
+    @property
+    def num_ids(self) -> int:
+        """Ids below it are experts, or identity experts; it is the one of a dropped slot."""
+
+    @property
+    def parallel(self) -> LayerLayout | None:
+        """Where experts and tokens are among ranks; None on one device."""
+
+    @property
+    def token_split(self) -> TokenSplit | None:
+        """How tokens are split over ranks before they come here, under sequence parallelism."""
 
 
 class MoERunner(ABC):
@@ -72,10 +90,7 @@ class MoERunner(ABC):
             )
         tokens = hidden_TH.shape[0]
         if layer.token_split is not None:
-            hidden_TH, logits_TE = (
-                layer.token_split.own(hidden_TH),
-                layer.token_split.own(logits_TE),
-            )
+            hidden_TH = layer.token_split.own(hidden_TH)  # logits are split in the op
         hidden_TX = self._prepare(layer, hidden_TH)
         shared_TH: Tensor | None = None
         if layer.shared is None:
@@ -136,8 +151,11 @@ class MoERunner(ABC):
     def _run(
         self, layer: MoELayer, hidden_TX: Tensor, logits_TE: Tensor, between: Between | None
     ) -> Tensor:
-        context = get_forward_context()
+        tokens = logits_TE.shape[0]
+        if layer.token_split is not None:
+            logits_TE = layer.token_split.own(logits_TE)
         if isinstance(layer.routed_experts.method, MonolithicMethod):
+            context = get_forward_context()
             if context.recorder is not None or context.replay is not None:
                 raise UnsupportedError(
                     f"layer {layer.name!r} routes inside its kernel, where nothing can be recorded "
@@ -145,13 +163,25 @@ class MoERunner(ABC):
                 )
             return self.run_monolithic(layer, hidden_TX, logits_TE)
         routing = layer.route(logits_TE, hidden_TX.dtype)
-        if context.recorder is not None:
-            chosen = routing.topk_ids if routing.chosen_ids is None else routing.chosen_ids
-            if layer.token_split is not None:
-                experts = layer.config.router.num_experts
-                chosen = layer.token_split.without_filling(chosen, logits_TE, experts)
-            context.recorder.note(layer.name, chosen)
+        own = tokens if layer.token_split is None else layer.token_split.num_own(tokens)
+        self.note_choice(layer, routing, filling=hidden_TX.shape[0] - own)
         return self.run_experts(layer, hidden_TX, routing, between=between)
+
+    @staticmethod
+    def note_choice(owner: ExpertsOwner, routing: Routing, *, filling: int = 0) -> None:
+        """Tells the recorder, and under EPLB the counters, which experts a call's tokens chose.
+
+        Args:
+            filling: rows at the end that are no tokens, where the routing does not drop them.
+        """
+        recorder = get_forward_context().recorder
+        load = None if owner.parallel is None else owner.parallel.load
+        if recorder is not None:
+            chosen = routing.topk_ids if routing.chosen_ids is None else routing.chosen_ids
+            recorder.note(owner.name, _tokens_choice(owner, chosen, owner.num_ids, filling))
+        if load is not None:
+            chosen = routing.topk_ids
+            load.count(_tokens_choice(owner, chosen, load.num_experts, filling))
 
     @abstractmethod
     def run_experts(
@@ -212,6 +242,17 @@ class MoERunner(ABC):
         if layer.token_split is not None:
             routed_TX = layer.token_split.gather(routed_TX, tokens)
         return routed_TX
+
+
+def _tokens_choice(owner: ExpertsOwner, ids_TK: Tensor, nothing: int, filling: int) -> Tensor:
+    """Ids [T, K] in which rows that are no tokens have chosen `nothing`."""
+    tokens_T = get_forward_context().tokens
+    if tokens_T is not None:  # also says which rows fill up a part
+        own_T = tokens_T if owner.token_split is None else owner.token_split.own(tokens_T)
+        return ids_TK.masked_fill(~own_T.unsqueeze(1), nothing)
+    if not filling:
+        return ids_TK
+    return F.pad(ids_TK[: ids_TK.shape[0] - filling], (0, 0, 0, filling), value=nothing)
 
 
 def _reduce_together(

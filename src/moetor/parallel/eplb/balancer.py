@@ -87,6 +87,11 @@ class ExpertBalancer:
             self._passes = 0
             self.look()
 
+    def forget(self) -> None:
+        """What was computed so far were no users' tokens."""
+        for layer in self.layers:
+            layer.load.clear()
+
     def look(self) -> None:
         """Adds the ranks' loads up; the steps that follow act on them, layer by layer."""
         device = self.layers[0].weights()[0].device

@@ -19,20 +19,26 @@ class ExpertLoad:
     Args:
         num_experts: E.
         config: window and decay.
+        counts: whether this rank counts at all: another one may see the same tokens.
     """
 
-    def __init__(self, num_experts: int, config: EplbConfig) -> None:
+    def __init__(self, num_experts: int, config: EplbConfig, *, counts: bool = True) -> None:
         self.num_experts = num_experts
         self.window = config.window
         self.decay = config.decay
+        self._counts = counts
         self._passes: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def count(self, ids_TK: Tensor) -> None:
         """Notes one pass; dropped slots (E) do not count."""
+        if not self._counts:
+            return
         device = ids_TK.device
         if device not in self._passes:
-            counts_WE = torch.zeros((self.window, self.num_experts + 1), dtype=torch.int32)
-            self._passes[device] = counts_WE.to(device), torch.zeros(1, dtype=torch.long).to(device)
+            with torch.inference_mode(False):  # else they could not be changed outside of it
+                counts_WE = torch.zeros((self.window, self.num_experts + 1), dtype=torch.int32)
+                place = torch.zeros(1, dtype=torch.long)
+                self._passes[device] = counts_WE.to(device), place.to(device)
         counts_WE, place = self._passes[device]
         ids = ids_TK.flatten().long()
         row_E = torch.zeros(self.num_experts + 1, dtype=torch.int32, device=device)
