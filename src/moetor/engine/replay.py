@@ -109,8 +109,8 @@ class StepGraphs:
         self, max_tokens: int, progress: Callable[[int, int], None] | None = None
     ) -> None:
         """Captures steps with prompts in CUDA graphs, where all parts go through the model in one
-        row, on one rank's account, with the experts on the GPU; padding would also be counted in
-        the experts' load.
+        row, on one rank's account, with the experts on the GPU. The routes of each token are noted
+        by its place in the cache, which padding does not have.
 
         Args:
             max_tokens: of a step.
@@ -118,7 +118,8 @@ class StepGraphs:
         Raises:
             RuntimeError: something in the model cannot be captured.
         """
-        shared = (self.lockstep, self.recorder, self.offload, self.states)
+        routes = self.recorder if isinstance(self.recorder, SequenceRoutes) else None
+        shared = (self.lockstep, routes, self.offload, self.states)
         if self.cache is None or any(one is not None for one in shared):
             return
         graphs = PromptGraphs(
@@ -128,7 +129,7 @@ class StepGraphs:
             max_blocks=self._max_blocks,
             sizes=prompt_sizes(max_tokens),
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), self.recording():
             graphs.capture(progress)
         self.prompts = graphs
 
@@ -137,7 +138,11 @@ class StepGraphs:
     ) -> Tensor:
         """Logits [S, V] of some tokens of packed parts; everything it needs is on the device."""
         assert self.cache is not None
-        with self.served.paged_attention(), self.cache.running(batch, 1):
+        with (
+            only_tokens(batch.slots_T >= 0),
+            self.served.paged_attention(),
+            self.cache.running(batch, 1),
+        ):
             logits, _ = self.served(ids_T[None], positions_T[None], self.cache, keep_S)
         return logits
 
