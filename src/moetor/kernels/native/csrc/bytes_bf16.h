@@ -57,10 +57,7 @@ inline void byte_block(const CodeRows& w, const W* rows, int64_t stride, int64_t
     for (int n = 0; n < N; ++n) sum[r][n] = products[r][n] = V::zero();
   int64_t group = 0, left = w.per_group;
   for (int64_t s = 0; s < whole; ++s) {
-    if (!kNumbers && s % 2 == 0)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kCodes, _MM_HINT_T0);
+    if (!kNumbers && s % 2 == 0) fetch_lines<R>(ahead, s / 2);
     byte_step<R, N>(rows + s * kCodes, stride, x + s * N * kCodes, products);
     if (kGroups && --left == 0) {
       end_group<R, N>(w, group++, products, sum);
@@ -152,6 +149,12 @@ inline __m128i sum4(__m512i a, __m512i b, __m512i c, __m512i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
+// sum += the products of unsigned and signed bytes, four to a place. Not the intrinsic: GCC 12 then keeps sums in memory
+// where blocks have many.
+inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i weights, __m512i inputs) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs));
+}
+
 template <int R, int N>
 inline __attribute__((always_inline)) void bytes_step(const uint8_t* from, int64_t stride, __mmask64 there,
                                                       const int8_t* x, __m512i (&sum)[R][N]) {
@@ -164,7 +167,7 @@ inline __attribute__((always_inline)) void bytes_step(const uint8_t* from, int64
   for (int n = 0; n < N; ++n) {
     const __m512i input = _mm512_loadu_si512(x + n * 64);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], weight[r], input);
+    for (int r = 0; r < R; ++r) add_products(sum[r][n], weight[r], input);
   }
 }
 
@@ -181,9 +184,7 @@ inline __attribute__((noinline)) void bytes_block(const CodeRows& w, int64_t siz
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_si512();
   for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kBytes, _MM_HINT_T0);
+    fetch_lines<R>(ahead, s);
     bytes_step<R, N>(w.at + s * kBytes, w.stride, ~0ull, inputs + s * N * kBytes, sum);
   }
   if (const int64_t rest = size % kBytes; rest != 0)  // a row may end within a step

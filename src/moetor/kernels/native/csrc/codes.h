@@ -67,6 +67,14 @@ inline int64_t rows_ahead(const CodeRows& w, int rows) {
 inline const uint8_t* ahead_of(const CodeRows& w, int rows) {
   return Stretch{w.at, w.end, w.then}.ahead(rows_ahead(w, rows) * w.stride);
 }
+// Fetches the lines that follow `step` times R lines from `ahead` on. Rows that are read side by side are fetched one
+// after the other: memory is slower where it is asked for several streams at a time.
+template <int R>
+inline __attribute__((always_inline)) void fetch_lines(const uint8_t* ahead, int64_t step) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    _mm_prefetch(reinterpret_cast<const char*>(ahead) + (step * R + r) * kCacheLine, _MM_HINT_T0);
+}
 
 // 32 weights of a row, from the codes at `from` in the group `group`.
 template <class V, int kind>
@@ -122,10 +130,7 @@ inline void code_block(const CodeRows& w, int64_t size, const float* x, float* t
   const int64_t steps = kWhole ? ceil_div(size, kCodes) : size / kCodes;
   int64_t group = 0, left = w.per_group;
   for (int64_t s = 0; s < steps; ++s) {
-    if (s * kBytes % kCacheLine == 0)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + s * kBytes, _MM_HINT_T0);
+    if (s * kBytes % kCacheLine == 0) fetch_lines<R>(ahead, s * kBytes / kCacheLine);
     code_step<V, kind, R, N>(w.at + s * kBytes, w.stride, w, group, x + s * N * kCodes, sum);
     if (--left == 0) {
       left = w.per_group;

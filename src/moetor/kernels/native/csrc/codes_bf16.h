@@ -206,9 +206,7 @@ inline __attribute__((noinline)) void nibble_block(const CodeRows& w, int64_t si
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_ps();
   for (int64_t c = 0; c < chunks; ++c) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + r * w.stride) + c * kChunkBytes, _MM_HINT_T0);
+    fetch_lines<R>(ahead, c);
     if (kStored) {  // the rows' scales follow each other
       const char* scales = reinterpret_cast<const char*>(ahead_scales) + c * 4 * R * sizeof(S);
       _mm_prefetch(scales, _MM_HINT_T0);

@@ -76,6 +76,8 @@ inline __attribute__((always_inline)) void dot_step(const D* w, int64_t stride, 
   }
 }
 
+// While R rows are computed, step by step: fetches R steps of the rows at `ahead`, one row after the other, since memory
+// is slower where it is asked for several streams at a time. With a stride of 0, fetches one row.
 template <class V, class D, int R, int N, class X>
 inline void dot_block(const D* w, int64_t stride, const X* x, int64_t steps, float* sums, bool first, float* tile,
                       const D* ahead, int64_t ahead_stride) {
@@ -85,12 +87,21 @@ inline void dot_block(const D* w, int64_t stride, const X* x, int64_t steps, flo
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sum[r][n] = first ? V::zero() : V::load(sums + (r * N + n) * W);
-  for (int64_t s = 0; s < steps; ++s, w += kStep, ahead += kStep, x += N * kStep) {
+  const bool one = ahead_stride == 0;
+  const int64_t each = one ? 0 : kStep, skip = one ? 0 : ahead_stride - steps * kStep;
+  int64_t left = steps;
+  for (int64_t s = 0; s < steps; ++s, w += kStep, x += N * kStep) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
       for (int byte = 0; byte < static_cast<int>(kStep * sizeof(D)); byte += kCacheLine)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + r * ahead_stride) + byte, _MM_HINT_T2);
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + r * each) + byte, _MM_HINT_T2);
+    ahead += one ? kStep : R * kStep;
+    left -= R;
+    if (left <= 0) {
+      ahead += skip;
+      left += steps;
+    }
     dot_step<V, D, R, N>(w, stride, x, sum);
   }
   if (tile == nullptr) {
