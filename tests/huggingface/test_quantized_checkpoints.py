@@ -4,6 +4,7 @@ and every reason to refuse one."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,20 @@ def test_contradictory_or_foreign_settings_are_refused(
     with pytest.raises(MoetorError, match=words) as caught:
         load(folder)
     assert isinstance(caught.value, CheckpointError | UnsupportedError)
+
+
+@pytest.mark.parametrize("where", ["", "text_config."])
+@pytest.mark.parametrize("settings", ["fp8", ["fp8"], 8, True])
+def test_settings_that_are_no_object_are_refused_by_name(
+    settings: Any, where: str, tmp_path: Path
+) -> None:
+    fields = {"quantization_config": settings}
+    stated = OLMOE.build(**SIZES).config.to_dict() | ({"text_config": fields} if where else fields)
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    words = f'{where}quantization_config={settings!r}; it must be an object with a "quant_method"'
+    for read in (load, moetor.explain):
+        with pytest.raises(CheckpointError, match=re.escape(words)):
+            read(str(tmp_path))
 
 
 def test_order_by_activations_is_refused(tmp_path: Path, rng: torch.Generator) -> None:

@@ -119,6 +119,35 @@ def test_a_token_does_not_see_its_batch(name: str, isa: str, rng: torch.Generato
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("weight_on_input", [False, True])
+@pytest.mark.parametrize("activations", ["unquantized", "int8_token"])
+@pytest.mark.parametrize("name", ["int8", "int4_g32", "int4_g32_zp"])
+def test_packed_inputs_serve_no_other_inputs(
+    name: str,
+    activations: ActivationFormat,
+    weight_on_input: bool,
+    isa: str,
+    rng: torch.Generator,
+) -> None:
+    """A thread packs one token once for all its experts: only where they read the same, in the same
+    layout. An expert named twice reads a block of two rows, weights on the inputs make each
+    expert's own, and two tokens are two inputs even if every expert has one of them."""
+    config = ExpertsConfig(
+        num_experts=6, hidden_size=160, intermediate_size=64, weight_on_input=weight_on_input
+    )
+    weights, _ = _sized(name, config, rng, activations)
+    drawn = draw(replace(FORMS[0], config=config, tokens=2, top_k=3), torch.bfloat16, rng)
+    for ids in ([0, 1, 2], [0, 0, 1], [2, 1, 1], [1, 1, 1], [4, 6, 0]):
+        pair_TK = torch.tensor([ids, [3, 4, 5]], dtype=torch.int32)
+        inputs = (drawn.hidden, drawn.topk_weights, pair_TK)
+        both = native_experts(*inputs, weights, config, isa=isa, threads=1)
+        for row in (0, 1):
+            one = [tensor[row : row + 1] for tensor in inputs]
+            out = native_experts(*one, weights, config, isa=isa, threads=1)
+            assert torch.equal(out[0], both[row])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight_on_input", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounded_activations(

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from moetor.errors import CheckpointError, ConfigError, UnsupportedError
 from moetor.huggingface.checkpoint import Checkpoint, CheckpointReader
@@ -34,7 +40,12 @@ from moetor.huggingface.skeleton import (
     settle_dtype,
 )
 from moetor.huggingface.sources import local_folder, one_sentence, resolve
-from moetor.huggingface.stored_quantization import described, open_checkpoint, stored_settings
+from moetor.huggingface.stored_quantization import (
+    check_quantization_field,
+    described,
+    open_checkpoint,
+    stored_settings,
+)
 from moetor.huggingface.streaming import LoadFigures, LoadProgress, PlainSink, stream_weights
 from moetor.offload_config import CpuExperts, OffloadConfig, offload_config
 from moetor.quant_config import QuantConfig
@@ -55,9 +66,12 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
     """The model's configuration.
 
     Raises:
-        CheckpointError: it cannot be found or read, or asks for more experts per token than it has.
+        CheckpointError: it cannot be found or read, its `quantization_config` is no object, or it
+            asks for more experts per token than it has.
     """
     with one_sentence(model):
+        stated, _ = PretrainedConfig.get_config_dict(resolve(model), revision=revision)
+        check_quantization_field(stated, model)
         config = AutoConfig.from_pretrained(
             resolve(model), revision=revision, trust_remote_code=trust_remote_code
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetor.errors import CheckpointError
 from moetor.huggingface.checkpoint import Checkpoint
 from moetor.huggingface.expert_mapping import looks_like_expert
 from moetor.huggingface.gguf_checkpoint import GgufCheckpoint, find_gguf
@@ -23,6 +25,27 @@ def stored_settings(folder: Path, config: Any) -> dict[str, Any] | None:
     if find_gguf(folder) is not None:
         return {"quant_method": "gguf"}
     return quantization_settings(config)
+
+
+def check_quantization_field(stated: Mapping[str, Any], model: str) -> None:
+    """Refuses a `quantization_config` that is not an object, which Transformers cannot read.
+
+    Args:
+        stated: what config.json holds.
+
+    Raises:
+        CheckpointError: with the field's name and what it must be.
+    """
+    parts = [("", stated)]
+    parts += [(f"{name}.", part) for name, part in stated.items() if isinstance(part, Mapping)]
+    for where, part in parts:
+        settings = part.get("quantization_config")
+        if settings is not None and not isinstance(settings, Mapping):
+            raise CheckpointError(
+                f"config.json of {model!r} has {where}quantization_config={settings!r}; it must be "
+                'an object with a "quant_method", such as {"quant_method": "fp8"}, or be left out '
+                "where no tensor is quantised; to quantise while loading, pass quantization='fp8'"
+            )
 
 
 def open_checkpoint(folder: Path, config: Any) -> Checkpoint:
