@@ -21,6 +21,7 @@ from engine.engine_cases import (
 )
 from moetor.engine import SamplingParams, graphs, prompt_graphs, runner, sampler
 from moetor.engine.launched import Launched, Started
+from moetor.engine.rotary import RotaryTables
 from moetor.layer.context import forward_context, get_forward_context
 
 
@@ -64,6 +65,8 @@ def test_replayed_steps_give_the_tokens_of_generate(
     for blocks in made.cache.blocks.values():
         blocks.keys[0] = 3.0
         blocks.values[0] = -5.0
+    assert made.graphs._rotary is not None
+    assert len(made.graphs._rotary) == 1
     engine.core._overlap = True
     params = [greedy() for _ in prompts]
     done = run_staggered(engine, prompts, params, every=1)
@@ -222,3 +225,50 @@ def test_what_the_host_reads_was_copied_before_the_next_step(
         found.append(([(o.token_ids, o.logprobs) for o in outputs], done["0"].prompt_logprobs))
         assert_empty(engine)
     assert found[0] == found[1]
+
+
+def test_positions_in_a_table_are_the_modules_own() -> None:
+    model = make_model("qwen3_moe", 3).bfloat16()
+    rotary = model.model.rotary_emb
+    places = torch.randint(0, 100, (1, 37))
+    hidden = torch.randn(1, 37, 8, dtype=torch.bfloat16)
+    wanted = rotary(hidden, places)
+    tables = RotaryTables(model, 100)
+    assert len(tables) == 1
+    calls = []
+    with tables.used():
+        rotary.register_forward_pre_hook(lambda *_: calls.append("module"))
+        found = rotary(hidden, position_ids=places)
+        wide = rotary(hidden.float(), places)  # of another dtype than the table
+        with pytest.raises(IndexError):
+            rotary(hidden, places + 100)
+    assert len(calls) == 3
+    assert all(map(torch.equal, found, wanted))
+    assert wide[0].dtype == torch.float32
+    assert all(map(torch.equal, wide, rotary(hidden.float(), places)))
+    assert "forward" not in vars(rotary)
+
+
+@pytest.mark.parametrize("change", ["type", "keyword", "size", "history"])
+def test_what_is_no_function_of_the_position_has_no_table(change: str) -> None:
+    model = make_model("qwen3_moe", 3)
+    rotary = model.model.rotary_emb
+    own = type(rotary)
+    if change == "type":
+        rotary.rope_type = "dynamic"
+    elif change == "keyword":
+
+        class Layered(own):  # type: ignore[misc, valid-type]
+            def forward(self, x: Tensor, position_ids: Tensor, layer_type: str) -> Any:
+                return super().forward(x, position_ids)
+
+        rotary.__class__ = Layered
+    elif change == "history":
+
+        class Scaled(own):  # type: ignore[misc, valid-type]
+            def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+                return super().forward(x, position_ids * position_ids.shape[1])
+
+        rotary.__class__ = Scaled
+    positions = 2**22 if change == "size" else 64
+    assert len(RotaryTables(model, positions)) == 0

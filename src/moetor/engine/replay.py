@@ -18,6 +18,7 @@ from moetor.engine.load import ExpertLoad
 from moetor.engine.lockstep import Agreed, Lockstep
 from moetor.engine.model import ServedModel
 from moetor.engine.prompt_graphs import PromptGraphs, prompt_sizes
+from moetor.engine.rotary import RotaryTables
 from moetor.engine.routes import SequenceRoutes
 from moetor.engine.sequence import Scheduled, Step
 from moetor.engine.state import StateSlots
@@ -64,6 +65,7 @@ class StepGraphs:
         self.decode: DecodeGraphs | None = None
         self.prompts: PromptGraphs | None = None
         self.replayed = 0
+        self._rotary: RotaryTables | None = None
         self._blocks, self._last_token_P, self._max_blocks = blocks, last_token_P, max_blocks
 
     def drop(self) -> None:
@@ -95,6 +97,9 @@ class StepGraphs:
         Raises:
             RuntimeError: something in the model cannot be captured.
         """
+        with torch.inference_mode():
+            positions = self._max_blocks * self._blocks.block_size
+            self._rotary = RotaryTables(self.served.model, positions)
         graphs = DecodeGraphs(
             self.compute if self.lockstep is None else self._compute_together,
             self._last_token_P,
@@ -153,8 +158,10 @@ class StepGraphs:
         nobody = self._last_token_P.shape[0] - 1
         if self.states is not None:
             self.states.load(rows_S)
+        looked_up = nullcontext() if self._rotary is None else self._rotary.used()
         with (
             only_tokens(rows_S != nobody),
+            looked_up,
             self.served.paged_attention(),
             self.cache.running(batch, 1),
         ):
