@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,29 @@ from moetor.layer.context import ForwardContext, forward_context
 from moetor.layer.recording import RoutingRecorder
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer's place among the counts.
+
+    Attributes:
+        number: in the order of the model.
+        first: of its counts.
+        experts: how many count; identity experts and dropped slots behind them do not.
+        ids: that a slot may have: experts, identity experts, and that of nothing.
+    """
+
+    path: str
+    number: int
+    first: int
+    experts: int
+    ids: int
+
+
 class ExpertLoad(RoutingRecorder):
     """Counts on the device, also inside CUDA graphs. Identity experts do not count.
+
+    What layers note is counted when the model call is over, all layers together: a few launches
+    for each layer would cost a decoding step of few tokens a tenth of its time.
 
     Args:
         model: a fused model.
@@ -28,33 +50,55 @@ class ExpertLoad(RoutingRecorder):
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self._paths: dict[str, str] = {}
-        self._counts: dict[str, Tensor] = {}
+        self._layers: dict[str, _Layer] = {}
         self._split: set[str] = set()
-        for path, module in fused_modules(model):
+        first = 0
+        for number, (path, module) in enumerate(fused_modules(model)):
             spread = module.parallel
             size = module.routed_experts.config.num_experts
             if spread is not None and spread.experts is not None:
                 size = spread.experts.placement.num_experts  # of all ranks: ids are the router's
             if spread is not None and spread.split_group is not None:
                 self._split.add(path)
-            self._paths[module.name] = path
-            # One place more for dropped slots, whose id is the number of experts.
-            self._counts[module.name] = torch.zeros(size + 1, dtype=torch.int64, device=device)
+            self._layers[module.name] = _Layer(path, number, first, size, module.num_ids + 1)
+            first += module.num_ids + 1
+        self._counts = torch.zeros(first, dtype=torch.int64, device=device)
+        self._firsts_L = torch.tensor(
+            [layer.first for layer in self._layers.values()], dtype=torch.int64, device=device
+        )
+        self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._noted: list[tuple[_Layer, Tensor, Tensor | None]] = []
 
     def note(self, layer: str, ids_TK: Tensor) -> None:
-        """Adds one call's ids."""
-        counts_E = self._counts[layer]
-        ids = ids_TK.reshape(-1).long().clamp(max=counts_E.numel() - 1)
-        counts_E.index_add_(0, ids, torch.ones_like(ids))
+        """One call's ids, to be counted."""
+        self.note_call(layer, ids_TK, None, 0)
+
+    def note_call(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
+        """The same where only some rows are tokens."""
+        self._noted.append((self._layers[layer], ids_TK, tokens_T))
+
+    def count(self) -> None:
+        """Adds what was noted."""
+        noted, self._noted = self._noted, []
+        # Neighbours with ids of one shape are counted together: most models are one group.
+        keyed = enumerate(noted)
+        for _, group in groupby(keyed, lambda one: _group_key(one[0], *one[1])):
+            calls = [call for _, call in group]
+            layer, _, tokens_T = calls[0]
+            ids_LTK = torch.stack([ids for _, ids, _ in calls])
+            if tokens_T is not None:
+                ids_LTK = torch.where(tokens_T.unsqueeze(1), ids_LTK, layer.ids - 1)
+            firsts_L = self._firsts_L[layer.number : layer.number + len(calls)]
+            places = (ids_LTK + firsts_L.view(-1, 1, 1)).flatten()
+            self._counts.index_add_(0, places, self._one.expand(places.shape))
 
     def counts(self) -> dict[str, list[int]]:
         """Tokens of each expert, by the layer's path in the model."""
         # One copy to the host: each waits for the device.
-        whole = iter(torch.cat([self._counts[name] for name in self._paths]).tolist())
+        whole = self._counts.tolist()
         return {
-            path: list(islice(whole, self._counts[name].numel()))[:-1]
-            for name, path in self._paths.items()
+            layer.path: whole[layer.first : layer.first + layer.experts]
+            for layer in self._layers.values()
         }
 
     def own_counts(self, rank: int) -> dict[str, list[int]]:
@@ -70,9 +114,20 @@ class ExpertLoad(RoutingRecorder):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Counts the calls inside the `with` block."""
-        with forward_context(ForwardContext(recorder=self)):
-            yield
+        """Counts the model call inside the `with` block; one that fails does not count."""
+        try:
+            with forward_context(ForwardContext(recorder=self)):
+                yield
+            self.count()
+        finally:
+            self._noted.clear()
+
+
+def _group_key(
+    place: int, layer: _Layer, ids_TK: Tensor, tokens_T: Tensor | None
+) -> tuple[int, int, torch.Size, int]:
+    """Equal for calls, `place` in their order, that are counted together."""
+    return layer.number - place, layer.ids, ids_TK.shape, id(tokens_T)
 
 
 def summed(counts: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:

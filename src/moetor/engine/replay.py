@@ -39,6 +39,7 @@ class StepGraphs:
         lockstep: the agreement with ranks that share the experts.
         recorder: notes what experts are chosen, also in replayed steps.
         offload: experts in host memory.
+        balanced: whether layers count what experts are chosen, to move them.
 
     Attributes:
         decode: of steps of single tokens; None before they are captured.
@@ -58,9 +59,10 @@ class StepGraphs:
         lockstep: Lockstep | None = None,
         recorder: ExpertLoad | None = None,
         offload: ExpertOffload | None = None,
+        balanced: bool = False,
     ) -> None:
         self.served, self.cache, self.states = served, cache, states
-        self.lockstep, self.offload = lockstep, offload
+        self.lockstep, self.offload, self._balanced = lockstep, offload, balanced
         self.recorder: ExpertLoad | SequenceRoutes | None = recorder
         self.decode: DecodeGraphs | None = None
         self.prompts: PromptGraphs | None = None
@@ -77,7 +79,7 @@ class StepGraphs:
         return self.cache is None or part.sequence.request.extra is not None
 
     def recording(self) -> AbstractContextManager[None]:
-        """What experts are chosen inside is noted."""
+        """What experts are chosen by the model call inside is noted."""
         return nullcontext() if self.recorder is None else self.recorder.recording()
 
     @property
@@ -106,7 +108,7 @@ class StepGraphs:
             max_blocks=self._max_blocks,
             sizes=self.sizes,
         )
-        with torch.inference_mode(), self.recording():
+        with torch.inference_mode():
             graphs.capture(progress)
         self.decode = graphs
 
@@ -134,7 +136,7 @@ class StepGraphs:
             max_blocks=self._max_blocks,
             sizes=prompt_sizes(max_tokens),
         )
-        with torch.inference_mode(), self.recording():
+        with torch.inference_mode():
             graphs.capture(progress)
         self.prompts = graphs
 
@@ -144,12 +146,19 @@ class StepGraphs:
         """Logits [S, V] of some tokens of packed parts; everything it needs is on the device."""
         assert self.cache is not None
         with (
-            only_tokens(batch.slots_T >= 0),
+            self.recording(),
+            self._only_tokens(lambda: batch.slots_T >= 0),
             self.served.paged_attention(),
             self.cache.running(batch, 1),
         ):
             logits, _ = self.served(ids_T[None], positions_T[None], self.cache, keep_S)
         return logits
+
+    def _only_tokens(self, tokens: Callable[[], Tensor]) -> AbstractContextManager[None]:
+        """Which rows of a call are somebody's, where anything is counted: bool [T]."""
+        return (
+            only_tokens(tokens()) if self.recorder is not None or self._balanced else nullcontext()
+        )
 
     def compute(self, ids_S: Tensor, positions_S: Tensor, rows_S: Tensor, batch: Batch) -> Tensor:
         """Logits [S, V] of one token of each row; everything it needs is on the device."""
@@ -160,7 +169,8 @@ class StepGraphs:
             self.states.load(rows_S)
         looked_up = nullcontext() if self._rotary is None else self._rotary.used()
         with (
-            only_tokens(rows_S != nobody),
+            self.recording(),
+            self._only_tokens(lambda: rows_S != nobody),
             looked_up,
             self.served.paged_attention(),
             self.cache.running(batch, 1),

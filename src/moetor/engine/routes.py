@@ -7,7 +7,7 @@ Shape letters: T tokens, K top_k, L layers, N slots of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moetor.engine.cache import EngineCache
+from moetor.engine.load import ExpertLoad
 from moetor.engine.sequence import Sequence
 from moetor.errors import ConfigError
 from moetor.huggingface.modules import fused_modules
@@ -43,7 +44,7 @@ class SequenceRoutes(RoutingRecorder):
         *,
         slots: int,
         block_size: int,
-        outer: RoutingRecorder | None,
+        outer: ExpertLoad | None,
     ) -> None:
         super().__init__(outer)
         self._told = outer
@@ -56,8 +57,12 @@ class SequenceRoutes(RoutingRecorder):
 
     def note(self, layer: str, ids_TK: Tensor) -> None:
         """Keeps one call's ids."""
+        self.note_call(layer, ids_TK, None, 0)
+
+    def note_call(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
+        """The same where only some rows are tokens: the others have places that nobody reads."""
         if self._told is not None:
-            self._told.note(layer, ids_TK)
+            self._told.note_call(layer, ids_TK, tokens_T, nothing)
         if self._cache.batch is None:
             return
         if self._ids_NLK is None:
@@ -85,6 +90,7 @@ class SequenceRoutes(RoutingRecorder):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Notes the calls inside the `with` block."""
-        with forward_context(ForwardContext(recorder=self)):
+        """Notes the model call inside the `with` block."""
+        told = nullcontext() if self._told is None else self._told.recording()
+        with told, forward_context(ForwardContext(recorder=self)):
             yield

@@ -104,6 +104,7 @@ class Runner:
             lockstep=self.lockstep,
             recorder=load,
             offload=offload,
+            balanced=balancer is not None,
         )
 
     def keep_routes(self, num_blocks: int, block_size: int) -> None:
@@ -162,8 +163,7 @@ class Runner:
         with ExitStack() as around:
             if agreed is not None and self.lockstep is not None:
                 around.enter_context(self.lockstep.bounded(agreed.rows))
-            with self.graphs.recording():
-                rows = self.forward(step.parts, errors)
+            rows = self.forward(step.parts, errors)
             for _ in range(0 if agreed is None else agreed.calls - len(self._groups(step.parts))):
                 self._call_nobody()
         model_seconds = time.perf_counter() - begin
@@ -230,7 +230,9 @@ class Runner:
         rows = Rows()
         for group, call in self._groups(parts):
             try:
-                rows.add(group, call(group))
+                with self.graphs.recording():
+                    logits = call(group)
+                rows.add(group, logits)
                 continue
             except Exception as error:
                 self._check_that_all_failed(error)
@@ -240,7 +242,9 @@ class Runner:
             # Writing the same keys and values a second time changes nothing.
             for part in group:
                 try:
-                    rows.add([part], call([part]))
+                    with self.graphs.recording():
+                        logits = call([part])
+                    rows.add([part], logits)
                 except Exception as error:
                     self._check_that_all_failed(error)
                     errors[part.sequence] = error

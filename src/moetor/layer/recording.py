@@ -31,6 +31,15 @@ class RoutingRecorder:
             self._outer.note(layer, ids_TK)
         self._ids.setdefault(layer, []).append(ids_TK.detach().clone())
 
+    def note_call(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
+        """Keeps one call's ids, in which rows that are no tokens have chosen nothing.
+
+        Args:
+            tokens_T: bool, which rows are tokens; None for all.
+            nothing: the id of a slot that is dropped.
+        """
+        self.note(layer, choice_of_tokens(ids_TK, tokens_T, nothing))
+
     def has(self, layer: str) -> bool:
         """Whether the layer was called."""
         return layer in self._ids
@@ -66,6 +75,11 @@ def _by_sequence(calls: list[Tensor], sequences: int) -> Tensor:
     if any(ids_TK.shape[0] % sequences for ids_TK in calls):
         raise InputError(f"not every call had as many tokens of each of {sequences} sequences")
     return torch.cat([ids.unflatten(0, (sequences, -1)) for ids in calls], dim=1).flatten(0, 1)
+
+
+def choice_of_tokens(ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> Tensor:
+    """Ids [T, K] in which rows outside of `tokens_T`, bool [T], have chosen `nothing`."""
+    return ids_TK if tokens_T is None else ids_TK.masked_fill(~tokens_T.unsqueeze(1), nothing)
 
 
 class RoutingReplay:

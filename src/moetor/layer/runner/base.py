@@ -20,6 +20,7 @@ from moetor.errors import InputError, UnsupportedError
 from moetor.kernels.routing import Routing
 from moetor.layer import ops
 from moetor.layer.context import get_forward_context
+from moetor.layer.recording import choice_of_tokens
 from moetor.layer.routing.router import CustomRouter
 from moetor.parallel.collectives import all_reduce
 from moetor.parallel.dispatch import Dispatcher
@@ -176,12 +177,19 @@ class MoERunner(ABC):
         """
         recorder = get_forward_context().recorder
         load = None if owner.parallel is None else owner.parallel.load
+        tokens_T = get_forward_context().tokens
+        if tokens_T is not None:  # also says which rows fill up a part
+            filling = 0
+            if owner.token_split is not None:
+                tokens_T = owner.token_split.own(tokens_T)
         if recorder is not None:
             chosen = routing.topk_ids if routing.chosen_ids is None else routing.chosen_ids
-            recorder.note(owner.name, _tokens_choice(owner, chosen, owner.num_ids, filling))
+            nothing = owner.num_ids
+            recorder.note_call(owner.name, _filled(chosen, filling, nothing), tokens_T, nothing)
         if load is not None:
-            chosen = routing.topk_ids
-            load.count(_tokens_choice(owner, chosen, load.num_experts, filling))
+            nothing = load.num_experts
+            chosen = _filled(routing.topk_ids, filling, nothing)
+            load.count(choice_of_tokens(chosen, tokens_T, nothing))
 
     @abstractmethod
     def run_experts(
@@ -244,12 +252,8 @@ class MoERunner(ABC):
         return routed_TX
 
 
-def _tokens_choice(owner: ExpertsOwner, ids_TK: Tensor, nothing: int, filling: int) -> Tensor:
-    """Ids [T, K] in which rows that are no tokens have chosen `nothing`."""
-    tokens_T = get_forward_context().tokens
-    if tokens_T is not None:  # also says which rows fill up a part
-        own_T = tokens_T if owner.token_split is None else owner.token_split.own(tokens_T)
-        return ids_TK.masked_fill(~own_T.unsqueeze(1), nothing)
+def _filled(ids_TK: Tensor, filling: int, nothing: int) -> Tensor:
+    """Ids [T, K] in which the last `filling` rows have chosen `nothing`."""
     if not filling:
         return ids_TK
     return F.pad(ids_TK[: ids_TK.shape[0] - filling], (0, 0, 0, filling), value=nothing)
