@@ -1,5 +1,10 @@
 """What the HTTP layer costs: tokens a second of the engine alone and behind the server, in turns.
 
+Three turns of the same requests: `LLM.generate`, the engine's process without HTTP (an output for
+every token, read by this program), and the same behind the server. What the second lacks to the
+first is the engine in a process of its own and requests that come one after the other; what the
+third lacks to the second is HTTP.
+
 `python benchmarks/server_overhead.py --streams 32 --pin` gives the engine the first core and the
 server and the client the second one; without `--pin` all share what there is. The client reads
 bytes and looks for the ends of answers, no more; its time is told apart.
@@ -11,6 +16,7 @@ never have one length, and a step over texts of one length is quicker, whoever a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -25,7 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moetor import SamplingParams
 from moetor.bench.hardware import describe_run
+from moetor.engine import EngineConfig
+from moetor.engine.client import OutputStream
+from moetor.engine.process import EngineProcess
+from moetor.engine.source import ModelSource
 
 VOCABULARY, SHORTEST_PROMPT = 1024, 8
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -44,10 +55,11 @@ for line in sys.stdin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """One measurement of both, in seconds, and events a token."""
+    """One measurement of all, in seconds, and events a token."""
 
     alone: float
     alone_cpu: float
+    streamed: float
     served: float
     engine_cpu: float
     server_cpu: float
@@ -108,6 +120,36 @@ class Client:
         return counted, events
 
 
+class Streams:
+    """The engine's process without HTTP, as the server reads it."""
+
+    def __init__(self) -> None:
+        self.engine = EngineProcess(
+            ModelSource(model="demo"), EngineConfig(record_expert_load=True)
+        )
+        self._loop = asyncio.new_event_loop()
+
+    def run(self, prompts: list[list[int]], tokens: int) -> None:
+        """Reads all outputs of all prompts."""
+        self._loop.run_until_complete(self._run(prompts, tokens))
+
+    async def _run(self, prompts: list[list[int]], tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        streams = [
+            await self.engine.add_request(one, params, merge=True, delta=True) for one in prompts
+        ]
+        await asyncio.gather(*map(self._read, streams))
+
+    async def _read(self, stream: OutputStream) -> None:
+        async for output in stream:
+            if output.error is not None:
+                raise RuntimeError(output.error)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._loop.run_until_complete(self.engine.shutdown())
+
+
 def start(asked: argparse.Namespace) -> tuple[Any, Any, str, int]:
     """The server, the engine alone, the server's address, and the process of its engine."""
     env = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
@@ -132,16 +174,20 @@ def start(asked: argparse.Namespace) -> tuple[Any, Any, str, int]:
 def measure(asked: argparse.Namespace) -> list[Round]:
     """All rounds; the first one warms up and is left out."""
     server, alone, url, engine = start(asked)
-    client = Client(url, asked.path)
+    client, streams = Client(url, asked.path), Streams()
     rounds: list[Round] = []
     total = asked.streams * asked.tokens
     try:
         for number in range(asked.rounds + 1):
             if asked.pin and number == 1:  # all threads are there now
                 pin(engine, asked.engine_cores)
+                pin(streams.engine.pid, asked.engine_cores)
                 pin(alone.pid, asked.engine_cores)
                 pin(server.pid, asked.server_cores)
                 pin(os.getpid(), asked.server_cores)
+                # It shares the server's core, and must not run between two of the server's writes,
+                # as no client on another machine would.
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             draw = random.Random(number)
             prompts = [
                 [draw.randrange(VOCABULARY) for _ in range(SHORTEST_PROMPT + stream)]
@@ -150,6 +196,9 @@ def measure(asked: argparse.Namespace) -> list[Round]:
             alone.stdin.write(json.dumps([prompts, asked.tokens]) + "\n")
             alone.stdin.flush()
             wall, cpu = json.loads(alone.stdout.readline())
+            begin = time.perf_counter()
+            streams.run(prompts, asked.tokens)
+            streamed = time.perf_counter() - begin
             before = cpu_s(engine), cpu_s(server.pid), time.process_time(), time.perf_counter()
             counted, events = client.run(prompts, asked.tokens)
             after = cpu_s(engine), cpu_s(server.pid), time.process_time(), time.perf_counter()
@@ -159,6 +208,7 @@ def measure(asked: argparse.Namespace) -> list[Round]:
             made = Round(
                 alone=wall,
                 alone_cpu=cpu,
+                streamed=streamed,
                 served=took[3],
                 engine_cpu=took[0],
                 server_cpu=took[1],
@@ -168,12 +218,15 @@ def measure(asked: argparse.Namespace) -> list[Round]:
             if number:
                 rounds.append(made)
                 print(
-                    f"engine {total / wall:.0f} tokens/s, server {total / took[3]:.0f}, "
-                    f"{wall / took[3]:.3f}; CPU us a token: alone {1e6 * cpu / total:.0f}, "
+                    f"LLM {total / wall:.0f} tokens/s, process {total / streamed:.0f}, "
+                    f"server {total / took[3]:.0f}: {wall / took[3]:.3f} of the LLM, "
+                    f"{streamed / took[3]:.3f} of the process; "
+                    f"CPU us a token: alone {1e6 * cpu / total:.0f}, "
                     f"engine {1e6 * took[0] / total:.0f}, server {1e6 * took[1] / total:.0f}, "
                     f"client {1e6 * took[2] / total:.0f}; {made.events:.2f} events a token"
                 )
     finally:
+        streams.close()
         alone.kill()
         server.terminate()
         server.wait()
@@ -204,8 +257,10 @@ def main() -> None:
 
     figures = {
         "engine_tokens_s": median(lambda one: total / one.alone),
+        "process_tokens_s": median(lambda one: total / one.streamed),
         "server_tokens_s": median(lambda one: total / one.served),
         "share": median(lambda one: one.alone / one.served),
+        "share_of_process": median(lambda one: one.streamed / one.served),
         "cpu_us_per_token": {
             "engine_alone": median(lambda one: 1e6 * one.alone_cpu / total),
             "engine_behind_server": median(lambda one: 1e6 * one.engine_cpu / total),
@@ -214,7 +269,10 @@ def main() -> None:
         },
         "events_per_token": median(lambda one: one.events),
     }
-    print(f"{asked.streams} streams: the server has {figures['share']:.3f} of the tokens/s")
+    print(
+        f"{asked.streams} streams: the server has {figures['share']:.3f} of the tokens/s of "
+        f"LLM.generate, {figures['share_of_process']:.3f} of its own engine's without HTTP"
+    )
     print(json.dumps(figures, indent=1))
     if asked.json is not None:
         command = "python benchmarks/server_overhead.py " + " ".join(sys.argv[1:])

@@ -278,6 +278,24 @@ def test_outputs_of_several_tokens(engine: AsyncEngine, merge: bool) -> None:
     run(work())
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_outputs_of_what_is_new_alone(engine: AsyncEngine, merge: bool) -> None:
+    async def work() -> None:
+        params = SamplingParams(n=2, seed=3, max_tokens=9, ignore_eos=True, logprobs=2)
+        whole = await (await engine.add_request([5, 6, 7], params)).last()
+        stream = await engine.add_request([5, 6, 7], params, merge=merge, delta=True)
+        outputs = [output async for output in stream]
+        for index, wanted in enumerate(whole.outputs):
+            pieces = [output.outputs[index] for output in outputs]
+            assert [token for one in pieces for token in one.token_ids] == wanted.token_ids
+            assert [entry for one in pieces for entry in one.logprobs or []] == wanted.logprobs
+            assert all(one.token_ids == one.new_token_ids for one in pieces)
+            assert "".join(one.text for one in pieces) == wanted.text
+            assert pieces[-1].cumulative_logprob == wanted.cumulative_logprob
+
+    run(work())
+
+
 def test_expert_load_is_counted_when_asked_for() -> None:
     model = make_model("qwen3_moe", 3)
     engine = AsyncEngine.from_model(

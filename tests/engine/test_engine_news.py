@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moetor.engine.news import Batch, copy_of, new_token, news_of, take_news
+from moetor.engine.news import Batch, copy_of, new_token, news_of, take_news, take_token
 from moetor.engine.outputs import RequestMetrics
 from moetor.engine.params import SamplingParams
 from moetor.engine.sequence import Request, Sequence
@@ -38,8 +38,12 @@ def test_a_copy_follows_its_original() -> None:
         token = new_token(original)
         tokens, news = ([], [news_of(original)]) if token is None else ([("r", token)], [])
         short += token is not None
-        for told in through_a_socket(Batch(tokens, news, None, [])).all_news:
-            take_news(copy, told)
+        told = through_a_socket(Batch(tokens, news, None, []))
+        for name, one in told.tokens:
+            assert name == copy.request_id
+            take_token(copy, one)
+        for all_of_it in told.news:
+            take_news(copy, all_of_it)
         assert copy.sequences[0].token_ids == sequence.token_ids
     assert short == 3  # neither the first, which has the request's times, nor the last
     assert copy.finished

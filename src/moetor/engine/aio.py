@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, NamedTuple
 
 from moetor.engine.build import Engine, build_engine, described
 from moetor.engine.client import STOPPED, EngineClient, EngineStoppedError, OutputStream
@@ -15,6 +15,13 @@ from moetor.engine.outputs import EngineStats
 from moetor.engine.sequence import Request
 from moetor.engine.source import ModelSource
 from moetor.huggingface.report import FusionReport
+
+
+class _Told(NamedTuple):
+    """What a `Batch` tells the streams of one event loop."""
+
+    tokens: list[tuple[str, int]]
+    news: list[RequestNews]
 
 
 class AsyncEngine(EngineClient):
@@ -95,18 +102,22 @@ class AsyncEngine(EngineClient):
     def _take(self, batch: Batch) -> None:
         """A batch, on the engine's thread: to the event loops that wait for its news."""
         self._note_batch(batch)
-        by_loop: dict[asyncio.AbstractEventLoop, list[RequestNews]] = {}
-        for one in batch.all_news:
+        by_loop: dict[asyncio.AbstractEventLoop, _Told] = {}
+        for told in batch.tokens:
+            loop = self._loops.get(told[0])
+            if loop is not None:
+                by_loop.setdefault(loop, _Told([], [])).tokens.append(told)
+        for one in batch.news:
             loop = self._loops.get(one.request_id)
             if loop is not None:
-                by_loop.setdefault(loop, []).append(one)
-        for loop, news in by_loop.items():
+                by_loop.setdefault(loop, _Told([], [])).news.append(one)
+        for loop, (tokens, news) in by_loop.items():
             try:
-                loop.call_soon_threadsafe(self._deliver, news)
+                loop.call_soon_threadsafe(self._deliver, tokens, news)
             except RuntimeError:  # that loop was closed: nobody waits there any more
-                for one in news:
-                    self._forget(one.request_id)
-                    self._abort(one.request_id)
+                for name in (*(name for name, _ in tokens), *(one.request_id for one in news)):
+                    self._forget(name)
+                    self._abort(name)
         if batch.dead is not None:
             self._fail(list(self._streams), batch.dead)
 

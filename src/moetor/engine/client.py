@@ -15,7 +15,14 @@ from typing import Any
 from moetor.engine.config import EngineConfig
 from moetor.engine.heartbeat import Heartbeat
 from moetor.engine.intake import Intake, Prompt
-from moetor.engine.news import Batch, RequestNews, copy_of, request_output, take_news
+from moetor.engine.news import (
+    Batch,
+    RequestNews,
+    copy_of,
+    request_output,
+    take_news,
+    take_token,
+)
 from moetor.engine.outputs import EngineStats, RequestOutput
 from moetor.engine.params import SamplingParams
 from moetor.engine.sequence import Request
@@ -44,10 +51,12 @@ class OutputStream(AsyncIterator[RequestOutput]):
             reader costs no memory; what is new in the two is then new in the one.
         interval: new tokens of a sequence for which there is an output; also the first one and the
             last one make one.
+        delta: whether `text`, `token_ids` and `logprobs` of an output are only what is new in it.
 
     Attributes:
         request: as the last news made it; is not to be changed.
-        watch: is told what is new when it comes, whoever reads when; None for nobody.
+        watch: is told the number of a sequence and of its new tokens when they come, whoever reads
+            when; None for nobody.
     """
 
     def __init__(
@@ -57,14 +66,15 @@ class OutputStream(AsyncIterator[RequestOutput]):
         *,
         merge: bool,
         interval: int = 1,
+        delta: bool = False,
     ) -> None:
         self.request_id = request.request_id
         self.request, self._abort, self._merge = request, abort, merge
-        self._interval = interval
+        self._interval, self._delta = interval, delta
         self._ready: deque[RequestOutput] = deque()
         self._changed = self._done = self._end_alone = False
         self._waiter: asyncio.Future[None] | None = None
-        self.watch: Callable[[RequestNews], None] | None = None
+        self.watch: Callable[[int, int], None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -75,7 +85,15 @@ class OutputStream(AsyncIterator[RequestOutput]):
         """Takes news in, on the event loop's own thread."""
         take_news(self.request, news)
         if self.watch is not None:
-            self.watch(news)
+            for told in news.sequences:
+                self.watch(told.number, len(told.token_ids))
+        self._note()
+
+    def take_token(self, token: int) -> None:
+        """Takes in a token that is all that is new, on the event loop's own thread."""
+        take_token(self.request, token)
+        if self.watch is not None:
+            self.watch(0, 1)
         self._note()
 
     def fail(self, reason: str) -> None:
@@ -107,7 +125,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
 
     def _output(self) -> RequestOutput:
         self._changed = False
-        return request_output(self.request)
+        return request_output(self.request, delta=self._delta)
 
     async def __anext__(self) -> RequestOutput:
         if self._done:
@@ -246,13 +264,14 @@ class EngineClient(ABC):
         *,
         merge: bool = False,
         interval: int = 1,
+        delta: bool = False,
     ) -> OutputStream:
         """Queues a request; iterate over what this returns for its outputs.
 
         Args:
             prompt: text, token ids, or a mapping (see `Prompt`).
             request_id: None makes one.
-            merge, interval: see `OutputStream`.
+            merge, interval, delta: see `OutputStream`.
 
         Raises:
             InputError: the request is refused, or there is one of this name.
@@ -264,7 +283,7 @@ class EngineClient(ABC):
             raise InputError(f"there is a request {name!r} under way; choose another id")
         request = self.intake.request(prompt, params, name)
         copy = copy_of(request, self._decoder(params.skip_special_tokens))
-        stream = OutputStream(copy, self._abort, merge=merge, interval=interval)
+        stream = OutputStream(copy, self._abort, merge=merge, interval=interval, delta=delta)
         self._streams[name] = stream
         await self._add(request, stream)
         return stream
@@ -336,8 +355,12 @@ class EngineClient(ABC):
             )
         return self._decoders[skip_special_tokens]
 
-    def _deliver(self, news: Sequence[RequestNews]) -> None:
-        """Hands news to their streams, on the event loop's own thread."""
+    def _deliver(self, tokens: Sequence[tuple[str, int]], news: Sequence[RequestNews]) -> None:
+        """Hands what a `Batch` tells to its streams, on the event loop's own thread."""
+        for name, token in tokens:
+            stream = self._streams.get(name)
+            if stream is not None:
+                stream.take_token(token)
         for one in news:
             stream = self._streams.get(one.request_id)
             if stream is not None:

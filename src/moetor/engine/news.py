@@ -75,15 +75,6 @@ class Batch(NamedTuple):
     errors: list[str]
     dead: str | None = None
 
-    @property
-    def all_news(self) -> list[RequestNews]:
-        """Of every request, in one form."""
-        return [_token_news(*told) for told in self.tokens] + self.news
-
-
-def _token_news(request_id: str, token: int) -> RequestNews:
-    return RequestNews(request_id, [SequenceNews(0, [token], None, None, None, None)])
-
 
 def copy_of(request: Request, decode: Decode | None) -> Request:
     """A copy that news bring up to date.
@@ -108,6 +99,11 @@ def copy_of(request: Request, decode: Decode | None) -> Request:
             )
         made.sequences.append(own)
     return made
+
+
+def take_token(request: Request, token: int) -> None:
+    """Brings a copy up to date of which `new_token` told all that is new."""
+    request.sequences[0].token_ids.append(token)
 
 
 def take_news(request: Request, news: RequestNews) -> None:
@@ -163,7 +159,7 @@ def news_of(request: Request) -> RequestNews:
             continue
         text = None
         if request.params.stop and sequence.text is not None:
-            text = _report(sequence, sequence.output_ids)[1]
+            text = _report(sequence)[1]
         logprobs = None if sequence.logprobs is None else sequence.logprobs[sequence.reported :]
         sequence.reported += len(new)
         told.append(
@@ -184,13 +180,17 @@ def news_of(request: Request) -> RequestNews:
     )
 
 
-def request_output(request: Request) -> RequestOutput:
-    """The request's state now; what is new in it counts as handed out."""
+def request_output(request: Request, *, delta: bool = False) -> RequestOutput:
+    """The request's state now; what is new in it counts as handed out.
+
+    Args:
+        delta: give of each continuation only what is new.
+    """
     return RequestOutput(
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_ids,
-        outputs=[_completion(sequence) for sequence in request.sequences],
+        outputs=[_completion(sequence, delta) for sequence in request.sequences],
         finished=request.finished,
         metrics=request.metrics,
         prompt_logprobs=request.prompt_logprobs,
@@ -198,28 +198,37 @@ def request_output(request: Request) -> RequestOutput:
     )
 
 
-def _completion(sequence: Sequence) -> CompletionOutput:
-    ids = sequence.output_ids
-    text, new = ("", "") if sequence.text is None else _report(sequence, ids)
-    made = CompletionOutput(
+def _completion(sequence: Sequence, delta: bool) -> CompletionOutput:
+    text, new = ("", "") if sequence.text is None else _report(sequence)
+    begin, logprobs = sequence.reported, sequence.logprobs
+    new_ids = sequence.token_ids[sequence.prompt_len + begin :]
+    if delta:  # a long text is not copied for every token of it
+        text, ids = new, new_ids
+        logprobs = None if logprobs is None else logprobs[begin:]
+    else:
+        ids = sequence.output_ids
+        logprobs = None if logprobs is None else list(logprobs)
+    sequence.reported = begin + len(new_ids)
+    return CompletionOutput(
         index=sequence.index,
         text=text,
         token_ids=ids,
-        cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,
-        logprobs=None if sequence.logprobs is None else list(sequence.logprobs),
+        cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
+        logprobs=logprobs,
         finish_reason=sequence.finish_reason,
         stop_reason=sequence.stop_reason,
         new_text=new,
-        new_token_ids=ids[sequence.reported :],
+        new_token_ids=new_ids,
         routed_experts=sequence.routed_experts,
     )
-    sequence.reported = len(ids)
-    return made
 
 
-def _report(sequence: Sequence, ids: list[int]) -> tuple[str, str]:
+def _report(sequence: Sequence) -> tuple[str, str]:
+    """Its text as `report` of its builder gives it, which takes in the tokens it has not seen."""
+    ids, end = sequence.token_ids, sequence.known
     # The token that ended the text is no part of it.
-    ended = sequence.finish_reason == "stop" and bool(ids) and ids[-1] in sequence.ends
-    shown = ids[:-1] if ended and not isinstance(sequence.stop_reason, str) else ids
-    report: tuple[str, str] = sequence.text.report(shown, final=sequence.finished)
+    if sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str):
+        end -= end > sequence.prompt_len and ids[-1] in sequence.ends
+    seen = sequence.prompt_len + sequence.text.count
+    report: tuple[str, str] = sequence.text.report(ids[seen:end], final=sequence.finished)
     return report

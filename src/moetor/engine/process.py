@@ -178,7 +178,7 @@ class EngineProcess(EngineClient):
                 batch = unpacked(told)
                 self._stats = batch.stats or self._stats
                 self._note_batch(batch)
-                self._deliver(batch.all_news)
+                self._deliver(batch.tokens, batch.news)
             elif isinstance(told, Load):
                 answer = self._loads.get(told.number)
                 if answer is None or answer.done():

@@ -32,7 +32,7 @@ class Request:
     @property
     def finished(self) -> bool:
         """Whether all its sequences are."""
-        return all(sequence.finished for sequence in self.sequences)
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
 
 
 @dataclass(eq=False, slots=True)

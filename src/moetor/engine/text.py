@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
@@ -100,10 +101,10 @@ class TextBuilder:
         what of it was not handed out yet.
 
         Args:
-            tokens: all so far, of which those beyond `count` are taken in.
+            tokens: those beyond `count`, which are taken in.
             final: whether no more will come.
         """
-        self.extend(tokens[self.count :])
+        self.extend(tokens)
         if final:
             self.finish()
         shown = self.text if final or not self._held else self.text[: -self._held]
@@ -112,7 +113,13 @@ class TextBuilder:
 
 
 class RelayedText:
-    """The text of a sequence that is decoded elsewhere and comes in pieces."""
+    """The text of a sequence that is decoded elsewhere and comes in pieces.
+
+    Attributes:
+        count: above any number of tokens, since it takes in none.
+    """
+
+    count = sys.maxsize
 
     def __init__(self) -> None:
         self._text = self._new = ""

@@ -42,7 +42,7 @@ class Answer(ABC):
             ApiError: a prompt failed.
         """
         outputs = [checked(await stream.last()) for stream in job.streams]
-        return {**self._frame, "choices": self._choices(outputs), "usage": self._usage(outputs)}
+        return {**self._frame, "choices": self._choices(outputs), "usage": self._usage(job)}
 
     async def events(self, job: Job) -> AsyncGenerator[bytes]:
         """The same piece by piece; one that is empty has nothing for the client.
@@ -50,22 +50,22 @@ class Answer(ABC):
         Raises:
             ApiError: a prompt failed.
         """
-        last: dict[int, RequestOutput] = {}
+        begun: set[tuple[int, int]] = set()
         finished: set[tuple[int, int]] = set()
         async with aclosing(job.outputs()) as outputs:
-            async for number, output in outputs:
-                last[number] = checked(output)
-                for one in output.outputs:
-                    if not one.new_token_ids and not one.finished:
+            async for output in outputs:
+                number = job.numbers[output.request_id]
+                for one in checked(output).outputs:
+                    choice = number, one.index
+                    if not (one.new_token_ids or one.finished) or choice in finished:
                         continue
                     if one.finished:
-                        if (number, one.index) in finished:
-                            continue
-                        finished.add((number, one.index))
-                    first = len(one.new_token_ids) == len(one.token_ids)
+                        finished.add(choice)
+                    first = choice not in begun
+                    begun.add(choice)
                     yield self._event(number, output, one, first)
         if self._counted:
-            yield self._chunks.usage(self._usage([last[number] for number in sorted(last)]))
+            yield self._chunks.usage(self._usage(job))
 
     @abstractmethod
     def _choices(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
@@ -75,10 +75,14 @@ class Answer(ABC):
     def _event(
         self, number: int, output: RequestOutput, one: CompletionOutput, first: bool
     ) -> bytes:
-        """What is new of one choice, of which `first` says whether there was nothing before."""
+        """What is new of one choice, of which `first` says whether there was nothing before.
 
-    def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        return usage(outputs)
+        Args:
+            output: holds only what is new, as `one` does.
+        """
+
+    def _usage(self, job: Job) -> dict[str, Any]:
+        return usage(job)
 
 
 def checked(output: RequestOutput) -> RequestOutput:
@@ -91,7 +95,7 @@ def checked(output: RequestOutput) -> RequestOutput:
         raise unavailable(output.error)
     if output.error is not None:
         raise ApiError(500, f"the engine failed on this request: {output.error}")
-    if any(one.finish_reason == "abort" for one in output.outputs):
+    if output.finished and any(one.finish_reason == "abort" for one in output.outputs):
         raise unavailable("the request was ended before it was done: the server is stopping")
     return output
 
@@ -107,18 +111,19 @@ def routed_experts(one: CompletionOutput) -> dict[str, str]:
     return {"routed_experts": base64.b64encode(file.getvalue()).decode()}
 
 
-def usage(outputs: Sequence[RequestOutput], *, generated: bool = True) -> dict[str, Any]:
+def usage(job: Job, *, generated: bool = True) -> dict[str, Any]:
     """Tokens of a request, as OpenAI counts them.
 
     Args:
         generated: whether generated tokens were part of the answer.
     """
-    prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    made = sum(len(one.token_ids) for output in outputs for one in output.outputs) * generated
-    cached = sum(output.metrics.num_cached_tokens for output in outputs)
+    requests = [stream.request for stream in job.streams]
+    prompt = sum(len(one.prompt_ids) for one in requests)
+    made = sum(one.known - one.prompt_len for each in requests for one in each.sequences)
+    cached = sum(one.metrics.num_cached_tokens for one in requests)
     return {
         "prompt_tokens": prompt,
-        "completion_tokens": made,
-        "total_tokens": prompt + made,
+        "completion_tokens": made * generated,
+        "total_tokens": prompt + made * generated,
         "prompt_tokens_details": {"cached_tokens": cached},
     }

@@ -56,9 +56,10 @@ async def chat(body: ChatBody, request: Request) -> Response:
     )
     service.check_length(prompt_ids(prompt), limit, "messages")
     name = request_name("chatcmpl")
-    job = await service.submit([prompt], params, name, request.headers)
+    stream = bool(body.stream)
+    job = await service.submit([prompt], params, name, request.headers, stream=stream)
     answer = _Answer(service, body, name, offer)
-    return await service.respond(request, answer, job, name, stream=bool(body.stream))
+    return await service.respond(request, answer, job, name, stream=stream)
 
 
 def _template_kwargs(body: ChatBody, service: Service) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from moetor.server.logprobs import TextLogprobs
 from moetor.server.protocol import CompletionBody
 from moetor.server.responses import Completion, answers
 from moetor.server.sampling import sampling_params
-from moetor.server.service import Service, request_name
+from moetor.server.service import Job, Service, request_name
 from moetor.server.streams import quoted
 
 DEFAULT_MAX_TOKENS = 16
@@ -50,9 +50,10 @@ async def complete(body: CompletionBody, request: Request) -> Response:
     for ids, _ in prompts:
         service.check_length(ids, max_tokens, "prompt")
     name = request_name("cmpl")
-    job = await service.submit([ids for ids, _ in prompts], params, name, request.headers)
+    token_ids, stream = [ids for ids, _ in prompts], bool(body.stream)
+    job = await service.submit(token_ids, params, name, request.headers, stream=stream)
     answer = _Answer(service, body, name, [text for _, text in prompts], alone)
-    return await service.respond(request, answer, job, name, stream=bool(body.stream))
+    return await service.respond(request, answer, job, name, stream=stream)
 
 
 def _check(body: CompletionBody) -> None:
@@ -166,8 +167,8 @@ class _Answer(Answer):
         maker = self._logprobs.setdefault(index, TextLogprobs(self._body.logprobs))
         return text, maker.take(tokens, entries, texts)
 
-    def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        return usage(outputs, generated=not self._alone)
+    def _usage(self, job: Job) -> dict[str, Any]:
+        return usage(job, generated=not self._alone)
 
 
 def _choice(

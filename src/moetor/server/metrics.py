@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from moetor.engine import EngineClient
-from moetor.engine.news import RequestNews
 from moetor.engine.sequence import Request as EngineRequest
 from moetor.server.experts import balancedness
 
@@ -54,7 +60,6 @@ class Metrics:
             return made.labels(model)
 
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to token.", _TTFT)
-        self._itl = histogram("inter_token_latency_seconds", "Between two tokens.", _TOKEN)
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request after the first.", _TOKEN
         )
@@ -76,23 +81,21 @@ class Metrics:
         self._collector.expert_load = expert_load
         return generate_latest(self.registry)
 
-    def token_times(self, news: RequestNews, before: dict[int, float]) -> None:
+    def token_times(self, before: dict[int, float], number: int, new: int) -> None:
         """Notes the time between tokens.
 
         Args:
             before: of the request: when each choice had its last token; is brought up to date.
+            number: of the choice.
+            new: tokens that came now.
         """
-        now = time.monotonic()
-        for one in news.sequences:
-            new = len(one.token_ids)
-            if not new:
-                continue
-            last = before.get(one.number)
-            if last is not None:
-                # Tokens that came together share the time since the one before.
-                for _ in range(new):
-                    self._itl.observe((now - last) / new)
-            before[one.number] = now
+        if not new:
+            return
+        now, last = time.monotonic(), before.get(number)
+        if last is not None:
+            # Tokens that came together share the time since the one before.
+            self._collector.gaps.add((now - last) / new, new)
+        before[number] = now
 
     def finished(self, request: EngineRequest) -> None:
         """Notes a request that is over."""
@@ -113,12 +116,31 @@ class Metrics:
             self._tpot.observe(decoding / (max(lengths) - 1))
 
 
+class _Gaps:
+    """The times between tokens: a histogram that is cheap to add to, since every token does."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_TOKEN) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float, count: int) -> None:
+        """Counts one time `count` times."""
+        self._counts[bisect_left(_TOKEN, seconds)] += count
+        self._sum += seconds * count
+
+    def told(self) -> tuple[list[tuple[str, float]], float]:
+        """Upper bounds as text with the times up to them, and the sum of all."""
+        bounds = [*(str(float(bound)) for bound in _TOKEN), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+
+
 class _EngineCollector(Collector):
     """Reads the engine's own counters when it is asked."""
 
     def __init__(self, engine: EngineClient, model: str, expert_tokens: bool) -> None:
         self._engine, self._model, self._expert_tokens = engine, model, expert_tokens
         self.expert_load: Mapping[str, Sequence[int]] | None = None
+        self.gaps = _Gaps()
 
     def describe(self) -> list[Metric]:
         return []  # nothing is read when the collector is registered
@@ -145,6 +167,11 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             counter.add_metric([self._model], value)
             yield counter
+        gaps = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Between two tokens.", labels=["model_name"]
+        )
+        gaps.add_metric([self._model], *self.gaps.told())
+        yield gaps
         yield from self._experts()
 
     def _experts(self) -> Iterator[Metric]:

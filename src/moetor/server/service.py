@@ -8,7 +8,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -46,6 +45,9 @@ class Job:
         metrics: count it.
         release: called once, at the end.
         ended: called then with each prompt's request.
+
+    Attributes:
+        numbers: of its prompts, by the name of their engine's request.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Job:
     ) -> None:
         self.name, self.choices = name, choices
         self.streams: list[OutputStream] = []
+        self.numbers: dict[str, int] = {}
         self._metrics = metrics
         self._release: Callable[[], None] | None = release
         self._ended = ended
@@ -66,18 +69,13 @@ class Job:
     def take(self, stream: OutputStream) -> None:
         """Adds the next prompt's stream."""
         times: dict[int, float] = {}
-        stream.watch = lambda news: self._metrics.token_times(news, times)
+        stream.watch = lambda number, new: self._metrics.token_times(times, number, new)
+        self.numbers[stream.request_id] = len(self.streams)
         self.streams.append(stream)
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """Outputs as they come, each with the number of its prompt; closing it aborts the rest."""
-        if len(self.streams) == 1:
-            async for output in self.streams[0]:
-                yield 0, output
-        else:
-            async with aclosing(_merged(self.streams)) as merged:
-                async for pair in merged:
-                    yield pair
+    def outputs(self) -> OutputStream | AsyncGenerator[RequestOutput]:
+        """Outputs as they come; closing it aborts the rest."""
+        return self.streams[0] if len(self.streams) == 1 else _merged(self.streams)
 
     async def aclose(self) -> None:
         """Aborts what has not finished."""
@@ -264,11 +262,14 @@ class Service:
         params: SamplingParams,
         name: str,
         headers: Mapping[str, str],
+        *,
+        stream: bool,
     ) -> Job:
         """Queues prompts; all of them, or none.
 
         Args:
             headers: of the request, for its trace.
+            stream: whether the answer is sent event by event.
 
         Raises:
             ApiError: the queue is full, the engine is down, or it refuses a prompt.
@@ -295,14 +296,15 @@ class Service:
         )
         try:
             for index, prompt in enumerate(prompts):
-                stream = await self.engine.add_request(
+                outputs = await self.engine.add_request(
                     prompt,
                     params,
                     f"{name}-{index}",
                     merge=True,
                     interval=self.config.stream_interval,
+                    delta=stream,
                 )
-                job.take(stream)
+                job.take(outputs)
         except InputError as error:
             await job.aclose()
             raise refusal(str(error), "prompt") from error
@@ -340,21 +342,21 @@ class Service:
         self.sequences -= sequences
 
 
-async def _merged(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, RequestOutput]]:
+async def _merged(streams: Sequence[OutputStream]) -> AsyncGenerator[RequestOutput]:
     # Its bound makes a slow reader hold back the pumps, so that outputs merge in their streams.
-    queue: asyncio.Queue[tuple[int, RequestOutput]] = asyncio.Queue(maxsize=1)
+    queue: asyncio.Queue[RequestOutput] = asyncio.Queue(maxsize=1)
 
-    async def pump(number: int) -> None:
-        async for output in streams[number]:
-            await queue.put((number, output))
+    async def pump(stream: OutputStream) -> None:
+        async for output in stream:
+            await queue.put(output)
 
-    pumps = [asyncio.create_task(pump(number)) for number in range(len(streams))]
+    pumps = [asyncio.create_task(pump(stream)) for stream in streams]
     try:
         left = len(pumps)
         while left:
-            number, output = await queue.get()
+            output = await queue.get()
             left -= output.finished
-            yield number, output
+            yield output
     finally:
         for task in pumps:
             task.cancel()
