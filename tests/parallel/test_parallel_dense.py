@@ -17,13 +17,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import moetor
 from moetor import LLM, ParallelConfig, SamplingParams
+from moetor.engine.vocabulary import SplitVocabulary, split_vocabulary
 from moetor.errors import FusionError, UnsupportedError
 from moetor.huggingface import dense_fusing
 from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused, unfuse_dense
 from moetor.huggingface.dense_observe import Observation, recording
-from moetor.huggingface.dense_spread import take_over
+from moetor.huggingface.dense_spread import GatheredForward, take_over
 from moetor.huggingface.experts_form import Unrecognised
-from moetor.huggingface.tensor_parallel import PlanEntry, apply_plan, mark_spread
+from moetor.huggingface.tensor_parallel import PlanEntry, apply_plan, mark_spread, spread_over
 from moetor.huggingface.trial import relative_error
 from moetor.kernels.native import dense as native
 from moetor.parallel.groups import make_groups
@@ -225,6 +226,76 @@ def generate(rank: int, name: str, parallel: ParallelConfig, ready: bool) -> tup
 def test_the_engine_gives_the_same_tokens(name: str, mode: str, two: Pool) -> None:
     for ours, whole in two.run(generate, name, MODES[mode], name == "glm4_moe"):
         assert ours == whole
+
+
+def find_likeliest(rank: int, dtype: torch.dtype) -> tuple[bool, bool]:
+    """In a worker: of a vocabulary of 9, with many equal logits, and rows without a largest one."""
+    linear = nn.Linear(4, 9)
+    split = SplitVocabulary(GatheredForward(linear, make_groups(MODES["tp"]).tensor))
+    rng = torch.Generator().manual_seed(4)
+    whole = torch.randint(-2, 3, (60, 9), generator=rng).to(dtype)
+    whole[3, 7], whole[4, :], whole[5, 2] = torch.nan, -torch.inf, torch.inf
+    whole[6, 6] = torch.finfo(dtype).max
+    part = whole[:, :5] if rank == 0 else whole[:, 5:]
+    found, expected = split.likeliest(part), whole.argmax(-1)
+    assert found.dtype == torch.int64
+    same = torch.equal(split.whole(part).nan_to_num(99), whole.nan_to_num(99))
+    return same, torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_token_of_a_split_vocabulary(dtype: torch.dtype, two: Pool) -> None:
+    assert two.run(find_likeliest, dtype) == [(True, True)] * 2
+
+
+def gather_logits(rank: int) -> tuple[list[int], bool]:
+    """In a worker: how often logits are gathered for greedy tokens, for drawn ones, and for
+    log-probabilities of a prompt; and whether the model's own calls give all of them as before.
+    """
+    model = tiny_model("qwen3_moe")
+    ids = torch.tensor([PROMPTS[0]])
+    whole = model(input_ids=ids).logits
+    moetor.fuse(model, verify=False, dense=True, parallel=MODES["tp"])
+    llm = LLM(model, level="none", max_num_seqs=3, kv_cache_blocks=32)
+    split, calls = llm.engine.served.vocabulary, []
+    assert split is not None
+    own = split.whole
+    split.whole = lambda part: calls.append(part.shape) or own(part)  # type: ignore[method-assign]
+    counts = []
+    for settings in ({}, {"temperature": 1.0}, {"prompt_logprobs": 1}):
+        asked = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True} | settings
+        llm.generate(PROMPTS, SamplingParams(**asked))
+        counts.append(len(calls))
+        calls.clear()
+    return counts, relative_error(model(input_ids=ids).logits, whole) <= 1e-5
+
+
+def test_logits_are_gathered_where_they_are_asked_for(two: Pool) -> None:
+    for (greedy, drawn, prompts), whole in two.run(gather_logits):
+        assert greedy == 0
+        assert drawn >= 4
+        assert prompts >= len(PROMPTS) - 1
+        assert whole
+
+
+def squash(rank: int) -> bool:
+    """In a worker: logits of which each depends on all are not taken in parts."""
+    model = tiny_model("qwen3_moe")
+    moetor.fuse(model, verify=False, dense=True, parallel=MODES["tp"])
+    taken = split_vocabulary(model, spread_over(model)) is not None
+    own = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = output.logits.log_softmax(-1)
+        return output
+
+    model.forward = forward
+    return taken and split_vocabulary(model, spread_over(model)) is None
+
+
+def test_logits_that_depend_on_one_another_stay_whole(two: Pool) -> None:
+    assert two.run(squash) == [True, True]
 
 
 def by_itself(rank: int) -> list[bool]:

@@ -13,7 +13,9 @@ import torch.distributed as dist
 import moetor
 from moetor import LLM, AsyncEngine, ParallelConfig, SamplingParams, StructuredOutputsParams
 from moetor.engine import EngineConfig, EngineStoppedError, ModelSource, build_engine, graphs
+from moetor.engine.launched import Launched
 from moetor.engine.ranks import RankedCore
+from moetor.engine.sequence import Step
 from moetor.errors import ParallelError
 from moetor.layer.context import forward_context, get_forward_context
 from moetor.parallel.config import EplbConfig
@@ -312,6 +314,28 @@ def test_ranks_that_sample_differently_find_out(two: Pool) -> None:
         assert not fine
         assert answer[0] is ParallelError
         assert "disagree on the tokens that they have generated" in answer[1]
+
+
+class Event:
+    """One that comes after so many questions."""
+
+    def __init__(self, questions: int) -> None:
+        self.questions = questions
+
+    def query(self) -> bool:
+        self.questions -= 1
+        return self.questions < 0
+
+
+def test_a_step_is_not_waited_for_for_ever() -> None:
+    def step(questions: int, patience: float) -> Launched:
+        event = Event(questions)
+        return Launched(Step([]), [], None, None, [], {}, 0.0, event=event, patience=patience)
+
+    for questions in (0, 1, 20):
+        assert step(questions, 60.0).result().tokens == {}
+    with pytest.raises(ParallelError, match="another rank did not answer"):
+        step(2**62, 0.05).result()
 
 
 def own_caches(rank: int, parallel: ParallelConfig) -> None:

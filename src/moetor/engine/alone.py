@@ -44,7 +44,7 @@ class AloneCaller:
         self._offsets_of = next((one for one in modules if hasattr(one, _OFFSETS)), None)
 
     def __call__(self, part: Scheduled, ids_T: Tensor, places_T: Tensor, keep: Tensor) -> Tensor:
-        """Logits [keep, V].
+        """Logits [keep, V], or this rank's part of them.
 
         Args:
             ids_T, places_T: token ids and positions of the part.
@@ -81,7 +81,8 @@ class AloneCaller:
         if self._offsets_of is not None:
             setattr(self._offsets_of, _OFFSETS, state.offsets)
         try:
-            output = served.composite(**inputs)
+            with served.in_parts():
+                output = served.composite(**inputs)
         finally:
             if self._offsets_of is not None:
                 state.offsets = getattr(self._offsets_of, _OFFSETS)
@@ -113,13 +114,14 @@ class AloneCaller:
             first = ids_T.new_tensor([served.decoder_start])
             ids_T = torch.cat([first, ids_T[length:]])
         mask = torch.ones((1, length), dtype=torch.int64, device=ids_T.device)
-        output = model(
-            encoder_outputs=state.encoded,
-            attention_mask=mask,
-            decoder_input_ids=ids_T[None],
-            use_cache=True,
-            **{served.cache_name: state.cache},
-        )
+        with served.in_parts():
+            output = model(
+                encoder_outputs=state.encoded,
+                attention_mask=mask,
+                decoder_input_ids=ids_T[None],
+                use_cache=True,
+                **{served.cache_name: state.cache},
+            )
         state.cache = getattr(output, served.cache_name)
         logits: Tensor = output.logits
         return logits[0, -1:]

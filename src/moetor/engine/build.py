@@ -24,6 +24,7 @@ from moetor.engine.scheduler import Scheduler
 from moetor.engine.source import Fused, ModelSource
 from moetor.engine.strategy import Strategy
 from moetor.engine.trial import choose_strategy
+from moetor.engine.vocabulary import split_vocabulary
 from moetor.errors import CheckpointError, ConfigError, FusionMismatchError
 from moetor.huggingface import FusionReport, fuse, loading
 from moetor.huggingface.dense_fusing import fuse_dense, is_dense_fused
@@ -85,6 +86,9 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
             f"caching strategy is {strategy}; possible: tensor_parallel_size alone, with or "
             "without enable_expert_parallel"
         )
+    if strategy.paged:
+        with torch.inference_mode():
+            served.vocabulary = split_vocabulary(served.model, groups)
     context = loading.context_length(model.config)
     if strategy.paged or config.kv_cache_blocks is not None:
         free = _agreed(free_memory(served, strategy, config, context), groups, served.device)

@@ -146,15 +146,22 @@ class DecodeGraphs:
 
     Args:
         decode: the model call.
+        likeliest: tokens [S] of what it gives.
         last_token_P: token that each row sampled last; its last row belongs to nobody.
         max_blocks: of a sequence.
         sizes: to capture.
     """
 
     def __init__(
-        self, decode: Decode, last_token_P: Tensor, *, max_blocks: int, sizes: list[int]
+        self,
+        decode: Decode,
+        likeliest: Callable[[Tensor], Tensor],
+        last_token_P: Tensor,
+        *,
+        max_blocks: int,
+        sizes: list[int],
     ) -> None:
-        self._decode, self._last_token_P = decode, last_token_P
+        self._decode, self._likeliest, self._last_token_P = decode, likeliest, last_token_P
         self._max_blocks, self._sizes = max_blocks, sizes
         self._graphs: dict[int, _Graph] = {}
 
@@ -204,7 +211,7 @@ class DecodeGraphs:
                 max_query_len=1,
             )
             logits = self._decode(ids, inputs.positions_S, rows, batch)
-            tokens = logits.argmax(-1)
+            tokens = self._likeliest(logits)
             self._last_token_P.index_copy_(0, rows, tokens)
             return logits, tokens
 

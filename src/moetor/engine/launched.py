@@ -18,8 +18,9 @@ from moetor.engine.transfer import to_device
 from moetor.errors import ParallelError
 from moetor.parallel.launch import NO_ANSWER
 
-# A step of a model over several ranks is polled: closely at first, then with naps.
-_BUSY_SECONDS, _NAP_SECONDS = 0.05, 0.001
+# A step of a model over several ranks is polled: closely at first, then with naps of this share of
+# the time that has passed. A sleep of no time, too, lets other threads have their turn.
+_BUSY_SECONDS, _NAP_SHARE, _LONGEST_NAP = 0.0002, 0.05, 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Started:
 
     Attributes:
         parts: those that sample.
-        logits_RV: of these parts; None where there are none.
+        logits_RV: of these parts, or this rank's part of them; None where there are none.
         likeliest_R: of these logits, where a graph took them along with the model.
         prompts: log-probabilities of prompts.
         errors: by the sequence that the model could not compute.
@@ -136,8 +137,8 @@ class Launched:
             waited = time.monotonic() - begin
             if waited > self.patience:
                 raise ParallelError(f"another rank {NO_ANSWER} in {self.patience:g} s")
-            if waited > _BUSY_SECONDS:
-                time.sleep(_NAP_SECONDS)
+            nap = 0.0 if waited < _BUSY_SECONDS else min(_NAP_SHARE * waited, _LONGEST_NAP)
+            time.sleep(nap)
 
 
 def _mappings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moetor.engine.attention import NAME
+from moetor.engine.vocabulary import SplitVocabulary
 from moetor.errors import UnsupportedError
 
 _CACHE_NAMES = ("cache", "past_key_values")
@@ -28,6 +29,7 @@ class ServedModel:
         vocab_size: of its logits.
         cache_name: what its forward calls the cache.
         decoder_start: token with which an encoder-decoder's decoder begins.
+        vocabulary: where each rank makes a part of the logits, from then on.
 
     Raises:
         UnsupportedError: the model does not generate text token by token.
@@ -52,6 +54,7 @@ class ServedModel:
         self.cache_name = found[0]
         self._takes_rows = "logits_to_keep" in names
         self.vocab_size = int(self.config.vocab_size)
+        self.vocabulary: SplitVocabulary | None = None
 
     def _decoder_start(self) -> int:
         for settings in (getattr(self.model, "generation_config", None), self.model.config):
@@ -85,7 +88,7 @@ class ServedModel:
         cache: Any,
         rows: Tensor | None,
     ) -> tuple[Tensor, Any]:
-        """Logits of some tokens, and the cache.
+        """Logits of some tokens, or this rank's part of them, and the cache.
 
         Args:
             input_ids: [S, T].
@@ -105,11 +108,26 @@ class ServedModel:
         one_row = input_ids.shape[0] == 1
         if rows is not None and self._takes_rows and one_row:
             inputs["logits_to_keep"] = rows
-        output = self.model(**inputs)
+        with self.in_parts():
+            output = self.model(**inputs)
         logits: Tensor = output.logits.flatten(0, 1)
         if rows is not None and not (self._takes_rows and one_row):
             logits = logits.index_select(0, rows)
         return logits, getattr(output, self.cache_name)
+
+    def in_parts(self) -> AbstractContextManager[None]:
+        """The model gives this rank's part of the logits inside, where the vocabulary is split."""
+        return nullcontext() if self.vocabulary is None else self.vocabulary.in_parts()
+
+    def whole(self, logits_SN: Tensor) -> Tensor:
+        """Logits [S, V] of what a call gave; every rank of a tensor-parallel group asks."""
+        return logits_SN if self.vocabulary is None else self.vocabulary.whole(logits_SN)
+
+    def likeliest(self, logits_SN: Tensor) -> Tensor:
+        """The likeliest tokens [S] of what a call gave; likewise."""
+        if self.vocabulary is None:
+            return logits_SN.argmax(-1)
+        return self.vocabulary.likeliest(logits_SN)
 
     @contextmanager
     def paged_attention(self) -> Iterator[None]:

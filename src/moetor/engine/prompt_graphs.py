@@ -55,6 +55,7 @@ class PromptGraphs:
 
     Args:
         compute: the model call.
+        likeliest: tokens [S] of what it gives.
         last_token_P: token that each row sampled last; its last row belongs to nobody.
         sequences: S.
         max_blocks: M.
@@ -64,13 +65,14 @@ class PromptGraphs:
     def __init__(
         self,
         compute: Prompts,
+        likeliest: Callable[[Tensor], Tensor],
         last_token_P: Tensor,
         *,
         sequences: int,
         max_blocks: int,
         sizes: list[int],
     ) -> None:
-        self._compute, self._last_token_P = compute, last_token_P
+        self._compute, self._likeliest, self._last_token_P = compute, likeliest, last_token_P
         self._sequences, self._max_blocks, self._sizes = sequences, max_blocks, sizes
         self._graphs: dict[int, _Graph] = {}
         # All graphs fill the same ones: a vocabulary's logits for each would be a lot of memory.
@@ -159,7 +161,7 @@ class PromptGraphs:
             logits = self._compute(ids, positions.long(), keep.long(), batch)
             if self._logits_SV is None:  # in the first run, which is not captured
                 self._logits_SV = torch.empty_like(logits)
-            torch.argmax(logits, -1, out=self._tokens_S)
+            self._tokens_S.copy_(self._likeliest(logits))
             self._last_token_P.index_copy_(0, rows.long(), self._tokens_S)
             return self._logits_SV.copy_(logits), self._tokens_S
 

@@ -104,6 +104,7 @@ class StepGraphs:
             self._rotary = RotaryTables(self.served.model, positions)
         graphs = DecodeGraphs(
             self.compute if self.lockstep is None else self._compute_together,
+            self.served.likeliest,
             self._last_token_P,
             max_blocks=self._max_blocks,
             sizes=self.sizes,
@@ -131,6 +132,7 @@ class StepGraphs:
             return
         graphs = PromptGraphs(
             self._compute_prompts,
+            self.served.likeliest,
             self._last_token_P,
             sequences=self._last_token_P.shape[0] - 1,
             max_blocks=self._max_blocks,

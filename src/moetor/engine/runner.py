@@ -178,7 +178,8 @@ class Runner:
                 places.append(first + count - 1)
             if count and part.sequence.params.prompt_logprobs is not None:
                 assert logits is not None
-                found = prompt_logprobs(part, logits[first : first + count])
+                own = self.served.whole(logits[first : first + count])
+                found = prompt_logprobs(part, own)
                 if found is not None:
                     prompts.append((part, found))
             first += count
@@ -202,10 +203,14 @@ class Runner:
         sampled = None
         if parts:
             assert logits is not None
-            if tokens is not None and self.sampler.plain(parts):
+            plain = self.sampler.plain(parts)
+            if tokens is not None and plain:
                 sampled = Sampled(tokens, None)
             else:
-                sampled = self.sampler.sample(logits, parts)
+                if plain:
+                    sampled = Sampled(self.served.likeliest(logits), None)
+                else:
+                    sampled = self.sampler.sample(self.served.whole(logits), parts)
                 self._remember([part.sequence.row for part in parts], sampled.tokens_R)
         return self._fetched(started, parts, sampled)
 

@@ -97,16 +97,23 @@ class SummedForward:
 
 
 class GatheredForward:
-    """The forward of a linear module with a slice of its outputs, all of which are gathered."""
+    """The forward of a linear module with a slice of its outputs, all of which are gathered.
+
+    Attributes:
+        gathers: false where a caller takes the rank's part [..., N / R] for the time being.
+    """
 
     def __init__(self, module: nn.Linear, group: dist.ProcessGroup) -> None:
         self.module, self.group = module, group
+        self.gathers = True
 
     def __call__(self, input: Tensor) -> Tensor:
         """[..., N] for [..., H]."""
         weight, bias = self.module.weight, self.module.bias
         _refuse_gradients(input, weight)
         part = dense.linear(input, weight, bias)
+        if not self.gathers:
+            return part
         return gather_columns(part, self.module.out_features, self.group)
 
 
