@@ -32,7 +32,7 @@ from moetor.errors import InputError, KernelRefusedError
 from moetor.kernels.base import ExpertWeights, KernelQuery
 from moetor.kernels.native import library as native_library
 from moetor.kernels.native.kernel import NativeKernel, native_experts
-from moetor.kernels.native.pages import use_huge_pages
+from moetor.kernels.native.pages import prefer_huge_pages
 
 FORMS = (
     Case(name="rows", T=40, H=70, I=40, dtype=BF16),
@@ -307,13 +307,13 @@ def test_other_inputs_are_not_rounded_to_bfloat16(dtype: torch.dtype) -> None:
     assert torch.equal(run(call, "avx512_bf16"), run(call, "avx512"))
 
 
-def test_huge_pages_keep_the_values() -> None:
+def test_memory_asked_for_in_huge_pages_keeps_its_place() -> None:
     tensor = torch.arange(3 * 2**20, dtype=torch.int32)
     before, address = tensor.clone(), tensor.data_ptr()
-    moved = use_huge_pages(tensor)
-    assert moved % (2 * 2**20) == 0
-    assert 0 <= moved <= tensor.nbytes
+    agreed = prefer_huge_pages(tensor)
+    assert agreed % (2 * 2**20) == 0
+    assert 0 <= agreed <= tensor.nbytes
     assert tensor.data_ptr() == address
     assert torch.equal(tensor, before)
-    assert use_huge_pages(torch.zeros(8)) == 0
-    assert use_huge_pages(torch.zeros(2**22, device="meta")) == 0
+    assert prefer_huge_pages(torch.zeros(8)) == 0
+    assert prefer_huge_pages(torch.zeros(2**22, device="meta")) == 0

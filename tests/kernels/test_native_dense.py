@@ -58,7 +58,7 @@ def test_norm_and_rotary(dtype: torch.dtype, isa: str, rng: torch.Generator) -> 
             check_rotate(public.rotate, form, normed, dtype, rng)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", dense.PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 def test_few_rows(rows: int, dtype: torch.dtype, isa: str, rng: torch.Generator) -> None:
     def call(x: Tensor, weight: Tensor, bias: Tensor | None, act: Any, _: Any) -> Tensor:
@@ -69,14 +69,15 @@ def test_few_rows(rows: int, dtype: torch.dtype, isa: str, rng: torch.Generator)
 
 
 def test_rows_of_any_stride_and_shape(isa: str, rng: torch.Generator) -> None:
-    whole, weight = torch.randn(2, 3, 50, generator=rng), torch.randn(40, 60, generator=rng)
+    whole = random(2, 3, 50, dtype=torch.bfloat16, rng=rng)
+    weight = random(40, 60, dtype=torch.bfloat16, rng=rng)
     for x, w in ((whole[..., :40], weight[:, :40]), (whole.transpose(0, 1), weight[:, :50])):
         oracle = x.double() @ w.double().T
-        assert_near(dense.linear(x, w) / 10, oracle / 10, torch.float32)
+        assert_near(dense.linear(x, w) / 10, oracle / 10, torch.bfloat16)
     assert dense.linear(whole[:0], weight[:, :50]).shape == (0, 3, 40)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("dtype", dense.PRODUCT_DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(
     dtype: torch.dtype, isa: str, rng: torch.Generator
 ) -> None:
@@ -108,14 +109,15 @@ def test_attention(case: PagedCase, dtype: torch.dtype, isa: str, rng: torch.Gen
     "call",
     [
         lambda x, w: dense.linear(x, w[:, 1:]),
-        lambda x, w: dense.linear(x, w.bfloat16()),
+        lambda x, w: dense.linear(x, w.half()),
+        lambda x, w: dense.linear(x.float(), w.float()),
         lambda x, w: dense.linear(x, w, torch.zeros(3)),
         lambda x, w: dense.linear(x, w.T.contiguous().T),
     ],
 )
 def test_refused(call: Callable[[Tensor, Tensor], Tensor], rng: torch.Generator) -> None:
     with pytest.raises(InputError, match=r"does not fit|must be"):
-        call(torch.randn(2, 8, generator=rng), torch.randn(4, 8, generator=rng))
+        call(*(random(rows, 8, dtype=torch.bfloat16, rng=rng) for rows in (2, 4)))
 
 
 def test_torch_is_taken_where_it_is_asked_for(

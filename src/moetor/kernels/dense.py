@@ -51,8 +51,7 @@ def _native(tensor: Tensor, in_torch: bool) -> bool:
 
 def _native_rows(x: Tensor, weight: Tensor, in_torch: bool) -> bool:
     # First, as a compiler that saw the number of rows compared would compile anew for each outcome.
-    # In float32 torch's own are as quick, and have the same bits in what a compiler traces.
-    if not _native(x, in_torch) or x.dtype == torch.float32:
+    if not _native(x, in_torch) or x.dtype not in native.PRODUCT_DTYPES:
         return False
     rows = x.numel() // max(1, x.shape[-1])
     plain = weight.dtype == x.dtype and weight.stride(1) == 1

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 16
 """Rows up to which a product is bound by reading its weight; for more, torch's are faster."""
+PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
+"""Of which products are computed here. Those in float32 are torch's, which are as quick, and have
+the same bits in what a compiler traces."""
 WIDEST_HEAD = 1024
 _TABLES = {"halves": 0, "once": 1, "twice": 2}
 
@@ -124,8 +127,10 @@ def linear(
     other rows.
 
     Raises:
-        InputError: a weight or bias of another shape or dtype.
+        InputError: a dtype that is not of `PRODUCT_DTYPES`, or a weight or bias that does not fit.
     """
+    if x.dtype not in PRODUCT_DTYPES:
+        raise InputError(f"products in {x.dtype} must be torch's")
     depth, outputs = x.shape[-1], weight.shape[0]
     if weight.shape != (outputs, depth) or weight.dtype != x.dtype or weight.stride(1) != 1:
         raise InputError(
