@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from moetor.bench.generation import EngineBackend, decode_bytes
-from moetor.engine import EngineConfig, ModelSource, build_engine
+from moetor.engine import EngineConfig, ModelSource, SamplingParams, build_engine
 from moetor.engine import build as building
 
 PHASES: dict[str, float] = {}
@@ -67,6 +67,26 @@ def busy_share(events: Any) -> tuple[float, float]:
     return end - times[0][0], busy
 
 
+def gaps(events: Any, shown: int = 4) -> list[str]:
+    """The longest times without a kernel, and between which kernels they were."""
+    device = torch.autograd.DeviceType.CUDA
+    kernels = sorted(
+        (e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == device
+    )
+    found: list[tuple[float, str, str]] = []
+    end, last = kernels[0][1], kernels[0][2]
+    for start, stop, name in kernels[1:]:
+        if start > end:
+            found.append((start - end, last, name))
+        if stop > end:
+            end, last = stop, name
+    total = sum(gap for gap, _, _ in found)
+    lines = [f"{len(found)} gaps, {total:.0f} us in all; the longest:"]
+    for gap, before, after in sorted(found, reverse=True)[:shown]:
+        lines.append(f"{gap:9.1f} us  {before[:50]} -> {after[:50]}")
+    return lines
+
+
 def report(found: Any, steps: int, title: str, path: Path, shown: int) -> dict[str, Any]:
     """Writes the kernels of a profile and prints the longest."""
     table = sorted(found.key_averages(), key=lambda row: -row.device_time_total)
@@ -79,6 +99,7 @@ def report(found: Any, steps: int, title: str, path: Path, shown: int) -> dict[s
     for row in table[:60]:
         each = row.device_time_total / steps
         lines.append(f"{each:9.1f} us  {row.count / steps:7.1f} x  {row.key[:110]}")
+    lines[1:1] = gaps(found.events())
     path.write_text("\n".join(lines) + "\n")
     print("\n".join(lines[:shown]), flush=True)
     return {"span_us": span / steps, "busy": busy / span, "kernels_us": total / steps}
@@ -109,6 +130,62 @@ def profile_prompts(backend: EngineBackend, prompts: torch.Tensor, out: Path) ->
         backend.generate(prompts, 1)
         synchronize()
     return report(found, 1, "prompts", out / "profile-prompts.txt", 24)
+
+
+def drawn(backend: EngineBackend, batch: int, prompt: int, new: int) -> float:
+    """Seconds of a decoding step whose tokens are drawn among the likeliest."""
+    engine = backend._engine
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=4, max_tokens=new, ignore_eos=True)
+    for number, ids in enumerate(torch.randint(0, engine.served.vocab_size, (batch, prompt))):
+        request = engine.intake.request(ids.tolist(), params, f"drawn-{number}")
+        engine.core.add(request)
+    while engine.core.scheduler.waiting:
+        engine.core.step()
+    times = []
+    while not engine.core.idle:
+        begin = time.perf_counter()
+        engine.core.step()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def prompt_phases(backend: EngineBackend, prompts: torch.Tensor) -> dict[str, Any]:
+    """Where the time of some prompts goes on the host: taking them in, and each call of `step`."""
+    core = backend._engine.core
+    synchronize()
+    begin = time.perf_counter()
+    backend._add(prompts, 1)
+    added, calls = time.perf_counter() - begin, []
+    while not core.idle:
+        start = time.perf_counter()
+        core.step()
+        calls.append(time.perf_counter() - start)
+    return {"added": added, "steps": calls, "total": time.perf_counter() - begin}
+
+
+def prompt_rates(
+    backend: EngineBackend, prompts: torch.Tensor, budgets: list[int]
+) -> dict[str, float]:
+    """Tokens of prompts a second, by the tokens of a step; also without graphs where they have
+    some.
+    """
+    core, rates = backend._engine.core, {}
+    graphs, most = core.runner.graphs, core.scheduler.budget
+    captured = graphs.prompts
+    for budget in budgets or [most]:
+        core.scheduler.budget = budget
+        ways = {"": captured}
+        if captured is not None and captured.holds(budget, 1):
+            ways[" without graphs"] = None
+        for name, graphs.prompts in ways.items():
+            backend.generate(prompts, 1)
+            seconds = statistics.median(backend.generate(prompts, 1).total for _ in range(3))
+            rates[f"{budget} a step{name}"] = prompts.numel() / seconds
+            print(
+                f"prompts, {budget} a step{name}: {prompts.numel() / seconds:.0f} tok/s", flush=True
+            )
+    core.scheduler.budget, graphs.prompts = most, captured
+    return rates
 
 
 def check(backend: EngineBackend, tokens: int = 12) -> list[dict[str, Any]]:
@@ -182,6 +259,11 @@ def compare(eager: Texts, replayed: Texts) -> dict[str, Any]:
     }
 
 
+def numbers(text: str) -> list[int]:
+    """Of a list with commas."""
+    return [int(one) for one in text.split(",") if one]
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -195,8 +277,12 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=8192)
     parser.add_argument("--fuse-dense", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--prefill", default="16x2048")
+    parser.add_argument("--record-load", action="store_true", help="count experts, as serve does")
+    parser.add_argument("--budgets", default="", help="tokens of a step to compute prompts with")
+    parser.add_argument("--draw", default="", help="batch sizes whose tokens are drawn, too")
+    parser.add_argument("--no-check", action="store_true")
     given = parser.parse_args()
-    sizes = [int(size) for size in given.sizes.split(",")]
+    sizes = numbers(given.sizes)
     building.fuse = timed(building.fuse, "fuse")  # type: ignore[attr-defined]
     building.fuse_dense = timed(building.fuse_dense, "fuse dense parts")  # type: ignore[attr-defined]
     building.dummy_model = timed(building.dummy_model, "weights")  # type: ignore[attr-defined]
@@ -215,6 +301,7 @@ def main() -> None:
                 enable_prefix_caching=False,
                 load_format="dummy",
                 fuse_dense=given.fuse_dense,
+                record_expert_load=given.record_load,
             ),
         )
     print(
@@ -223,7 +310,8 @@ def main() -> None:
         flush=True,
     )
     backend = EngineBackend("moetor", engine)
-    record: dict[str, Any] = {"phases": PHASES, "check": check(backend)}
+    checked = [] if given.no_check else check(backend)
+    record: dict[str, Any] = {"phases": PHASES, "check": checked}
     vocabulary = engine.served.vocab_size
     rows = []
     print("batch   TTFT ms  TPOT ms   tok/s  decode tok/s   floor ms at 4.25 TB/s")
@@ -240,18 +328,20 @@ def main() -> None:
             f"{size / later:13.0f} {floor * 1e3:10.2f}",
             flush=True,
         )
+    drawing = {size: drawn(backend, size, given.prompt, 48) for size in numbers(given.draw)}
+    for size, seconds in drawing.items():
+        print(f"drawn {size}: {seconds * 1e3:.2f} ms a step", flush=True)
     prompts = torch.randint(0, vocabulary, (count, length))
-    backend.generate(prompts, 1)
-    seconds = statistics.median(backend.generate(prompts, 1).total for _ in range(3))
-    print(f"prefill {given.prefill}: {count * length / seconds:.0f} tok/s", flush=True)
+    rates = prompt_rates(backend, prompts, numbers(given.budgets))
+    phases = prompt_phases(backend, prompts)
+    print("prompts on the host:", json.dumps(phases), flush=True)
     stats = engine.core.stats()
     print(f"steps {stats.steps}, by graph {stats.graph_steps}")
-    record |= {"rows": rows, "prefill": count * length / seconds}
-    record["profiles"] = {
-        size: profile(backend, size, given.prompt, given.out)
-        for size in map(int, given.profile.split(","))
-    }
-    record["profiles"]["prompts"] = profile_prompts(backend, prompts, given.out)
+    record |= {"rows": rows, "prefill": rates, "drawn": drawing, "prompt phases": phases}
+    if torch.cuda.is_available():
+        sizes = numbers(given.profile)
+        found = {size: profile(backend, size, given.prompt, given.out) for size in sizes}
+        record["profiles"] = found | {"prompts": profile_prompts(backend, prompts, given.out)}
     record["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     (given.out / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
 
