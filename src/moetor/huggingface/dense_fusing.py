@@ -44,9 +44,12 @@ from moetor.huggingface.dense_products import (
     packed,
 )
 from moetor.huggingface.dense_spread import (
+    GatheredProduct,
     all_agree,
     check_taken_over,
     common,
+    gathered_parts,
+    gathering_group,
     give_back,
     has_taken_over,
     take_over,
@@ -217,12 +220,18 @@ def _find_groups(observed: Observation) -> dict[str, list[Call] | Unrecognised]:
     found: dict[str, list[Call] | Unrecognised] = {}
     for calls in groups.values():
         modules: list[Any] = [call.module for call in calls]
-        if not all(map(is_own, modules)) or not joinable(modules) or _tied(modules):
+        gathering = gathering_group(modules)
+        if gathering is None and not all(map(is_own, modules)):
+            continue
+        if not joinable(modules) or _tied(modules):
             continue
         weight, bias = packed(modules)
         sizes = [module.weight.shape[0] for module in modules]
-        product = dense.linear(calls[0].input, weight, bias).split(sizes, dim=-1)
-        errors = [relative_error(x, call.output) for x, call in zip(product, calls, strict=True)]
+        product = dense.linear(calls[0].input, weight, bias)
+        parts = product.split(sizes, dim=-1)
+        if gathering is not None:
+            parts = gathered_parts(product, sizes, gathering)
+        errors = [relative_error(x, call.output) for x, call in zip(parts, calls, strict=True)]
         names = " + ".join([calls[0].path, *(call.path.rpartition(".")[2] for call in calls[1:])])
         found[names] = calls
         if max(errors) > tolerance(weight.dtype):
@@ -308,9 +317,13 @@ def _install_products(
 ) -> None:
     for name, calls in groups.items():
         parent_forward = _parent(model, calls).__dict__.get("forward")
-        product = JoinedProduct(
-            [call.module for call in calls],  # type: ignore[misc]
-            contiguous=not isinstance(parent_forward, AttentionForward),
+        contiguous = not isinstance(parent_forward, AttentionForward)
+        modules: list[Any] = [call.module for call in calls]
+        gathering = gathering_group(modules)
+        product = (
+            JoinedProduct(modules, contiguous=contiguous)
+            if gathering is None
+            else GatheredProduct(modules, gathering, contiguous=contiguous)
         )
         product.install()
         if name in mlps:
@@ -335,6 +348,8 @@ def _gated_mlp(observed: Observation, calls: list[Call]) -> tuple[Call, str, Any
     if len(others) != 1 or not plain or not isinstance(parent.output, Tensor):
         return None
     if any(call.module._forward_hooks or call.module._forward_pre_hooks for call in calls):
+        return None
+    if not all(is_own(call.module) for call in calls):  # outputs are gathered before they meet
         return None
     down = others[0]
     weight, bias = packed([call.module for call in calls])

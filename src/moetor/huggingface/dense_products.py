@@ -105,11 +105,20 @@ class JoinedProduct:
         if self.input is x and self.parts[place] is not None:
             return self._take(place)
         if self.wants_gradients(x) or not self.whole():
-            module = self.modules[place]
-            return torch.nn.functional.linear(x, module.weight, module.bias)
+            return self.alone(place, x)
         product = dense.linear(x, self.weight, self.bias)
-        self.input, self.parts = x, list(product.split(self.sizes, dim=-1))
+        self.input, self.parts = x, list(self.split(product))
         return self._take(place)
+
+    def alone(self, place: int, x: Tensor) -> Tensor:
+        """What module number `place` computes for itself."""
+        module = self.modules[place]
+        return torch.nn.functional.linear(x, module.weight, module.bias)
+
+    def split(self, product: Tensor) -> Sequence[Tensor]:
+        """The modules' answers, from [..., N]."""
+        parts: tuple[Tensor, ...] = product.split(self.sizes, dim=-1)
+        return parts
 
     def _take(self, place: int) -> Tensor:
         taken = self.parts[place]

@@ -13,7 +13,7 @@ Shape letters: T tokens, H inputs, N outputs, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,11 +26,12 @@ from torch.distributed.tensor.placement_types import Placement
 
 from moetor.errors import FusionError, UnsupportedError
 from moetor.huggingface.dense_observe import Observation
+from moetor.huggingface.dense_products import JoinedProduct
 from moetor.huggingface.report import DenseReport
 from moetor.huggingface.tensor_parallel import SplitModule, split_modules, spread_over
 from moetor.huggingface.trial import relative_error, tolerance
 from moetor.kernels import dense
-from moetor.parallel.collectives import all_reduce, gather_columns
+from moetor.parallel.collectives import all_gather, all_reduce, gather_columns
 from moetor.parallel.groups import ParallelGroups
 
 # Styles of the plan by what a product of local tensors needs beside itself.
@@ -115,6 +116,49 @@ class GatheredForward:
         if not self.gathers:
             return part
         return gather_columns(part, self.module.out_features, self.group)
+
+
+class GatheredProduct(JoinedProduct):
+    """The product of several linear modules with one input, of each of which a rank has an equal
+    slice of the outputs: gathered for all of them at once.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Linear], group: dist.ProcessGroup, *, contiguous: bool
+    ) -> None:
+        super().__init__(modules, contiguous=contiguous)
+        self.group = group
+
+    def alone(self, place: int, x: Tensor) -> Tensor:
+        """See `JoinedProduct.alone`."""
+        return GatheredForward(self.modules[place], self.group)(x)
+
+    def split(self, product: Tensor) -> Sequence[Tensor]:
+        """See `JoinedProduct.split`."""
+        return gathered_parts(product, self.sizes, self.group)
+
+
+def gathered_parts(part: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> list[Tensor]:
+    """[..., R * n] for each n of `sizes`, from this rank's [..., sum of the sizes]."""
+    gathered_RTN = all_gather(part.reshape(-1, part.shape[-1]), group).view(
+        group.size(), -1, part.shape[-1]
+    )
+    return [
+        one.transpose(0, 1).reshape(*part.shape[:-1], -1) for one in gathered_RTN.split(sizes, -1)
+    ]
+
+
+def gathering_group(modules: Sequence[nn.Module]) -> dist.ProcessGroup | None:
+    """The ranks that gather the outputs of all of these modules, in equal slices."""
+    groups: list[dist.ProcessGroup] = []
+    for module in modules:
+        forward = module.__dict__.get("forward")
+        if not isinstance(forward, GatheredForward):
+            return None
+        if forward.module.out_features % forward.group.size():
+            return None
+        groups.append(forward.group)
+    return groups[0] if groups else None
 
 
 def _refuse_gradients(x: Tensor, weight: Tensor) -> None:
