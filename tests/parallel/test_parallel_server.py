@@ -79,6 +79,19 @@ def test_a_launched_server_ends_with_a_rank() -> None:
     assert not any(map(alive, ranks))
 
 
+def test_a_launched_server_ends_when_a_rank_hangs() -> None:
+    """Without a request, with rank 0 still there to answer 503."""
+    server = ServerProcess(*FLAGS, "-tp", "2", "--parallel-timeout", "4")
+    ranks = children(server.process.pid)
+    (second,) = (pid for pid in ranks if rank_of(pid) == "RANK=1")
+    os.kill(second, signal.SIGSTOP)
+    assert server.process.wait(2 * LIMIT) == 1
+    server._reader.join(10)
+    assert "rank 0 of 2: another rank did not answer" in server.log[-1]
+    assert "rank 1 still ran, and was ended" in server.log[-1]
+    assert not any(map(alive, ranks))
+
+
 @contextmanager
 def unwatched(timeout: float) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Two ranks that nobody ends when one dies: the server's address, and the other rank."""

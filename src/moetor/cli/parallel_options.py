@@ -73,7 +73,7 @@ class ParallelFlags:
         },
     )
     parallel_timeout: float = field(
-        default=25.0,
+        default=20.0,
         metadata={
             "group": PARALLEL,
             "metavar": "SECONDS",

@@ -28,12 +28,12 @@ from moetor.engine.scheduler import Scheduler
 from moetor.engine.sequence import Request, Sequence, Step
 from moetor.errors import MoetorError, ParallelError
 from moetor.parallel.groups import ParallelGroups, agree
-from moetor.parallel.launch import explain_waiting
+from moetor.parallel.launch import explain_waiting, tell_launcher
 
 # Steps between two looks at whether a tensor-parallel group has made the same tokens.
 _COMPARE_EVERY = 64
 # Of the time after which a rank gives up waiting: rank 0 is heard so often while it has no work.
-_REST_SHARE = 0.2
+_REST_SHARE = 0.1
 _Next = Literal["step", "rest", "load", "end"]
 _OWN_FIELDS = ("kv_cache_usage", "steps", "step_seconds", "host_seconds", "graph_steps")
 
@@ -166,8 +166,14 @@ class RankedCore(EngineCore):
     def fail_all(self, error: Exception) -> list[Request]:
         """See `EngineCore.fail_all`; the ranks cannot be put in step again."""
         if self.fatal is None:
-            self.fatal = failure(error)
+            self._stopped_by(error)
         return super().fail_all(error)
+
+    def _stopped_by(self, error: Exception) -> Exception:
+        """No further step is possible; the launcher ends the ranks, one of which may hang."""
+        self.fatal = failure(error)
+        tell_launcher(str(self.fatal))
+        return self.fatal
 
     def step(self) -> list[Request]:
         """See `EngineCore.step`.
@@ -185,8 +191,7 @@ class RankedCore(EngineCore):
                 changed += self._exchange(changed)
             self._compare()
         except Exception as error:
-            self.fatal = failure(error)
-            raise self.fatal from error
+            raise self._stopped_by(error) from error
         return changed
 
     def stats(self) -> EngineStats:
@@ -208,8 +213,7 @@ class RankedCore(EngineCore):
             own = self.runner.load.own_counts(self.groups.tensor.rank())
             return summed(gather(own, self.groups.world))
         except Exception as error:
-            self.fatal = failure(error)
-            raise self.fatal from error
+            raise self._stopped_by(error) from error
 
     def _worth_starting(self, step: Step) -> bool:
         return bool(step.parts) or self.runner.lockstep is not None
@@ -347,8 +351,7 @@ class RankedCore(EngineCore):
         try:
             self._order("rest")
         except Exception as error:
-            self.fatal = failure(error)
-            raise self.fatal from error
+            raise self._stopped_by(error) from error
 
     def close(self, error: BaseException | None = None) -> None:
         """Ends the ranks that follow, as far as they are still there."""

@@ -107,7 +107,7 @@ class ParallelConfig:
     max_tokens_per_rank: int | None = None
     eplb: EplbConfig | None = None
     num_redundant_experts: int = 0
-    timeout: float = 25.0
+    timeout: float = 20.0
 
     def __post_init__(self) -> None:
         me = "ParallelConfig"

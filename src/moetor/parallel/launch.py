@@ -27,6 +27,8 @@ NO_ANSWER = "did not answer"
 POLL_SECONDS = 0.05
 # A rank that was told to end is killed after so long.
 GRACE_SECONDS = 3.0
+# One that goes on after it has told an error may give its last answers for so long.
+TOLD_SECONDS = 2.0
 # Other ranks notice a failure and fail too; what they say then is not the cause.
 SETTLE_SECONDS = 0.3
 
@@ -97,7 +99,7 @@ def launch(
             for number in range(ranks):
                 started.append(_start(command, ranks, number, Path(folder), stdin, converses))
             if not _all_end_well(started):
-                time.sleep(SETTLE_SECONDS)
+                _settle(started)
                 raise ParallelError(_why(started))
         finally:
             _end(started)
@@ -171,11 +173,22 @@ def _all_end_well(started: list[_Rank]) -> bool:
     """Waits until all have ended well, or one has not."""
     running = list(started)
     while running:
-        if any(rank.process.poll() for rank in running):
+        # One that has told an error may have to go on, as a server that answers 503 does.
+        if any(rank.process.poll() or rank.error.exists() for rank in running):
             return False
         running = [rank for rank in running if rank.process.poll() is None]
         time.sleep(POLL_SECONDS)
     return True
+
+
+def _settle(started: list[_Rank]) -> None:
+    """Other ranks may have something to tell too, and clients of a server their last answers."""
+    until = time.monotonic() + TOLD_SECONDS
+    while time.monotonic() < until:
+        if not any(rank.process.poll() is None and rank.error.exists() for rank in started):
+            break
+        time.sleep(POLL_SECONDS)
+    time.sleep(SETTLE_SECONDS)
 
 
 def _why(started: list[_Rank]) -> str:
@@ -183,22 +196,29 @@ def _why(started: list[_Rank]) -> str:
     told = []
     for rank in started:
         status = rank.process.poll()
-        if status is None or status == 0:
+        error = _told(rank)
+        if status == 0 or (status is None and error is None):
             continue
         # What a rank has told is the cause also where a signal ended it: a library's threads, in
         # the middle of a collective that failed, may abort a process that is about to exit.
-        if status < 0:
-            ended = f"was killed by {signal.Signals(-status).name}"
-        else:
-            ended = f"ended with status {status}"
-        what = _told(rank) or f"{ended}{_last_words(rank)}"
+        what = error or f"{_ended(status)}{_last_words(rank)}"
         told.append((NO_ANSWER in what, rank.number, what))
     waited, number, what = min(told)
     text = f"rank {number} of {len(started)}: {what}"
-    running = [str(rank.number) for rank in started if rank.process.poll() is None]
+    running = [
+        str(rank.number)
+        for rank in started
+        if rank.process.poll() is None and rank.number != number
+    ]
     if waited and running:
         text += f"; rank {', '.join(running)} still ran, and was ended"
     return text
+
+
+def _ended(status: int | None) -> str:
+    if status is not None and status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
 
 
 def explain_waiting(text: str) -> str | None:
