@@ -24,6 +24,13 @@ MODES = {
     "dp_ep_alltoall": patient(data_parallel_size=2, dispatcher="alltoall", **EP),
     "tp4_ep2": patient(tensor_parallel_size=4, expert_parallel_size=2, **EP),
     "tp2_dp2_ep": patient(tensor_parallel_size=2, data_parallel_size=2, **EP),
+    # two parts by expert, each of two slices of the intermediate size
+    "tp2_dp2_ep2": patient(
+        tensor_parallel_size=2, data_parallel_size=2, expert_parallel_size=2, **EP
+    ),
+    "tp2_dp2_sp": patient(
+        tensor_parallel_size=2, data_parallel_size=2, sequence_parallel=True, **EP
+    ),
 }
 
 

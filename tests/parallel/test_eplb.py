@@ -15,6 +15,7 @@ from layer.layer_cases import LayerTensors, build, draw_layer, make_config
 from moetor.config import SharedExpertsConfig
 from moetor.errors import ConfigError
 from moetor.huggingface.modules import fused_modules
+from moetor.layer.routing.simulator import SimulatedRouter
 from moetor.layer.sharding import balanced_layer, shard_layer
 from moetor.parallel.config import EplbConfig, ParallelConfig
 from moetor.parallel.eplb.balance import balance, balancedness, part_loads
@@ -131,11 +132,18 @@ def skewed(
     tensors: LayerTensors,
     inputs: list[tuple[Tensor, Tensor]],
     parallel: ParallelConfig,
+    simulated: bool,
 ) -> Any:
     """In a worker: a layer whose tokens prefer few experts, while experts move."""
     assert parallel.eplb is not None
-    whole = build(make_config(**FIELDS), tensors)
-    layer = build(make_config(**FIELDS), tensors)
+    whole, layer = (
+        build(
+            make_config(**FIELDS),
+            tensors,
+            router=SimulatedRouter(8, 2, "zipf", exponent=1.5, seed=rank) if simulated else None,
+        )
+        for _ in range(2)
+    )
     groups = make_groups(parallel)
     layout = shard_layer(layer, groups)
     watched = balanced_layer("layer", layer.routed_experts, layout)
@@ -157,15 +165,18 @@ def skewed(
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "simulated"),
     [
-        {"data_parallel_size": 2},
-        {"data_parallel_size": 2, "dispatcher": "alltoall"},
-        {"tensor_parallel_size": 2},
+        ({"data_parallel_size": 2}, False),
+        ({"data_parallel_size": 2}, True),
+        ({"data_parallel_size": 2, "dispatcher": "alltoall"}, False),
+        ({"tensor_parallel_size": 2}, False),
     ],
-    ids=["allgather", "alltoall", "replicated"],
+    ids=["allgather", "simulator", "alltoall", "replicated"],
 )
-def test_experts_move_and_results_stay(fields: dict[str, Any], two: Pool, seed: int) -> None:
+def test_experts_move_and_results_stay(
+    fields: dict[str, Any], simulated: bool, two: Pool, seed: int
+) -> None:
     rng = torch.Generator().manual_seed(seed)
     tensors = draw_layer(make_config(**FIELDS), torch.float64, rng)
     inputs = []
@@ -176,7 +187,7 @@ def test_experts_move_and_results_stay(fields: dict[str, Any], two: Pool, seed: 
     one_expert = 12 * 30 * 8 + 20 * 8 + 12 * 8
     eplb = EplbConfig(window=8, interval=3, max_bytes_per_step=one_expert)
     parallel = patient(enable_expert_parallel=True, num_redundant_experts=3, eplb=eplb, **fields)
-    answers = two.run(skewed, tensors, inputs, parallel)
+    answers = two.run(skewed, tensors, inputs, parallel, simulated)
     for errors, busy, even, stats, _ in answers:
         assert max(errors) < 1e-12
         assert not busy[1]

@@ -84,6 +84,15 @@ def test_the_same_answers(name: str, two: Pool) -> None:
         assert ours == whole
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, EP, {"sequence_parallel": True, **EP}], ids=["tp_dp", "tp_dp_ep", "tp_dp_sp"]
+)
+def test_the_same_answers_of_four(fields: dict[str, Any], four: Pool) -> None:
+    parallel = patient(tensor_parallel_size=2, data_parallel_size=2, **fields)
+    for ours, whole in four.run(compare, parallel, 1):
+        assert ours == whole
+
+
 def unequal(rank: int, parallel: ParallelConfig) -> tuple[list[int], list[int], list[int]]:
     """In a worker: one prompt after the other, so that one group has nothing to do; what is at home
     here, and the tokens of both kinds of engine."""
