@@ -1,7 +1,8 @@
 """Codes to numbers in Triton: every code of every element under Triton's interpreter (this file as
-a script), and the hand-written instructions compiled for two generations of GPUs.
+a script), and the hand-written instructions computed one by one, and compiled for two generations
+of GPUs.
 
-`tests/gpu/test_large_quantized_cuda.py` runs the instructions themselves.
+`tests/gpu/test_large_quantized_cuda.py` runs them on one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parents[1]))
 
 from interpreted import needs_triton, run_interpreted  # noqa: E402
+from ptx import halves_of, run_assembly  # noqa: E402
 
 COMPILED = """
 import sys
@@ -47,6 +49,31 @@ for capability in (80, 90):
 @needs_triton
 def test_under_the_interpreter() -> None:
     run_interpreted(HERE)
+
+
+@needs_triton
+def test_the_instructions_give_every_code_its_number() -> None:
+    from kernels.code_kernels import expected_codes
+    from moetor.kernels.triton import quantized_code
+
+    # Every code in every one of the four bytes, beside others.
+    codes = (torch.arange(256)[:, None] * torch.tensor([1, 7, 13, 29]) + torch.arange(4)) % 256
+    words = (codes << torch.tensor([0, 8, 16, 24])).sum(dim=1)
+    for name, element, offset in (
+        ("INT4_BF16", "int4", 0), ("INT4_BF16_8", "int4", 8), ("INT4_FP16", "int4", 0),
+        ("INT4_FP16_8", "int4", 8), ("E2M1_BF16", "e2m1", 0), ("E2M1_FP16", "e2m1", 0),
+        ("E4M3_BF16", "e4m3", 0), ("E4M3_FP16", "e4m3", 0), ("INT8_BF16", "int8", 0),
+        ("INT8_FP16", "int8", 0),
+    ):  # fmt: skip
+        packed = element in ("int4", "e2m1")
+        dtype = torch.bfloat16 if "BF16" in name else torch.float16
+        text = getattr(quantized_code, name).value
+        made = [halves_of(one, dtype) for one in run_assembly(text, words, 4 if packed else 2)]
+        numbers = expected_codes(element, offset)
+        first = torch.cat(made[:2], dim=1)
+        assert torch.equal(first, numbers[codes & 15 if packed else codes]), name
+        if packed:
+            assert torch.equal(torch.cat(made[2:], dim=1), numbers[codes >> 4]), name
 
 
 @needs_triton
