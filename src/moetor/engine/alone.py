@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moetor.engine.model import ServedModel
 from moetor.engine.sequence import Scheduled
+from moetor.huggingface.composites import images_named
 
 # Offsets of positions behind pictures, which the Qwen-VL line keeps on the model.
 _OFFSETS = "rope_deltas"
@@ -81,7 +82,7 @@ class AloneCaller:
         if self._offsets_of is not None:
             setattr(self._offsets_of, _OFFSETS, state.offsets)
         try:
-            with served.in_parts():
+            with served.in_parts(), images_named(served.composite):
                 output = served.composite(**inputs)
         finally:
             if self._offsets_of is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moetor.errors import ConfigError, UnsupportedError
+from moetor.huggingface.composites import images_named
 from moetor.tools.tiny.composite_families import COMPOSITE_FAMILIES
 from moetor.tools.tiny.family import TEXT_SETTINGS, TOWER_SETTINGS, Family, Settings
 from moetor.tools.tiny.text_families import TEXT_FAMILIES
@@ -61,17 +62,8 @@ def tiny_model(
         rounded = model_class._from_config(tiny_config(name, settings), dtype=dtype)
         copy_rounded(model, rounded)
         model = rounded
-    if name == "llama4":
-        model.language_model.register_forward_hook(_name_missing_images)
+    images_named(model)
     return model.eval().requires_grad_(False)
-
-
-def _name_missing_images(_: torch.nn.Module, __: tuple[Any, ...], output: Any) -> None:
-    """In Transformers 5.24.0 the Llama 4 composite reads a field of its language model's output
-    that is not there, and so fails on every input.
-    """
-    if not hasattr(output, "image_outputs"):
-        output.image_outputs = None
 
 
 def tiny_config(name: str, settings: Settings | None = None) -> Any:
