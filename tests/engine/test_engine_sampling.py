@@ -332,3 +332,36 @@ def test_the_text_is_that_of_the_tokens(demo: LLM) -> None:
 def test_contradictions_are_refused(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         SamplingParams(**wrong)
+
+
+def test_parameters_of_a_draw_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's launch is given, beside the same draw in torch operations."""
+    params = [
+        SamplingParams(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1),
+        SamplingParams(temperature=1e300),  # beyond float32
+        SamplingParams(temperature=1.3, top_k=10**9),
+        SamplingParams(temperature=1e-300, top_p=0.5),
+        SamplingParams(min_p=0.25),
+    ]
+    parts = [part_of(one, row, [row], [], seed=row) for row, one in enumerate(params)]
+    logits_RV = torch.randn(len(params), VOCABULARY)
+    sampler = Sampler(len(params), torch.device("cpu"))
+    wanted = sampler.sample(logits_RV, parts).tokens_R
+    given: list[tuple[Tensor, ...]] = []
+
+    def draw(*columns: Tensor) -> Tensor:
+        given.append(columns)
+        return wanted
+
+    monkeypatch.setattr("moetor.engine.sampler.draw", draw)
+    sampler._in_one_launch = True
+    assert torch.equal(sampler.sample(logits_RV, parts).tokens_R, wanted)
+    ((scaled_RV, top_k, top_p, min_p, places),) = given
+    assert torch.equal(scaled_RV.amax(-1), torch.zeros(len(params)))
+    assert scaled_RV.isfinite().all()
+    assert (top_k.dtype, top_k.tolist()) == (torch.int32, [5, 37, 37, 37, 37])
+    assert top_p.tolist() == pytest.approx([0.9, 1, 1, 0.5, 1])
+    assert min_p.tolist() == pytest.approx([0.1, 0, 0, 0, 0.25])
+    assert places.tolist() == [uniform(row, 0) for row in range(len(params))]
+    # The kernel is compiled for columns at such addresses, whatever the number of rows.
+    assert all(column.data_ptr() % 16 == 0 for column in (top_k, top_p, min_p, places))
