@@ -173,6 +173,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
     import copy
 
     from moetor.bench.generation_peers import ContinuousBackend, GenerateBackend
+    from moetor.config import RunnerConfig
     from moetor.huggingface import fuse
     from moetor.huggingface.dense_spread import check_taken_over
 
@@ -191,6 +192,7 @@ def _backends(options: TextBenchOptions, model: Any) -> tuple[list[TextBackend],
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
+            runner=RunnerConfig(batch_invariant=options.batch_invariant),
             dense=options.fuses_dense(model.device.type),
             parallel=options.parallel(),
             cpu_experts=_offload(options, model.config),

@@ -12,6 +12,7 @@ from moetor.cli.options import (
     ModelSource,
     OffloadOptions,
     QuantizationName,
+    check_batch_invariant,
     check_one_gpu,
 )
 from moetor.cli.parallel_options import ServingParallelFlags
@@ -113,6 +114,7 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
         if self.parallel() is not None:
             self._check_ranks()
         check_one_gpu(self, self.parallel())
+        check_batch_invariant(self.batch_invariant, self, self.parallel())
         if self.offload() is not None and self.peer != "none":
             raise InputError(
                 f"--peer {self.peer} runs the same weights unfused, which it cannot with experts "
@@ -122,6 +124,11 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
             raise InputError(
                 "generate compiles the step into CUDA graphs of its own, which do not let experts "
                 "change their place; give --no-compile or --backend engine with --cpu-experts"
+            )
+        if self.batch_invariant and self.backend == "generate":
+            raise InputError(
+                "--backend generate has one batch from beginning to end; take --backend engine "
+                "with --batch-invariant"
             )
         if self.peer == "vllm":
             self._check_vllm()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moetor.cli.console import note, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import check_level, check_one_gpu
+from moetor.cli.options import check_batch_invariant, check_level, check_one_gpu
 from moetor.cli.parallel_options import ParallelModelOptions
 from moetor.cli.sampling import check_sampling
 from moetor.cli.streaming import stream_text
@@ -80,6 +80,7 @@ class ChatOptions(ParallelModelOptions):
         check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
         check_level(self)
         check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
+        check_batch_invariant(self.batch_invariant, self, self.parallel())
         if self.json:
             raise UsageError(
                 "--json: a conversation is no one object; use `moetor generate --chat`"
@@ -215,7 +216,8 @@ def run(options: ChatOptions) -> int:
         )
     model, report = load_fused(options)
     engine = build_engine(
-        ModelSource(model=model, tokenizer=tokenizer, level="none"), EngineConfig(max_num_seqs=1)
+        ModelSource(model=model, tokenizer=tokenizer, level="none"),
+        EngineConfig(max_num_seqs=1, batch_invariant=options.batch_invariant),
     )
     if rank_number():
         engine.core.follow()

@@ -9,7 +9,7 @@ from typing import Any
 from moetor.cli.console import note, print_json, quiet_transformers
 from moetor.cli.flags import UsageError
 from moetor.cli.loading import load_fused
-from moetor.cli.options import check_level, check_one_gpu
+from moetor.cli.options import check_batch_invariant, check_level, check_one_gpu
 from moetor.cli.parallel_options import ParallelModelOptions
 from moetor.cli.sampling import check_sampling
 from moetor.cli.streaming import stream_text
@@ -63,6 +63,7 @@ class GenerateOptions(ParallelModelOptions):
             raise ConfigError("--top-p chooses among samples; it needs --temperature above 0")
         check_level(self)
         check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
+        check_batch_invariant(self.batch_invariant, self, self.parallel())
 
 
 def run(options: GenerateOptions) -> int:
@@ -85,6 +86,7 @@ def run(options: GenerateOptions) -> int:
             max_num_seqs=1,
             max_model_len=len(ids) + options.max_tokens,
             enable_prefix_caching=False,
+            batch_invariant=options.batch_invariant,
         ),
     )
     streamed = stream_text(

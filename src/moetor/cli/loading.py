@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
     """The model, and what was fused; None with level `none`. Of several ranks, this one's part."""
+    from moetor.config import RunnerConfig
     from moetor.huggingface import fuse, loading
     from moetor.parallel.groups import join_ranks
 
     name = options.model
     parallel = options.parallel() if isinstance(options, ParallelModelOptions) else None
+    invariant = isinstance(options, ParallelModelOptions) and options.batch_invariant
     device = options.device
     if parallel is not None:
         device = join_ranks(device)
@@ -49,6 +51,7 @@ def load_fused(options: ServedModelOptions) -> tuple[Any, FusionReport | None]:
             level=options.level,
             kernel=options.kernel,
             quantization=options.quantization,
+            runner=RunnerConfig(batch_invariant=invariant),
             parallel=parallel,
             cpu_experts=offload,
         )

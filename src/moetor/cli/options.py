@@ -197,6 +197,28 @@ def check_one_gpu(options: OffloadOptions, parallel: ParallelConfig | None) -> N
         )
 
 
+def check_batch_invariant(
+    asked: bool, options: OffloadOptions, parallel: ParallelConfig | None
+) -> None:
+    """Refuses `--batch-invariant` where several devices compute a token.
+
+    Raises:
+        ConfigError: that, or what `OffloadOptions.offload` refuses.
+    """
+    if not asked:
+        return
+    if parallel is not None:
+        raise ConfigError(
+            "--batch-invariant is for one rank: what ranks add up for each other depends on the "
+            "step; leave out it or --tensor-parallel-size and --data-parallel-size"
+        )
+    if options.offload() is not None:
+        raise ConfigError(
+            "--batch-invariant is for one device, and --cpu-experts lets two compute; leave out "
+            "one of the two"
+        )
+
+
 def _count(flag: str, text: str) -> CpuExperts:
     if text == "auto":
         return "auto"

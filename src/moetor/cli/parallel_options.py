@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from moetor.cli.options import ServedModelOptions
+from moetor.cli.options import MODEL, ServedModelOptions
 from moetor.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -163,3 +163,12 @@ class ServingParallelFlags(ParallelFlags):
 @dataclass(frozen=True, kw_only=True)
 class ParallelModelOptions(ServedModelOptions, ParallelFlags):
     """A model that generates text, over several ranks."""
+
+    batch_invariant: bool = field(
+        default=False,
+        metadata={
+            "group": MODEL,
+            "help": "tokens have the bits that a server with --batch-invariant gives them in any "
+            "batch; slower, on a CPU, and not for every family",
+        },
+    )

@@ -16,6 +16,7 @@ from moetor.cli.options import (
     ModelSource,
     OffloadOptions,
     QuantizationName,
+    check_batch_invariant,
     check_one_gpu,
 )
 from moetor.cli.parallel_options import ServingParallelFlags
@@ -66,6 +67,7 @@ class ServeOptions(ModelSource, EngineConfig, OffloadOptions, ServerConfig, Serv
         EngineConfig.__post_init__(self)
         ServerConfig.__post_init__(self)
         check_one_gpu(self, self.parallel())  # refuses flags that contradict one another
+        check_batch_invariant(self.batch_invariant, self, self.parallel())
 
 
 def run(options: ServeOptions) -> int:

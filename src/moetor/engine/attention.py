@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moetor.engine.cache import Batch, EngineCache, LayerBlocks, active_cache, tokens_first
 from moetor.engine.latent import LatentForm, latent_blocks
 from moetor.errors import UnsupportedError
+from moetor.kernels import rows_apart
 from moetor.kernels.native import dense as native
 from moetor.kernels.triton.attention import Only
 
@@ -161,6 +162,10 @@ def attend(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores)
     out_THD = query_THD.new_empty((*query_THD.shape[:2], blocks.shape.value_width))
     if in_place and first:
         out_THD[:first] = _attend_in_place(query_THD[:first], blocks, batch, scores)
+    elif not in_place and rows_apart.wanted():
+        with rows_apart.trusted():
+            for row in range(first):
+                out_THD[row] = _attend_apart(query_THD[row], blocks, batch, row, scores)
     elif not in_place:
         for rows in _decode_groups(batch):
             out_THD[rows] = _attend_decodes(query_THD[rows], blocks, batch, rows, scores)
@@ -335,6 +340,23 @@ def _attend_decodes(
         mask = (seen_SL & (place_SL >= begin_S1))[:, None, None]
     out = _weigh(query_SHD[:, :, None], keys_SLHD, values_SLHD, mask, scores)
     return out[:, :, 0]
+
+
+def _attend_apart(
+    query_HD: Tensor, blocks: LayerBlocks, batch: Batch, row: int, scores: Scores
+) -> Tensor:
+    """One token, over the keys that it sees and no others: all shapes follow from its place."""
+    assert batch.lens is not None
+    size, length = blocks.keys.shape[1], batch.lens[row]
+    start = _first_key(scores, length - 1)
+    first = start // size
+    table_M = batch.block_table_SM[row, first : -(-length // size)].long()
+    seen = slice(start - first * size, length - first * size)
+    keys_LHD, values_LHD = (
+        cache[table_M].flatten(0, 1)[seen].clone() for cache in (blocks.keys, blocks.values)
+    )
+    query_1HTD = query_HD.clone()[None, :, None]
+    return _weigh(query_1HTD, keys_LHD[None], values_LHD[None], None, scores)[0, :, 0]
 
 
 def _attend_prompt(

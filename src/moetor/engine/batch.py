@@ -6,7 +6,7 @@ Shape letters: T tokens, S parts, M blocks of the longest sequence, P rows of th
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -137,6 +137,20 @@ class DeviceInputs:
     rows_S: Tensor
     keep: Tensor
     batch: Batch
+
+
+def tokens_apart(host: HostInputs) -> HostInputs:
+    """The same with each token as a part of its own, whose sequence ends with it: attention then
+    computes it as it computes a single token, whatever came in the same step.
+    """
+    part_T = np.repeat(np.arange(len(host.counts_S)), host.counts_S)
+    return replace(
+        host,
+        rows_S=host.rows_T,
+        lens_S=host.positions_T + 1,
+        counts_S=np.ones_like(host.rows_T),
+        table_SM=host.table_SM[part_T],
+    )
 
 
 def device_inputs(host: HostInputs, last_token_P: Tensor, *, any_pending: bool) -> DeviceInputs:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moetor.engine import invariance
 from moetor.engine.blocks import BlockManager
 from moetor.engine.config import EngineConfig
 from moetor.engine.core import EngineCore
@@ -70,6 +71,7 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         ConfigError: a setting does not fit the model or the memory.
         UnsupportedError: the model cannot be served.
     """
+    invariance.check_request(source, config)
     on = find_device(source.device if isinstance(source.model, str) else "cpu")
     with memory_errors(
         on,
@@ -79,6 +81,8 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         model, tokenizer, report = _load(source, config)
     served = ServedModel(model)
     strategy = choose_strategy(served)
+    if config.batch_invariant:
+        invariance.prove(served, strategy)
     groups = spread_over(model)
     if groups is not None and groups.config.joint and not strategy.paged:
         raise ConfigError(
@@ -111,6 +115,7 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
             groups=groups,
             balancer=take_balancer(model),
             offload=offload_of(model),
+            batch_invariant=config.batch_invariant,
         )
     if config.enable_return_routed_experts:
         runner.keep_routes(plan.num_blocks, config.block_size)
@@ -136,7 +141,8 @@ def build_engine(source: ModelSource, config: EngineConfig) -> Engine:
         seed=config.seed,
         text_only=served.is_encoder_decoder
         or runner.lockstep is not None
-        or runner.routes is not None,
+        or runner.routes is not None
+        or config.batch_invariant,
         separate_prompt=served.is_encoder_decoder,
         pictures=_pictures(source, served, runner),
     )
@@ -168,6 +174,8 @@ def _pictures(source: ModelSource, served: ServedModel, runner: Runner) -> Pictu
         return "data-parallel ranks that share experts take text alone"
     if runner.routes is not None:
         return "routed experts are given back for prompts of text alone"
+    if runner.batch_invariant:
+        return "batch_invariant is for text alone"
     if source.processor is not None:
         return PictureReader(source.processor)
     if not isinstance(source.model, str):
@@ -330,6 +338,7 @@ def _fused(model: Any, source: ModelSource, config: EngineConfig) -> FusionRepor
             level=source.level,
             kernel=source.kernel,
             quantization=source.quantization,
+            runner=invariance.runner_config(config),
             parallel=source.parallel,
             cpu_experts=source.cpu_experts,
         )

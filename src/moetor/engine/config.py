@@ -21,6 +21,11 @@ def _flag(help_text: str, metavar: str | None = None) -> dict[str, str]:
 class EngineConfig:
     """How requests are batched and how much memory the cache takes.
 
+    With `batch_invariant` a request's tokens and log-probabilities are, bit for bit, the same alone
+    and in any batch, with or without the prefix cache, in whatever chunks its prompt is computed,
+    and after preemption: on one machine, with the same dtype, kernels and number of threads. It is
+    for a CPU and for families whose cache is paged; anything else is refused (docs/engine.md).
+
     Options of a command may inherit from it: its fields become flags, and `of` picks them out.
 
     Raises:
@@ -64,6 +69,13 @@ class EngineConfig:
             "also fuse what stands around the experts: norms with sums, products with one input, "
             "rotary positions with the cache's write; auto does so on a GPU, and on a CPU that has "
             "the native kernel"
+        ),
+    )
+    batch_invariant: bool = field(
+        default=False,
+        metadata=_flag(
+            "a request's tokens and log-probabilities have the same bits alone and in any batch; "
+            "slower, on a CPU, and not for every family"
         ),
     )
     seed: int = field(default=0, metadata=_flag("of the requests that bring no seed", "N"))

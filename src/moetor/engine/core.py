@@ -323,10 +323,12 @@ class EngineCore:
     def _prompt_logprobs(self, part: Scheduled, result: StepResult) -> None:
         found = result.prompt_logprobs.get(part.sequence)
         held = part.sequence.request.prompt_logprobs
-        # Every sequence of the request has the same prompt; a preempted one computes it again.
-        if found is None or held is None or part.sequence.index or found[0] != len(held):
+        # Every sequence of the request has the same prompt.
+        if found is None or held is None or part.sequence.index:
             return
-        held.extend(self._with_text(entry) for entry in found[1])
+        # A preempted one computes it again, in other parts.
+        known = len(held) - found[0]
+        held.extend(self._with_text(entry) for entry in found[1][known:])
 
     def _with_text(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moetor.engine.batch import kept_rows
 from moetor.engine.outputs import Logprob
-from moetor.engine.sampler import TokenLogprobs, token_logprobs
+from moetor.engine.sampler import TokenLogprobs, joined_logprobs, token_logprobs
 from moetor.engine.sequence import Scheduled, Sequence, Step
 from moetor.engine.transfer import to_device
 from moetor.errors import ParallelError
@@ -177,8 +177,14 @@ class Rows:
         return self.logits[0] if len(self.logits) == 1 else torch.cat(self.logits)
 
 
-def prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:
-    """Of the prompt's tokens that follow those of this part."""
+def prompt_logprobs(
+    part: Scheduled, logits_RV: Tensor, *, one_by_one: bool = False
+) -> TokenLogprobs | None:
+    """Of the prompt's tokens that follow those of this part.
+
+    Args:
+        one_by_one: a row's bits are not to depend on how many rows there are.
+    """
     ids, end = part.sequence.token_ids, part.sequence.prompt_len
     last = min(part.start + part.count, end - 1)
     if last <= part.start:
@@ -186,4 +192,12 @@ def prompt_logprobs(part: Scheduled, logits_RV: Tensor) -> TokenLogprobs | None:
     following = to_device(ids[part.start + 1 : last + 1], logits_RV.device)
     rows = list(range(part.start + 1, last + 1))
     most = part.sequence.params.prompt_logprobs or 0
-    return token_logprobs(logits_RV[: len(rows)].float(), following, most, rows)
+    logits_RV = logits_RV[: len(rows)].float()
+    if not one_by_one:
+        return token_logprobs(logits_RV, following, most, rows)
+    return joined_logprobs(
+        [
+            token_logprobs(logits_RV[place : place + 1], following[place : place + 1], most, [row])
+            for place, row in enumerate(rows)
+        ]
+    )

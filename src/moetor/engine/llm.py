@@ -44,7 +44,7 @@ class LLM:
         settings: the fields of `EngineConfig`: `max_model_len`, `max_num_seqs`,
             `max_num_batched_tokens`, `block_size`, `kv_cache_blocks`, `gpu_memory_utilization`,
             `enable_prefix_caching`, `enable_return_routed_experts`, `enforce_eager`, `fuse_dense`,
-            `seed`, `load_format`.
+            `batch_invariant`, `seed`, `load_format`.
 
     Raises:
         CheckpointError: the model cannot be loaded.

@@ -48,8 +48,10 @@ class SamplingParams:
         ignore_eos: go on after the model's end tokens.
         seed: of the draws, which do not depend on what else is in the batch: equal logits give
             equal tokens. How many rows a product has may change a logit's last bits, and with them
-            a draw that is as good as tied: rarely in float32, in long texts often in bfloat16. None
-            takes the next number of the engine's own seed.
+            a draw that is as good as tied: rarely in float32, in long texts often in bfloat16.
+            Under `EngineConfig.batch_invariant` it does not, and a seed gives the same text in any
+            batch, on one machine with as many threads. None takes the next number of the engine's
+            own seed.
         logprobs: log-probabilities of this many likeliest tokens and of the one taken, for each
             token of the text; 0 for the one taken alone.
         prompt_logprobs: the same for each token of the prompt but the first.

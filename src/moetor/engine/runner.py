@@ -17,6 +17,7 @@ from moetor.engine.batch import (
     DeviceInputs,
     device_inputs,
     host_inputs,
+    tokens_apart,
 )
 from moetor.engine.cache import Batch, EngineCache
 from moetor.engine.launched import Launched, Rows, Started, prompt_logprobs
@@ -32,6 +33,7 @@ from moetor.engine.state import StateSlots
 from moetor.engine.strategy import Strategy
 from moetor.engine.transfer import to_device, to_host
 from moetor.errors import ConfigError
+from moetor.kernels.rows_apart import rows_apart
 from moetor.layer.offload import ExpertOffload
 from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
@@ -50,6 +52,7 @@ class Runner:
         groups: the ranks that the model is spread over; None for a whole one.
         balancer: moves experts between steps, under EPLB.
         offload: experts in host memory.
+        batch_invariant: a token's bits depend on its own sequence alone.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class Runner:
         groups: ParallelGroups | None = None,
         balancer: ExpertBalancer | None = None,
         offload: ExpertOffload | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         self.served, self.strategy, self.load = served, strategy, load
+        self.batch_invariant = batch_invariant
         self.lockstep = Lockstep(groups) if groups is not None and groups.config.joint else None
         self._ranks = groups
         self._patience = None if groups is None else groups.config.timeout
@@ -75,7 +80,7 @@ class Runner:
         self.device = device
         max_blocks = -(-max_model_len // block_size)
         self.blocks = BlockTable(rows, max_blocks, block_size)
-        self.sampler = Sampler(rows, device)
+        self.sampler = Sampler(rows, device, batch_invariant=batch_invariant)
         # One row more than there are sequences: padded rows of a graph write there.
         self.last_token_P = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.alone = AloneCaller(served)
@@ -179,7 +184,7 @@ class Runner:
             if count and part.sequence.params.prompt_logprobs is not None:
                 assert logits is not None
                 own = self.served.whole(logits[first : first + count])
-                found = prompt_logprobs(part, own)
+                found = prompt_logprobs(part, own, one_by_one=self.batch_invariant)
                 if found is not None:
                     prompts.append((part, found))
             first += count
@@ -292,15 +297,20 @@ class Runner:
 
     def _inputs(self, parts: list[Scheduled]) -> DeviceInputs:
         pending = any(part.pending for part in parts)
-        return device_inputs(
-            host_inputs(parts, self.blocks), self.last_token_P, any_pending=pending
-        )
+        host = host_inputs(parts, self.blocks)
+        if self.batch_invariant:
+            host = tokens_apart(host)
+        return device_inputs(host, self.last_token_P, any_pending=pending)
 
     def _call_packed(self, parts: list[Scheduled]) -> Tensor:
         """All tokens in one row."""
         assert self.cache is not None
         inputs = self._inputs(parts)
-        with self.served.paged_attention(), self.cache.running(inputs.batch, parts[0].start):
+        with ExitStack() as around:
+            around.enter_context(self.served.paged_attention())
+            around.enter_context(self.cache.running(inputs.batch, parts[0].start))
+            if self.batch_invariant:
+                around.enter_context(rows_apart())
             logits, _ = self.served(
                 inputs.ids_T[None],
                 inputs.positions_T[None],

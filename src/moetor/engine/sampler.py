@@ -7,9 +7,10 @@ runner's tables, G rows with a grammar.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moetor.engine.grammar_masks import allowed_tokens
@@ -62,10 +63,12 @@ class Sampler:
     Args:
         rows: P, of the runner's tables.
         device: of the logits.
+        batch_invariant: rows are taken one by one, so that no row's bits depend on the others.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, *, batch_invariant: bool = False) -> None:
         self._rows, self._device = rows, device
+        self._one_by_one = batch_invariant
         self._counts_PV: Tensor | None = None
         self._prompt_PV: Tensor | None = None
         self._holders: dict[int, Sequence] = {}
@@ -95,6 +98,9 @@ class Sampler:
         params = [part.sequence.params for part in parts]
         if self.plain(parts):
             return Sampled(logits_RV.argmax(-1), None)
+        if self._one_by_one and len(parts) > 1:
+            rows = logits_RV.split(1)
+            return _joined([self.sample(row, [one]) for row, one in zip(rows, parts, strict=True)])
         raw_RV = logits_RV.float()
         shaped_RV = self._penalised(self._biased(raw_RV, parts), parts)
         shaped_RV = self._in_form(shaped_RV, parts)
@@ -312,3 +318,34 @@ def token_logprobs(
     top_RN, ids_RN = normal_RV.topk(min(most, normal_RV.shape[1]), dim=-1)
     rank_R = (normal_RV > taken_R1).sum(-1) + 1
     return TokenLogprobs(rows, taken_R1[:, 0], rank_R, top_RN, ids_RN)
+
+
+def joined_logprobs(found: Items[TokenLogprobs]) -> TokenLogprobs:
+    """Those of several calls as those of one; likeliest tokens as many as the call with the most
+    has, behind the others' minus infinity.
+    """
+    most = max(one.top_RN.shape[1] for one in found)
+    missing = [most - one.top_RN.shape[1] for one in found]
+    return TokenLogprobs(
+        [row for one in found for row in one.rows],
+        torch.cat([one.taken_R for one in found]),
+        torch.cat([one.rank_R for one in found]),
+        torch.cat(
+            [
+                F.pad(one.top_RN, (0, n), value=-torch.inf)
+                for n, one in zip(missing, found, strict=True)
+            ]
+        ),
+        torch.cat([F.pad(one.ids_RN, (0, n)) for n, one in zip(missing, found, strict=True)]),
+    )
+
+
+def _joined(found: Items[Sampled]) -> Sampled:
+    """One row each."""
+    asked = [
+        replace(one.logprobs, rows=[row])
+        for row, one in enumerate(found)
+        if one.logprobs is not None
+    ]
+    tokens_R = torch.cat([one.tokens_R for one in found])
+    return Sampled(tokens_R, joined_logprobs(asked) if asked else None)

@@ -22,11 +22,12 @@ from moetor.engine.strategy import (
 )
 from moetor.errors import UnsupportedError
 
+Plan = tuple[tuple[int, ...], ...]
 _LENGTHS = (21, 9, 38)
 _BLOCK = 8
 # Tokens of each sequence in each call: parts of prompts among single tokens, and single tokens.
-_CHUNKED = ((7, 9, 0), (14, 0, 30), (0, 0, 8), (1, 1, 1), (1, 1, 1))
-_WHOLE = ((21, 9, 0), (1, 0, 38), (1, 1, 1), (0, 1, 1))
+CHUNKED: Plan = ((7, 9, 0), (14, 0, 30), (0, 0, 8), (1, 1, 1), (1, 1, 1))
+_WHOLE: Plan = ((21, 9, 0), (1, 0, 38), (1, 1, 1), (0, 1, 1))
 # Of a row's difference, relative to the logits: a wrong key gives about 1, another order of sums a
 # few roundings. In half precision a token may change its experts, so that the median is taken.
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
@@ -43,7 +44,7 @@ def choose_strategy(served: ServedModel) -> Strategy:
     if served.is_encoder_decoder:
         return ENCODER_DECODER
     expected = expected_strategy(served.config)
-    tokens = _tokens(served)
+    tokens = random_tokens(served)
     wanted, example = _own_logits(served, tokens)
     shapes = layer_shapes(served.config, example)
     reason = expected.reason
@@ -66,7 +67,8 @@ def choose_strategy(served: ServedModel) -> Strategy:
     )
 
 
-def _tokens(served: ServedModel) -> list[list[int]]:
+def random_tokens(served: ServedModel) -> list[list[int]]:
+    """Three sequences that no trial need tokenise."""
     generator = torch.Generator().manual_seed(1)
     kept = served.placeholders()
     ids = [i for i in range(3, min(served.vocab_size, 4096)) if i not in kept]
@@ -101,6 +103,34 @@ def _failure(
     served: ServedModel, strategy: Strategy, tokens: list[list[int]], wanted: list[Tensor]
 ) -> str | None:
     """What goes wrong under a strategy, in half a sentence; None where nothing does."""
+    found = run_plan(served, strategy, tokens, CHUNKED if strategy.chunked_prefill else _WHOLE)
+    if isinstance(found, str):
+        return found
+    return apart(found, wanted)
+
+
+def apart(found: list[Tensor], wanted: list[Tensor]) -> str | None:
+    """Says that logits [3, V] of some sequences differ by more than their dtype explains."""
+    both = zip(found, wanted, strict=True)
+    worst = max(_difference(got.float(), own.float()) for got, own in both)
+    limit = _TOLERANCE.get(found[0].dtype, _HALF_TOLERANCE)
+    # Written so that a result that is no number fails.
+    return None if worst <= limit else f"its logits differ by {worst:.2g} of their size"
+
+
+def run_plan(
+    served: ServedModel,
+    strategy: Strategy,
+    tokens: list[list[int]],
+    plan: Plan,
+    *,
+    batch_invariant: bool = False,
+) -> list[Tensor] | str:
+    """Logits [3, V] of each sequence's last three tokens; or what goes wrong, in half a sentence.
+
+    Args:
+        plan: tokens of each sequence in each call.
+    """
     blocks_each = -(-max(map(len, tokens)) // _BLOCK)
     runner = Runner(
         served,
@@ -109,9 +139,9 @@ def _failure(
         block_size=_BLOCK,
         rows=len(tokens),
         max_model_len=blocks_each * _BLOCK,
+        batch_invariant=batch_invariant,
     )
     sequences = [_sequence(index, ids, blocks_each) for index, ids in enumerate(tokens)]
-    plan = _CHUNKED if strategy.chunked_prefill else _WHOLE
     found: list[list[Tensor]] = [[] for _ in tokens]
     done = [0] * len(tokens)
     for counts in plan:
@@ -129,14 +159,11 @@ def _failure(
         for error in errors.values():
             text = str(error).strip().splitlines() or [type(error).__name__]
             return f"it raises {type(error).__name__}: {text[0][:120]}"
-        merged = list(rows.merged().float()) if rows.logits else []
+        merged = list(rows.merged()) if rows.logits else []
         for part in rows.parts:
             if part.samples:
                 found[part.sequence.index].append(merged.pop(0))
-    worst = max(_difference(torch.stack(got), own) for got, own in zip(found, wanted, strict=True))
-    limit = _TOLERANCE.get(served.model.dtype, _HALF_TOLERANCE)
-    # Written so that a result that is no number fails.
-    return None if worst <= limit else f"its logits differ by {worst:.2g} of their size"
+    return [torch.stack(rows) for rows in found]
 
 
 def _difference(found: Tensor, wanted: Tensor) -> float:

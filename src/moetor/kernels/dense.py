@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moetor.config import Activation
 from moetor.errors import InputError
+from moetor.kernels import rows_apart
 from moetor.kernels.activations import activate
 from moetor.kernels.native import dense as native
 from moetor.kernels.triton import support
@@ -55,7 +56,9 @@ def _native_rows(x: Tensor, weight: Tensor, in_torch: bool) -> bool:
         return False
     rows = x.numel() // max(1, x.shape[-1])
     plain = weight.dtype == x.dtype and weight.stride(1) == 1
-    return 0 < rows <= native.FEW_ROWS and plain
+    # All rows alike where none may depend on the others.
+    most = rows if rows_apart.wanted() else native.FEW_ROWS
+    return 0 < rows <= most and plain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,7 +233,8 @@ def linear_float32(
 
 
 def _few(x: Tensor, outputs: int, in_torch: bool) -> bool:
-    if not _launches(x, in_torch):  # first, as in `_native_rows`
+    # First, as in `_native_rows`.
+    if not _launches(x, in_torch) or rows_apart.wanted():
         return False
     rows = x.numel() // max(1, x.shape[-1])
     return 0 < rows <= (FEW_ROWS if outputs <= FEW_OUTPUTS else 1)
