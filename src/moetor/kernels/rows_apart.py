@@ -72,6 +72,13 @@ def wanted() -> bool:
     return getattr(_state, "depth", 0) > 0
 
 
+def watched() -> bool:
+    """Whether operations that are called now pass through `RowsApart`: not in an operator of ours,
+    whose own operations do not.
+    """
+    return wanted() and not getattr(_state, "inside", False)
+
+
 @contextmanager
 def rows_apart() -> Iterator[None]:
     """Torch operations of this thread as the module's text says.
@@ -79,12 +86,13 @@ def rows_apart() -> Iterator[None]:
     Raises:
         UnsupportedError: inside, at an operation for which it cannot be held.
     """
-    _state.depth = getattr(_state, "depth", 0) + 1
+    inside = getattr(_state, "inside", False)
+    _state.depth, _state.inside = getattr(_state, "depth", 0) + 1, False
     try:
         with RowsApart():  # type: ignore[no-untyped-call]
             yield
     finally:
-        _state.depth -= 1
+        _state.depth, _state.inside = _state.depth - 1, inside
 
 
 @contextmanager
@@ -123,7 +131,9 @@ _handlers: dict[Any, Handler] = {}
 def _handler_of(func: OpOverload) -> Handler:
     name = func._schema.name.split("::")[1]
     if func.namespace != "aten":
-        return _as_it_is if func.namespace in ("moetor", "prim", "profiler") else _refused
+        if func.namespace == "moetor":
+            return _ours
+        return _as_it_is if func.namespace in ("prim", "profiler") else _refused
     if name in ("add", "sub", "add_", "sub_", "mul", "mul_", "div", "div_"):
         return _arithmetic
     if name.endswith("_") and not name.endswith("__"):
@@ -138,6 +148,15 @@ def _handler_of(func: OpOverload) -> Handler:
 
 def _as_it_is(func: OpOverload, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
+
+
+def _ours(func: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """What a layer computes with `batch_invariant`."""
+    inside, _state.inside = getattr(_state, "inside", False), True
+    try:
+        return func(*args, **kwargs)
+    finally:
+        _state.inside = inside
 
 
 def _refused(func: OpOverload, *args: Any, **kwargs: Any) -> Any:

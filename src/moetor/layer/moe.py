@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moetor.config import MoEConfig, Precision, SharedExpertsOrder
 from moetor.errors import ConfigError, InputError, UnsupportedError
+from moetor.kernels import rows_apart
 from moetor.kernels.base import Weights, unquantized
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.kernels.routing import Routing
@@ -149,12 +150,13 @@ class MoELayer(nn.Module):
         return logits_TE
 
     def by_rows(self, part: RowPart, rows_TX: Tensor, width: int) -> Tensor:
-        """What a part makes of rows [T, X]; under batch_invariant in blocks of fixed size.
+        """What a part makes of rows [T, X]; under batch_invariant in blocks of fixed size, unless
+        whoever calls the layer keeps rows apart anyway.
 
         Args:
             width: of the rows that it makes.
         """
-        if not self.config.runner.batch_invariant:
+        if not self.config.runner.batch_invariant or rows_apart.watched():
             return self._row_part(part)(rows_TX)
         if torch.compiler.is_compiling():
             # The number of blocks is the token count, for which a graph must not be made anew.

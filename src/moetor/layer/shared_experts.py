@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moetor.config import SharedExpertsConfig, SharedExpertsOrder
 from moetor.errors import UnsupportedError
+from moetor.kernels import rows_apart
 from moetor.kernels.activations import activate
 from moetor.kernels.invariant import in_fixed_blocks
 from moetor.parallel.dispatch import Dispatcher
@@ -104,6 +105,9 @@ class SharedExperts:
         """[T, H] to [T, H]; `inputs` [T, ...] are further arguments of the MLP."""
         if not self.batch_invariant:
             return self._run(hidden_TH, inputs)
+        if rows_apart.wanted():
+            with rows_apart.rows_apart():
+                return self._run(hidden_TH, inputs)
         flat = {name: value.flatten(1) for name, value in inputs.items()}
         widths = [hidden_TH.shape[1], *(value.shape[1] for value in flat.values())]
 
