@@ -275,7 +275,8 @@ def _norm(func: OpOverload, *args: Any, **kwargs: Any) -> Any:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, [..., H] to [..., N], each row by itself."""
     plain = weight.dtype == x.dtype and weight.dim() == 2 and weight.stride(1) == 1
-    if x.numel() and plain and (bias is None or bias.dtype == x.dtype) and native.ready(x):
+    plain = plain and (bias is None or bias.dtype == x.dtype) and x.dtype in native.PRODUCT_DTYPES
+    if x.numel() and plain and native.ready(x):
         return native.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     width = max(rows.shape[1], weight.shape[0])
