@@ -59,10 +59,9 @@ struct CodeRows {
   }
 };
 
-// How many rows ahead memory is fetched while `rows` rows are computed: a multiple of them.
-inline int64_t rows_ahead(const CodeRows& w, int rows) {
-  constexpr int64_t kAhead = 8192;
-  return w.stride == 0 ? 0 : ceil_div(kAhead, rows * w.stride) * rows;
+// How many rows ahead memory is fetched while `rows` rows are computed: a multiple of them, and `bytes` or more.
+inline int64_t rows_ahead(const CodeRows& w, int rows, int64_t bytes = 8192) {
+  return w.stride == 0 ? 0 : ceil_div(bytes, rows * w.stride) * rows;
 }
 inline const uint8_t* ahead_of(const CodeRows& w, int rows) {
   return Stretch{w.at, w.end, w.then}.ahead(rows_ahead(w, rows) * w.stride);
