@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from moetor.errors import UnsupportedError
+import moetor
+from moetor.errors import ParallelError, UnsupportedError
 from moetor.huggingface.quantized_writing import quantize_checkpoint
 from moetor.tools.tiny import tiny_model
+from parallel.families import MODES
 from parallel.loading import load_both, load_quantised, refuse_grid
 from parallel.pool import Pool
 
@@ -49,6 +51,25 @@ def test_a_rank_reads_what_it_keeps(name: str, mode: str, two: Pool, tmp_path: P
         assert told.read == own, "no more than the rank's own bytes"
         assert told.held < told.whole
     assert sum(told.held for told in answers) >= answers[0].whole
+
+
+def other_experts(rank: int, folder: str) -> None:
+    """In a worker: a checkpoint of which each rank has another revision."""
+    moetor.MoEForCausalLM.from_pretrained(f"{folder}/{rank}", parallel=MODES["tp_ep"])
+
+
+def test_other_experts_on_a_rank_are_found_by_all(two: Pool, tmp_path: Path) -> None:
+    """No rank has both, and the rest of the model is the same."""
+    model = tiny_model("mixtral")
+    model.save_pretrained(tmp_path / "0")
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj.data.mul_(1.25)
+    model.save_pretrained(tmp_path / "1")
+    for fine, answer in two.try_all(other_experts, str(tmp_path)):
+        assert not fine
+        assert answer[0] is ParallelError
+        assert "disagree on the model's files" in answer[1]
+        assert "the model's weights" not in answer[1]
 
 
 def test_refused_before_anything_is_read(two: Pool, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from moetor.huggingface.dense_fusing import is_dense_fused
 from moetor.huggingface.fused_experts import FusedExperts
 from moetor.huggingface.modules import FusedMoEBlock, fused_modules
 from moetor.huggingface.report import ParallelReport, SpreadBlock
+from moetor.huggingface.sharded_loading import withheld_files
 from moetor.huggingface.tensor_parallel import (
     DensePlan,
     apply_plan,
@@ -213,6 +214,7 @@ def _facts(model: Any) -> dict[str, Any]:
             (name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()
         ],
         "the model's weights": _fingerprint(model),
+        "the model's files": withheld_files(model),
     }
 
 

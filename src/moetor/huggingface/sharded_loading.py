@@ -55,6 +55,12 @@ def leave_withheld(model: nn.Module, withheld: Withheld) -> None:
     model.__dict__[_WITHHELD] = withheld
 
 
+def withheld_files(model: nn.Module) -> dict[str, int] | None:
+    """Checksums of the files that are still to be read from; None where there are none."""
+    withheld: Withheld | None = model.__dict__.get(_WITHHELD)
+    return None if withheld is None else withheld.reader.checkpoint.sampled()
+
+
 def check_withheld(model: nn.Module, *, spread: bool) -> None:
     """Refuses to fuse a model whose experts are still to be read, and not to spread it.
 
