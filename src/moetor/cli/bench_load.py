@@ -52,7 +52,7 @@ class LoadBenchOptions:
     )
     json: Path | None = field(
         default=None,
-        metadata={"group": OUTPUT, "metavar": "FILE", "help": "write everything there"},
+        metadata={"group": OUTPUT, "metavar": "FILE", "help": "write all figures there, as JSON"},
     )
 
     def __post_init__(self) -> None:

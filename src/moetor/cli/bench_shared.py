@@ -44,7 +44,7 @@ class SharedBenchOptions:
     )
     seed: int = field(default=0, metadata={"help": "of weights and hidden states"})
     json: Path | None = field(
-        default=None, metadata={"metavar": "FILE", "help": "write everything there"}
+        default=None, metadata={"metavar": "FILE", "help": "write all figures there, as JSON"}
     )
 
     def __post_init__(self) -> None:

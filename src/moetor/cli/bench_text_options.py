@@ -95,7 +95,7 @@ class TextBenchOptions(ModelSource, EngineConfig, OffloadOptions, ServingParalle
     seed: int = field(default=0, metadata={"group": HOW, "help": "of prompts and random weights"})
     json: Path | None = field(
         default=None,
-        metadata={"group": OUTPUT, "metavar": "FILE", "help": "write everything there"},
+        metadata={"group": OUTPUT, "metavar": "FILE", "help": "write all figures there, as JSON"},
     )
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class EplbPlanOptions:
     stats: str = field(
         metadata={"positional": True, "help": "a file of moetor experts --save-stats"}
     )
-    ranks: int = field(default=2, metadata={"metavar": "N", "help": "that share the experts"})
+    ranks: int = field(default=2, metadata={"metavar": "N", "help": "ranks that share the experts"})
     num_redundant_experts: int = field(
         default=0,
         metadata={"metavar": "N", "help": "further slots per layer, for copies of busy experts"},
@@ -41,7 +41,9 @@ class EplbPlanOptions:
             "node; auto takes the latter where groups divide by nodes"
         },
     )
-    nodes: int = field(default=1, metadata={"metavar": "N", "help": "that the ranks stand on"})
+    nodes: int = field(
+        default=1, metadata={"metavar": "N", "help": "nodes that the ranks stand on"}
+    )
     groups: int = field(
         default=1, metadata={"metavar": "N", "help": "routing groups of consecutive experts"}
     )

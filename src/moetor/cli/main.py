@@ -308,7 +308,9 @@ def _overview(words: tuple[str, ...], reached: Sequence[Command]) -> Parser:
     lines += [f"  {' '.join(command.words):{width}}  {command.summary}" for command in reached]
     lines += [""]
     if not words:
-        lines += ["MODEL is a folder or a hub id; without one, the demo in the package is used."]
+        lines += [
+            "MODEL is a folder or a hub id; where it is left out, the demo in the package is used."
+        ]
     lines += [f"`{prog} COMMAND --help` explains a command and its flags."]
     lines += ["", "example:", f"  {reached[0].examples[0]}"]
     parser = Parser(prog=prog, description=GROUPS[words], epilog="\n".join(lines))

@@ -39,20 +39,25 @@ class ParallelFlags:
         metadata={
             "group": PARALLEL,
             "metavar": "N",
-            "help": "into so many parts, each further split by intermediate size; "
-            "none means one part per rank",
+            "help": "with --enable-expert-parallel, split the experts into N parts, each further "
+            "split by intermediate size; without it, one part per rank",
         },
     )
     sequence_parallel: bool = field(
         default=False,
-        metadata={"group": PARALLEL, "help": "each rank runs the experts for a part of the tokens"},
+        metadata={
+            "group": PARALLEL,
+            "help": "each rank of a tensor-parallel group runs the experts for a part of the "
+            "tokens",
+        },
     )
     enable_eplb: bool = field(
         default=False,
         metadata={
             "group": PARALLEL,
             "sets": "eplb",
-            "help": "move experts between ranks by the load that is met",
+            "help": "with --enable-expert-parallel, move experts between ranks by the load that is "
+            "met",
         },
     )
     eplb_stats: str | None = field(
@@ -69,7 +74,8 @@ class ParallelFlags:
         metadata={
             "group": PARALLEL,
             "metavar": "N",
-            "help": "further slots per layer, for copies of busy experts",
+            "help": "with --enable-expert-parallel, further slots per layer, for copies of busy "
+            "experts",
         },
     )
     parallel_timeout: float = field(
@@ -146,7 +152,7 @@ class ServingParallelFlags(ParallelFlags):
         default="auto",
         metadata={
             "group": PARALLEL,
-            "help": "how they travel; fp8 halves the bytes and rounds the tokens",
+            "help": "how tokens travel to them; fp8 halves the bytes and rounds the tokens",
         },
     )
 

@@ -25,7 +25,10 @@ class QuantizeOptions:
     """
 
     model: str = field(
-        metadata={"positional": True, "help": "folder or hub id of a model; demo ships here"}
+        metadata={
+            "positional": True,
+            "help": "folder or hub id of a Transformers model; demo ships in the package",
+        }
     )
     out: Path = field(
         metadata={"positional": True, "metavar": "OUT", "help": "a new folder to write to"}

@@ -40,13 +40,20 @@ class ServeOptions(ModelSource, EngineConfig, OffloadOptions, ServerConfig, Serv
 
     level: Literal["auto", "block", "experts"] = field(
         default="auto",
-        metadata={"group": MODEL, "help": "fuse whole MoE blocks or their experts alone"},
+        metadata={
+            "group": MODEL,
+            "help": "fuse whole MoE blocks or their experts alone; "
+            "auto takes the deepest that each block allows",
+        },
     )
     quantization: QuantizationName | None = field(default=None, metadata=QUANTIZATION)
     # the page and the metrics show it
     record_expert_load: bool = field(
         default=True,
-        metadata={"group": ENGINE, "help": "count how many tokens each expert gets"},
+        metadata={
+            "group": ENGINE,
+            "help": "count how many tokens each expert gets, for the page and /metrics",
+        },
     )
     config: Path | None = field(
         default=None,

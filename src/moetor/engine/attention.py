@@ -7,7 +7,6 @@ Dv of values, L keys of a sequence, M blocks of a sequence.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moetor.engine.cache import Batch, EngineCache, LayerBlocks, active_cache, tokens_first
 from moetor.engine.latent import LatentForm, latent_blocks
+from moetor.engine.scores import Scores, weigh
 from moetor.errors import UnsupportedError
 from moetor.kernels import rows_apart
 from moetor.kernels.native import dense as native
@@ -46,24 +46,6 @@ _WITHOUT_EFFECT = frozenset(
 )
 # The widest that a group of decoding sequences is padded: to this many times its own tokens.
 _PADDING = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """How queries and keys become weights.
-
-    Attributes:
-        scale: of the products.
-        softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
-        window, chunk: as in `LayerShape`.
-        sinks_H: a further logit for each head, whose weight goes to no value (gpt-oss).
-    """
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-    chunk: int | None = None
-    sinks_H: Tensor | None = None
 
 
 def paged_attention_forward(
@@ -307,22 +289,13 @@ def _decode_groups(batch: Batch) -> list[list[int]]:
     return groups
 
 
-def _first_key(scores: Scores, position: int) -> int:
-    """The first key that a token at this position sees."""
-    if scores.window is not None:
-        return max(0, position + 1 - scores.window)
-    if scores.chunk is not None:
-        return position // scores.chunk * scores.chunk
-    return 0
-
-
 def _attend_decodes(
     query_SHD: Tensor, blocks: LayerBlocks, batch: Batch, rows: list[int], scores: Scores
 ) -> Tensor:
     assert batch.lens is not None
     size = blocks.keys.shape[1]
     lens = [batch.lens[row] for row in rows]
-    starts = [_first_key(scores, length - 1) for length in lens]
+    starts = [scores.first_key(length - 1) for length in lens]
     firsts = [start // size for start in starts]
     count = max(-(-length // size) - first for length, first in zip(lens, firsts, strict=True))
     device = query_SHD.device
@@ -338,7 +311,7 @@ def _attend_decodes(
         begin_S1 = torch.tensor(starts, device=device)[:, None]
         seen_SL = place_SL < torch.tensor(lens, device=device)[:, None]
         mask = (seen_SL & (place_SL >= begin_S1))[:, None, None]
-    out = _weigh(query_SHD[:, :, None], keys_SLHD, values_SLHD, mask, scores)
+    out = weigh(query_SHD[:, :, None], keys_SLHD, values_SLHD, mask, scores)
     return out[:, :, 0]
 
 
@@ -348,7 +321,7 @@ def _attend_apart(
     """One token, over the keys that it sees and no others: all shapes follow from its place."""
     assert batch.lens is not None
     size, length = blocks.keys.shape[1], batch.lens[row]
-    start = _first_key(scores, length - 1)
+    start = scores.first_key(length - 1)
     first = start // size
     table_M = batch.block_table_SM[row, first : -(-length // size)].long()
     seen = slice(start - first * size, length - first * size)
@@ -356,7 +329,7 @@ def _attend_apart(
         cache[table_M].flatten(0, 1)[seen].clone() for cache in (blocks.keys, blocks.values)
     )
     query_1HTD = query_HD.clone()[None, :, None]
-    return _weigh(query_1HTD, keys_LHD[None], values_LHD[None], None, scores)[0, :, 0]
+    return weigh(query_1HTD, keys_LHD[None], values_LHD[None], None, scores)[0, :, 0]
 
 
 def _attend_prompt(
@@ -365,7 +338,7 @@ def _attend_prompt(
     assert batch.lens is not None
     size, length, count = blocks.keys.shape[1], batch.lens[row], query_THD.shape[0]
     past = length - count
-    first = _first_key(scores, past) // size
+    first = scores.first_key(past) // size
     table_M = batch.block_table_SM[row, first : -(-length // size)].long()
     keys_LHD = blocks.keys[table_M].flatten(0, 1)[: length - first * size]
     values_LHD = blocks.values[table_M].flatten(0, 1)[: length - first * size]
@@ -378,47 +351,8 @@ def _attend_prompt(
     if scores.chunk is not None:
         seen_TL &= place_L // scores.chunk == position_T1 // scores.chunk
     query_1HTD = query_THD.transpose(0, 1)[None]
-    out_1HTD = _weigh(query_1HTD, keys_LHD[None], values_LHD[None], seen_TL, scores)
+    out_1HTD = weigh(query_1HTD, keys_LHD[None], values_LHD[None], seen_TL, scores)
     return out_1HTD[0].transpose(0, 1)
-
-
-def _weigh(
-    query_SHTD: Tensor,
-    keys_SLHD: Tensor,
-    values_SLHD: Tensor,
-    mask: Tensor | None,
-    scores: Scores,
-) -> Tensor:
-    """[S, Hq, T, Dv] for queries [S, Hq, T, D]; `mask` is true where a key is seen."""
-    keys_SHLD, values_SHLD = keys_SLHD.transpose(1, 2), values_SLHD.transpose(1, 2)
-    if scores.softcap is None and scores.sinks_H is None:
-        heads, tokens = query_SHTD.shape[1:3]
-        if tokens == 1:
-            # The heads that share keys as if they were tokens: on a CPU many times as fast.
-            query_SHTD = query_SHTD.unflatten(1, (keys_SHLD.shape[1], -1)).squeeze(3)
-            out = F.scaled_dot_product_attention(
-                query_SHTD, keys_SHLD, values_SHLD, mask, scale=scores.scale
-            )
-            return out.reshape(out.shape[0], heads, 1, -1)
-        return F.scaled_dot_product_attention(
-            query_SHTD, keys_SHLD, values_SHLD, mask, scale=scores.scale, enable_gqa=True
-        )
-    seqs, heads, tokens, width = query_SHTD.shape
-    groups = keys_SHLD.shape[1]
-    grouped = query_SHTD.view(seqs, groups, heads // groups, tokens, width)
-    raw = torch.einsum("shgtd,shld->shgtl", grouped, keys_SHLD).float() * scores.scale
-    if scores.softcap is not None:
-        raw = scores.softcap * torch.tanh(raw / scores.softcap)
-    if mask is not None:
-        raw = raw.masked_fill(~(mask[:, :, None] if mask.dim() == 4 else mask), -torch.inf)
-    if scores.sinks_H is not None:
-        sinks = scores.sinks_H.float().view(1, groups, heads // groups, 1, 1)
-        raw = torch.cat([raw, sinks.expand(seqs, -1, -1, tokens, 1)], dim=-1)
-        weights = raw.softmax(-1)[..., :-1]
-    else:
-        weights = raw.softmax(-1)
-    out = torch.einsum("shgtl,shld->shgtd", weights.to(values_SHLD.dtype), values_SHLD)
-    return out.reshape(seqs, heads, tokens, -1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention_forward)
