@@ -15,14 +15,15 @@ import time
 import zlib
 from array import array
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moetor.engine.core import EngineCore
 from moetor.engine.grammar import GrammarCompiler
 from moetor.engine.load import summed
 from moetor.engine.messages import broadcast, gather
-from moetor.engine.outputs import EngineStats, FinishReason, Logprob
+from moetor.engine.outputs import EngineStats, Logprob
+from moetor.engine.rank_news import RequestNews, SequenceNews, Told, added, follow_sequence
 from moetor.engine.runner import Runner
 from moetor.engine.scheduler import Scheduler
 from moetor.engine.sequence import Request, Sequence, Step
@@ -35,46 +36,6 @@ _COMPARE_EVERY = 64
 # Of the time after which a rank gives up waiting: rank 0 is heard so often while it has no work.
 _REST_SHARE = 0.1
 _Next = Literal["step", "rest", "load", "end"]
-_OWN_FIELDS = ("kv_cache_usage", "steps", "step_seconds", "host_seconds", "graph_steps")
-
-
-@dataclass(frozen=True, slots=True)
-class _SequenceNews:
-    """What a sequence got since it was told last."""
-
-    tokens: list[int]
-    logprobs: list[dict[int, Logprob]]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _RequestNews:
-    """What became of a request at its home."""
-
-    request_id: str
-    sequences: list[_SequenceNews]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
-    cached_tokens: int
-    preemptions: int
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """What a data-parallel group says after a step.
-
-    Attributes:
-        tokens: int64 [N, 3]: request, sequence and its next token, where that is all there is to
-            say: nearly always, and for hundreds of sequences, so that objects would take too long.
-        news: of the other requests.
-        flying: whether a step is under way.
-    """
-
-    tokens: array[int]
-    news: list[_RequestNews]
-    flying: bool
-    stats: EngineStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +75,7 @@ class RankedCore(EngineCore):
         self._numbers = itertools.count()
         self._number_of: dict[str, int] = {}
         self._by_number: dict[int, Request] = {}
-        self._others: list[_Told] = []
+        self._others: list[Told] = []
         self._digest = self._passes = 0
         self._leads = False
         self._done: list[tuple[Literal["add", "abort"], bytes]] = []
@@ -198,7 +159,7 @@ class RankedCore(EngineCore):
         """The counters of all data-parallel groups; times and steps are this rank's."""
         mine = super().stats()
         for told in self._others:
-            mine = _added(mine, told.stats)
+            mine = added(mine, told.stats)
         return mine
 
     def expert_load(self) -> dict[str, list[int]]:
@@ -247,7 +208,7 @@ class RankedCore(EngineCore):
         """Tells what became of this group's requests, and hears of the others'."""
         tokens: array[int] = array("q")
         news = [self._news(request) for request in changed if not self._brief(request, tokens)]
-        mine = _Told(tokens, news, self._flying is not None, super().stats())
+        mine = Told(tokens, news, self._flying is not None, super().stats())
         told = gather(mine, self.groups.data)
         told.pop(self.groups.data_rank)
         heard: dict[int, Request] = {}
@@ -291,7 +252,7 @@ class RankedCore(EngineCore):
             sequence.token_ids.append(token)
             heard[id(request)] = request
 
-    def _news(self, request: Request) -> _RequestNews:
+    def _news(self, request: Request) -> RequestNews:
         sequences = []
         for sequence in request.sequences:
             since = self._told.get(sequence, 0)
@@ -301,10 +262,10 @@ class RankedCore(EngineCore):
             if sequence.finished:
                 self._told.pop(sequence)
             sequences.append(
-                _SequenceNews(tokens, logprobs, sequence.finish_reason, sequence.stop_reason)
+                SequenceNews(tokens, logprobs, sequence.finish_reason, sequence.stop_reason)
             )
         metrics = request.metrics
-        return _RequestNews(
+        return RequestNews(
             request.request_id,
             sequences,
             request.prompt_logprobs if request.finished else None,
@@ -313,7 +274,7 @@ class RankedCore(EngineCore):
             request.error,
         )
 
-    def _hear(self, news: _RequestNews) -> Request:
+    def _hear(self, news: RequestNews) -> Request:
         request = self.requests[news.request_id]
         request.error = news.error
         if news.prompt_logprobs is not None:
@@ -325,7 +286,7 @@ class RankedCore(EngineCore):
         for sequence, told in zip(request.sequences, news.sequences, strict=True):
             if told.tokens:
                 metrics.first_token_time = metrics.first_token_time or now
-            _follow_sequence(sequence, told)
+            follow_sequence(sequence, told)
         if request.finished:
             self._close(request)
         return request
@@ -395,37 +356,6 @@ class RankedCore(EngineCore):
                 self.step()
             elif orders.what == "load":
                 self.expert_load()
-
-
-def _follow_sequence(sequence: Sequence, told: _SequenceNews) -> None:
-    """Gives a sequence that is computed elsewhere what it got there."""
-    if sequence.finished:
-        return
-    sequence.token_ids.extend(told.tokens)
-    if sequence.logprobs is not None:
-        sequence.logprobs.extend(told.logprobs)
-        both = zip(told.tokens, told.logprobs, strict=True)
-        sequence.cumulative_logprob += sum(found[token].logprob for token, found in both)
-    if sequence.text is not None and sequence.params.stop:
-        since = len(sequence.text.text)
-        for token in told.tokens:
-            sequence.text.extend([token])
-        if sequence.known - sequence.prompt_len >= sequence.limit:
-            sequence.text.finish()
-        if isinstance(told.stop_reason, str):
-            sequence.text.find_stop(since)
-    sequence.finish_reason, sequence.stop_reason = told.finish_reason, told.stop_reason
-
-
-def _added(one: EngineStats, other: EngineStats) -> EngineStats:
-    summed = {
-        field.name: getattr(one, field.name) + getattr(other, field.name)
-        for field in fields(EngineStats)
-        if field.name not in _OWN_FIELDS
-    }
-    return replace(
-        one, **summed, kv_cache_usage=summed["blocks_used"] / max(1, summed["blocks_total"])
-    )
 
 
 def failure(error: Exception) -> Exception:
