@@ -14,8 +14,8 @@ import pytest
 from moetor.errors import ParallelError
 from moetor.parallel.launch import launch
 
-# What is long here for a test and short for the promise of 30 seconds.
-LIMIT = 30.0
+# After so many seconds something hangs. The promise of 30 is not for a machine that others stall.
+LIMIT = 120.0
 
 NOTE = """
 import os, sys, pathlib, time
@@ -160,7 +160,7 @@ def test_chat_over_two_ranks_waits_longer_for_its_user_than_for_a_rank() -> None
     time.sleep(11)
     rest, _ = two.communicate(QUESTIONS[1], timeout=LIMIT)
     assert two.returncode == 0
-    whole, _ = chat().communicate(QUESTIONS[1], timeout=2 * LIMIT)
+    whole, _ = chat().communicate(QUESTIONS[1], timeout=LIMIT)
     assert line + rest == whole
     assert whole.strip()
 

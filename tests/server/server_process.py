@@ -31,7 +31,7 @@ class ServerProcess:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self._ready.wait(120)
+        self._ready.wait(240)
         if not self.url:
             self.process.kill()
             raise AssertionError("the server did not start:\n" + "".join(self.log))

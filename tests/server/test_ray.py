@@ -65,7 +65,7 @@ def replicas() -> set[int]:
     return found
 
 
-def until(true: Any, seconds: float = 60) -> None:
+def until(true: Any, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it takes too long"
@@ -83,7 +83,7 @@ class Asking:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            answer = httpx.post(f"{self.url}/v1/completions", json=BODY, timeout=60)
+            answer = httpx.post(f"{self.url}/v1/completions", json=BODY, timeout=180)
             self.answers.append((answer.status_code, answer.text))
 
     def __enter__(self) -> Asking:
@@ -99,17 +99,22 @@ def test_two_replicas(url: str) -> None:
     run(ARGS)
     before = replicas()
     assert len(before) == 2
-    answer = httpx.post(f"{url}/v1/completions", json=BODY, timeout=60).json()
+    answer = httpx.post(f"{url}/v1/completions", json=BODY, timeout=180).json()
     text = answer["choices"][0]["text"]
     assert answer["model"] == "demo"
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json={**BODY, "stream": True}, timeout=60
+        "POST", f"{url}/v1/completions", json={**BODY, "stream": True}, timeout=180
     ) as streamed:
         lines = [line for line in streamed.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
     assert len(lines) > 3, "piece by piece"
-    assert httpx.get(f"{url}/health").status_code == 200
-    assert httpx.post(f"{url}/v1/completions", json={**BODY, "max_tokens": -1}).status_code == 400
+    assert httpx.get(f"{url}/health", timeout=180).status_code == 200
+    assert (
+        httpx.post(
+            f"{url}/v1/completions", json={**BODY, "max_tokens": -1}, timeout=180
+        ).status_code
+        == 400
+    )
 
     # One is killed: the other serves on, and another one takes its place. Only what was under way
     # on it is lost, of one client at most one request.
@@ -130,7 +135,7 @@ def test_two_replicas(url: str) -> None:
         run({**ARGS, "served-model-name": ["renamed"]})
         until(lambda: len(replicas()) == 2 and not replicas() & before)
     assert {status for status, _ in client.answers} == {200}
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "renamed"
+    assert httpx.get(f"{url}/v1/models", timeout=180).json()["data"][0]["id"] == "renamed"
 
 
 @pytest.mark.parametrize(
