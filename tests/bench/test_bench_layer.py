@@ -253,7 +253,7 @@ def _refused(capsys: pytest.CaptureFixture[str], status: int, *flags: str) -> st
     [
         (["--shape", "gpt"], "qwen3-30b-a3b"),
         (["--shape", "4,8,32,16"], "top_k=8"),
-        (["--tokens", "0"], "tokens=0"),
+        (["--tokens", "0"], "--tokens 0"),
         (["--tokens", "1,many"], "many"),
         (["--kernel", "fastest"], "auto, native"),
         (["--peers", "sglang"], "eager, grouped_mm, batched_mm, vllm, dense"),

@@ -79,7 +79,7 @@ def test_a_gpu_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     ("flags", "status", "word"),
     [
         (["--layer", "gpt"], 2, "qwen2-57b-a14b"),
-        (["--tokens", "0"], 2, "tokens=0"),
+        (["--tokens", "0"], 2, "--tokens 0"),
         (["--json", "no/such/x.json"], 2, "no folder"),
     ],
 )

@@ -512,7 +512,7 @@ def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "either a MODEL or --shape"),
         (["demo", "--shape", "olmoe"], "either a MODEL or --shape"),
         (["--shape", "gpt"], "qwen3-30b-a3b"),
-        (["demo", "--tokens", "0"], "tokens=0"),
+        (["demo", "--tokens", "0"], "--tokens 0"),
         (["demo", "--seconds", "0"], "--seconds 0"),
         (["demo", "--dtype", "int8"], "bfloat16"),
     ],
