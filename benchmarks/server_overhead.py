@@ -152,9 +152,8 @@ class Streams:
 
 def start(asked: argparse.Namespace) -> tuple[Any, Any, str, int]:
     """The server, the engine alone, the server's address, and the process of its engine."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
     command = [sys.executable, "-m", "moetor", "serve", "--port", "0"]
-    server = subprocess.Popen([*command, *asked.flags], stderr=subprocess.PIPE, text=True, env=env)
+    server = subprocess.Popen([*command, *asked.flags], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     url = next(line.rsplit(" on ", 1)[1].strip() for line in server.stderr if " on http" in line)
     subprocess.Popen(["cat"], stdin=server.stderr, stdout=subprocess.DEVNULL)
@@ -166,13 +165,13 @@ def start(asked: argparse.Namespace) -> tuple[Any, Any, str, int]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=env,
     )
     return server, alone, url, engine
 
 
 def measure(asked: argparse.Namespace) -> list[Round]:
     """All rounds; the first one warms up and is left out."""
+    os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # of every process that starts now
     server, alone, url, engine = start(asked)
     client, streams = Client(url, asked.path), Streams()
     rounds: list[Round] = []
