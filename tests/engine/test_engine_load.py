@@ -35,7 +35,7 @@ def note(load: ExpertLoad, calls: list[tuple[str, Tensor, Tensor | None]]) -> No
         recorder = get_forward_context().recorder
         assert recorder is load
         for name, ids, tokens in calls:
-            recorder.note_call(name, ids, tokens, load._layers[name].ids - 1)
+            recorder.note(name, ids, tokens, load._layers[name].ids - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -69,12 +69,8 @@ class ExpertLoad(RoutingRecorder):
         self._one = torch.ones(1, dtype=torch.int64, device=device)
         self._noted: list[tuple[_Layer, Tensor, Tensor | None]] = []
 
-    def note(self, layer: str, ids_TK: Tensor) -> None:
+    def note(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
         """One call's ids, to be counted."""
-        self.note_call(layer, ids_TK, None, 0)
-
-    def note_call(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
-        """The same where only some rows are tokens."""
         self._noted.append((self._layers[layer], ids_TK, tokens_T))
 
     def count(self) -> None:

@@ -55,14 +55,10 @@ class SequenceRoutes(RoutingRecorder):
         self._place = {name: layer for layer, name in enumerate(names)}
         self._ids_NLK: Tensor | None = None
 
-    def note(self, layer: str, ids_TK: Tensor) -> None:
-        """Keeps one call's ids."""
-        self.note_call(layer, ids_TK, None, 0)
-
-    def note_call(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
-        """The same where only some rows are tokens: the others have places that nobody reads."""
+    def note(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
+        """Keeps one call's ids; rows that are no tokens have places that nobody reads."""
         if self._told is not None:
-            self._told.note_call(layer, ids_TK, tokens_T, nothing)
+            self._told.note(layer, ids_TK, tokens_T, nothing)
         if self._cache.batch is None:
             return
         if self._ids_NLK is None:

@@ -25,20 +25,17 @@ class RoutingRecorder:
         self._outer = outer
         self._ids: dict[str, list[Tensor]] = {}
 
-    def note(self, layer: str, ids_TK: Tensor) -> None:
-        """Keeps a copy of one call's ids."""
-        if self._outer is not None:
-            self._outer.note(layer, ids_TK)
-        self._ids.setdefault(layer, []).append(ids_TK.detach().clone())
-
-    def note_call(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
-        """Keeps one call's ids, in which rows that are no tokens have chosen nothing.
+    def note(self, layer: str, ids_TK: Tensor, tokens_T: Tensor | None, nothing: int) -> None:
+        """Keeps a copy of one call's ids, in which rows that are no tokens have chosen nothing.
 
         Args:
             tokens_T: bool, which rows are tokens; None for all.
             nothing: the id of a slot that is dropped.
         """
-        self.note(layer, choice_of_tokens(ids_TK, tokens_T, nothing))
+        if self._outer is not None:
+            self._outer.note(layer, ids_TK, tokens_T, nothing)
+        chosen_TK = choice_of_tokens(ids_TK, tokens_T, nothing)
+        self._ids.setdefault(layer, []).append(chosen_TK.detach().clone())
 
     def has(self, layer: str) -> bool:
         """Whether the layer was called."""

@@ -185,7 +185,7 @@ class MoERunner(ABC):
         if recorder is not None:
             chosen = routing.topk_ids if routing.chosen_ids is None else routing.chosen_ids
             nothing = owner.num_ids
-            recorder.note_call(owner.name, _filled(chosen, filling, nothing), tokens_T, nothing)
+            recorder.note(owner.name, _filled(chosen, filling, nothing), tokens_T, nothing)
         if load is not None:
             nothing = load.num_experts
             chosen = _filled(routing.topk_ids, filling, nothing)
