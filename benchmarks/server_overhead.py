@@ -225,10 +225,10 @@ def measure(asked: argparse.Namespace) -> list[Round]:
                     f"client {1e6 * took[2] / total:.0f}; {made.events:.2f} events a token"
                 )
     finally:
-        streams.close()
         alone.kill()
         server.terminate()
         server.wait()
+        streams.close()  # last: after an error it may raise one of its own
     return rounds
 
 

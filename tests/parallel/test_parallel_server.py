@@ -68,28 +68,27 @@ def test_a_launched_server_answers_and_drains() -> None:
     assert not any(map(alive, ranks))
 
 
-def test_a_launched_server_ends_with_a_rank() -> None:
-    server = ServerProcess(*FLAGS, "-tp", "2")
+def last_words(signal_to_second: int, *flags: str) -> str:
+    """What a server of two ranks says last, which ends because the second one gets a signal."""
+    server = ServerProcess(*FLAGS, "-tp", "2", *flags)
     ranks = children(server.process.pid)
     (second,) = (pid for pid in ranks if rank_of(pid) == "RANK=1")
-    os.kill(second, signal.SIGKILL)
+    os.kill(second, signal_to_second)
     assert server.process.wait(LIMIT) == 1
     server._reader.join(10)
-    assert "rank 1 of 2: was killed by SIGKILL" in server.log[-1]
     assert not any(map(alive, ranks))
+    return server.log[-1]
+
+
+def test_a_launched_server_ends_with_a_rank() -> None:
+    assert "rank 1 of 2: was killed by SIGKILL" in last_words(signal.SIGKILL)
 
 
 def test_a_launched_server_ends_when_a_rank_hangs() -> None:
     """Without a request, with rank 0 still there to answer 503."""
-    server = ServerProcess(*FLAGS, "-tp", "2", "--parallel-timeout", "4")
-    ranks = children(server.process.pid)
-    (second,) = (pid for pid in ranks if rank_of(pid) == "RANK=1")
-    os.kill(second, signal.SIGSTOP)
-    assert server.process.wait(LIMIT) == 1
-    server._reader.join(10)
-    assert "rank 0 of 2: another rank did not answer" in server.log[-1]
-    assert "rank 1 still ran, and was ended" in server.log[-1]
-    assert not any(map(alive, ranks))
+    said = last_words(signal.SIGSTOP, "--parallel-timeout", "4")
+    assert "rank 0 of 2: another rank did not answer" in said
+    assert "rank 1 still ran, and was ended" in said
 
 
 @contextmanager
