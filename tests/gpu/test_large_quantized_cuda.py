@@ -83,9 +83,12 @@ class Inputs:
         coded = self.weights.activation_format != "unquantized"
         limit = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3, torch.float32: 3e-6}[out.dtype]
         if coded:
-            # Hopper's sums of fp8 products keep fewer digits, and a value between two codes may
-            # be rounded to the other one.
-            limit = {torch.bfloat16: 3e-2, torch.float16: 1.5e-2, torch.float32: 3e-3}[out.dtype]
+            # Hopper's sums of fp8 products keep fewer digits, cut off at every step of the depth,
+            # and a value between two codes may be rounded to the other one.
+            deep = max(1.0, self.config.intermediate_size / 512)
+            limit = {torch.bfloat16: 3e-2, torch.float16: 1.5e-2, torch.float32: 3e-3 * deep}[
+                out.dtype
+            ]
         assert errors.median() < limit, f"median error {errors.median():.2e}"
         assert errors.max() < (0.15 if coded else 6 * limit), f"largest error {errors.max():.2e}"
 

@@ -23,7 +23,7 @@ from moetor.errors import (
     KernelRefusedError,
     MoetorError,
 )
-from moetor.huggingface import loading
+from moetor.huggingface import loading, offloading
 from moetor.huggingface.dummy import dummy_model
 from moetor.huggingface.modules import fused_modules
 from moetor.huggingface.offloading import offload_of
@@ -270,3 +270,21 @@ def test_not_over_ranks() -> None:
     parallel = moetor.ParallelConfig(tensor_parallel_size=2)
     with pytest.raises(MoetorError, match=r"together|ranks"):
         moetor.fuse(QWEN3.build(), parallel=parallel, cpu_experts=beside_cpu())
+
+
+def test_what_else_lives_on_the_gpu_is_not_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    mib = 2**20
+    fakes = {
+        "mem_get_info": (700 * mib, 1000 * mib),
+        "memory_reserved": 100 * mib,
+        "memory_allocated": 60 * mib,
+        "get_per_process_memory_fraction": 0.5,
+    }
+    for name, answer in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    model = torch.nn.Linear(4, 4, device="meta")
+    config = OffloadConfig(cpu_experts="auto")
+    device = torch.device("cuda", 0)
+    assert offloading._gpu_memory(config, device, model) == (500 - 60) * mib
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
+    assert offloading._gpu_memory(config, device, model) == int((700 + 100 - 60) * mib * 0.9)

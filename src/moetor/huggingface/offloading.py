@@ -89,7 +89,7 @@ def plan_offload(
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
         if name not in matrices
     )
-    gpu = _gpu_memory(config, device)
+    gpu = _gpu_memory(config, device, model)
     host = free_host_memory() if config.host_memory is None else config.host_memory
     needs = [LayerNeed(one.path, one.form.num_experts, one.nbytes) for one in found]
     plan = plan_memory(needs, dense, config, gpu_memory=gpu, host_memory=host)
@@ -150,14 +150,18 @@ def _matrices(model: nn.Module, found: Sequence[_Found]) -> set[str]:
     }
 
 
-def _gpu_memory(config: OffloadConfig, device: torch.device) -> int | None:
+def _gpu_memory(config: OffloadConfig, device: torch.device, model: nn.Module) -> int | None:
+    """What a model may take: this process's share, less what else lives there."""
     if config.gpu_memory is not None or device.type != "cuda":
         return config.gpu_memory
     free, total = torch.cuda.mem_get_info(device)
-    ours = torch.cuda.memory_reserved(device)
+    reserved = torch.cuda.memory_reserved(device)
+    tensors = [*model.parameters(), *model.buffers()]
+    own = sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cuda")
+    others = torch.cuda.memory_allocated(device) - own
     index = torch.cuda.current_device() if device.index is None else device.index
     share = torch.cuda.get_per_process_memory_fraction(index)
-    return min(int((free + ours) * _SHARE_OF_FREE), int(total * share))
+    return min(int((free + reserved - others) * _SHARE_OF_FREE), int(total * share) - others)
 
 
 def free_host_memory() -> int | None:
