@@ -34,9 +34,12 @@ def kept(logits_V: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 def check_draws(
     draw: Draw, rng: torch.Generator, *, size: int, rows: int, device: str = "cpu"
 ) -> None:
-    """Random logits, sharp and flat, with each limit alone, with none and with all of them."""
+    """Random logits, sharp, flat and as at a tiny temperature, with each limit alone, with none and
+    with all of them.
+    """
     logits = torch.randn(rows, size, generator=rng) * torch.rand(rows, 1, generator=rng) * 6
     logits[0, 3] = logits[1, : size // 2] = -torch.inf
+    logits[9] *= 1e4
     logits = logits - logits.amax(-1, keepdim=True)
     limits = [(size, 1.0, 0.0), (7, 1.0, 0.0), (size, 0.9, 0.0), (size, 1.0, 0.05), (9, 0.8, 0.02),
               (size, 0.3, 0.0), (1, 0.5, 0.0), (size, 1e-6, 0.0)]  # fmt: skip

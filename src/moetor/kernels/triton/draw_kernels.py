@@ -1,7 +1,8 @@
 """Drawing a token from the likeliest ones, without sorting the vocabulary.
 
 A threshold is searched for instead: among the bits of a float32, as whole numbers in the same
-order, three at a time, until two neighbours are left.
+order, three at a time, until one element is left. One program reads a whole row in every turn, so
+sums are kept apart by lane and added once a turn.
 
 Shape letters: R rows, V vocabulary.
 """
@@ -26,21 +27,81 @@ def _value(key):
 
 
 @triton.jit
-def _above(row, a, b, c, V: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """How many elements lie above each of three numbers (COUNT), or their weights' sums."""
-    first = 0.0
-    second = 0.0
-    third = 0.0
+def _mass(row, bound, V: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the weights above a number."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for v0 in range(0, V, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        x = tl.load(row + v, mask=v < V, other=-float("inf"))
+        sums += tl.where(_key(x) > bound, tl.exp(x), 0.0)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _above(row, bottom, top, a, b, c, V: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """How many elements lie above each of three numbers (COUNT), or their weights' sums; and the
+    least and the largest element in (bottom, top].
+    """
+    first = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
+    third = tl.zeros((BLOCK,), tl.float32)
+    least = tl.full((BLOCK,), 2147483647, tl.int32)
+    most = tl.full((BLOCK,), -2147483648, tl.int32)
     for v0 in range(0, V, BLOCK):
         v = v0 + tl.arange(0, BLOCK)
         x = tl.load(row + v, mask=v < V, other=-float("inf"))
         key = _key(x)
         # What lies past the end is above nothing: all three are at least that of -inf.
         part = tl.full((BLOCK,), 1.0, tl.float32) if COUNT else tl.exp(x)
-        first += tl.sum(tl.where(key > a, part, 0.0), axis=0)
-        second += tl.sum(tl.where(key > b, part, 0.0), axis=0)
-        third += tl.sum(tl.where(key > c, part, 0.0), axis=0)
-    return first, second, third
+        first += tl.where(key > a, part, 0.0)
+        second += tl.where(key > b, part, 0.0)
+        third += tl.where(key > c, part, 0.0)
+        inside = (key > bottom) & (key <= top) & (v < V)
+        least = tl.minimum(least, tl.where(inside, key, 2147483647))
+        most = tl.maximum(most, tl.where(inside, key, -2147483648))
+    sums = (tl.sum(first, axis=0), tl.sum(second, axis=0), tl.sum(third, axis=0))
+    return sums[0], sums[1], sums[2], tl.min(least, axis=0), tl.max(most, axis=0)
+
+
+@triton.jit
+def _kept(row, bound, min_p, V: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the weights above a number that are at least `min_p`, and how many equal it."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    equal = tl.zeros((BLOCK,), tl.float32)
+    for v0 in range(0, V, BLOCK):
+        v = v0 + tl.arange(0, BLOCK)
+        x = tl.load(row + v, mask=v < V, other=-float("inf"))
+        key = _key(x)
+        weight = tl.exp(x)
+        sums += tl.where((key > bound) & (weight >= min_p), weight, 0.0)
+        equal += tl.where((key == bound) & (v < V), 1.0, 0.0)
+    return tl.sum(sums, axis=0), tl.sum(equal, axis=0)
+
+
+@triton.jit
+def _split(bottom, top):
+    """Three numbers in (bottom, top], rising, the first of them below `top`. Logits are spread
+    evenly over their values, not over their bits; those far below 0 hardly matter.
+    """
+    zero = bottom.to(tl.float32) * 0.0
+    far = _key(zero - 64.0)
+    quarter = (top - bottom) // 4
+    a = bottom + quarter
+    b = a + quarter
+    c = b + quarter
+    if bottom >= far:
+        low = _value(bottom)
+        step = (_value(top) - low) * 0.25
+        a = _key(low + step)
+        b = _key(low + 2.0 * step)
+        c = _key(low + 3.0 * step)
+    elif top > far:
+        a = far
+        b = _key(zero - 16.0)
+        c = _key(zero - 4.0)
+    a = tl.minimum(tl.maximum(a, bottom + 1), top - 1)
+    b = tl.minimum(tl.maximum(b, a), top)
+    return a, b, tl.minimum(tl.maximum(c, b), top)
 
 
 @triton.jit
@@ -48,18 +109,16 @@ def _search(row, lowest, limit, V: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.
     """The smallest number from `lowest` on above which there is less than `limit`, and how much is
     above it. It is `lowest`, or that of an element. Above 0, the largest element, there is none.
     """
-    bottom = lowest.to(tl.int64) - 1
-    top = tl.zeros_like(bottom)
+    bottom = lowest - 1
+    top = lowest * 0
     above = 0.0
     while top - bottom > 1:
-        step = tl.maximum((top - bottom) // 4, 1)
-        a = bottom + step
-        b = tl.minimum(a + step, top)
-        c = tl.minimum(b + step, top)
-        first, second, third = _above(
-            row, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), V, COUNT, BLOCK
-        )
-        if first < limit:
+        a, b, c = _split(bottom, top)
+        first, second, third, least, most = _above(row, bottom, top, a, b, c, V, COUNT, BLOCK)
+        if least >= most:  # one element, or, where `lowest` is none, nothing
+            top = tl.where(least == most, least, lowest)
+            bottom = top - 1
+        elif first < limit:
             top = a
             above = first
         elif second < limit:
@@ -72,7 +131,7 @@ def _search(row, lowest, limit, V: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.
             above = third
         else:
             bottom = c
-    return top.to(tl.int32), above
+    return top, above
 
 
 @triton.jit
@@ -104,7 +163,7 @@ def draw(
     if top_k < V:
         bound, above = _search(row, bound, top_k.to(tl.float32), V, True, BLOCK)
         ties = top_k - above
-    mass, _, _ = _above(row, bound, bound, bound, V, False, BLOCK)
+    mass = _mass(row, bound, V, BLOCK)
     if top_p < 1.0:
         limit = top_p * (mass + ties * tl.exp(_value(bound)))
         old = bound
@@ -112,29 +171,33 @@ def draw(
         room = tl.ceil((limit - mass) / tl.exp(_value(bound)))
         ties = tl.where(bound == old, tl.minimum(ties, room), room)
         ties = tl.maximum(ties, 1.0)
-    place = tl.load(places + r)
-    kept = 0.0
-    for turn in tl.static_range(2):  # the sum, then the place in it
-        total = 0.0
-        seen = 0.0
-        found = V
-        last = 0
-        for v0 in range(0, V, BLOCK):
-            v = v0 + tl.arange(0, BLOCK)
-            x = tl.load(row + v, mask=v < V, other=-float("inf"))
-            key = _key(x)
-            tied = tl.where((key == bound) & (v < V), 1.0, 0.0)
-            before = seen + tl.cumsum(tied, axis=0) - tied
-            weight = tl.exp(x)
-            stays = (key > bound) | ((tied > 0) & (before < ties))
-            weight = tl.where(stays & (weight >= min_p), weight, 0.0)
-            if turn == 1:
-                ends = total + tl.cumsum(weight, axis=0)
-                here = (weight > 0) & (ends > place * kept)
-                found = tl.minimum(found, tl.min(tl.where(here, v, V), axis=0))
-                last = tl.maximum(last, tl.max(tl.where(weight > 0, v, 0), axis=0))
-            total += tl.sum(weight, axis=0)
-            seen += tl.sum(tied, axis=0)
-        kept = total
+    kept, equal = _kept(row, bound, min_p, V, BLOCK)
+    tie = tl.exp(_value(bound))
+    kept += tl.where(tie >= min_p, tl.minimum(ties, equal) * tie, 0.0)
+    target = tl.load(places + r) * kept
+    total = 0.0
+    seen = 0.0
+    found = V
+    last = 0
+    v0 = 0
+    while (v0 < V) & (found == V):
+        v = v0 + tl.arange(0, BLOCK)
+        x = tl.load(row + v, mask=v < V, other=-float("inf"))
+        key = _key(x)
+        tied = tl.where((key == bound) & (v < V), 1.0, 0.0)
+        some = tl.sum(tied, axis=0)
+        stays = key > bound
+        if some > 0:
+            stays = stays | ((tied > 0) & (seen + tl.cumsum(tied, axis=0) - tied < ties))
+        weight = tl.exp(x)
+        weight = tl.where(stays & (weight >= min_p), weight, 0.0)
+        block = tl.sum(weight, axis=0)
+        if total + block > target:
+            here = (weight > 0) & (total + tl.cumsum(weight, axis=0) > target)
+            found = tl.min(tl.where(here, v, V), axis=0)
+        last = tl.maximum(last, tl.max(tl.where(weight > 0, v, 0), axis=0))
+        total += block
+        seen += some
+        v0 += BLOCK
     # Rounding may leave the place beyond the last end.
     tl.store(tokens + r, tl.where(found < V, found, last).to(tl.int64))
