@@ -196,7 +196,8 @@ class Sampler:
         prompt = self._tensor(sequence.token_ids[: sequence.prompt_len])
         output = self._tensor(sequence.output_ids)
         self._prompt_PV[row] = False
-        self._prompt_PV[row, prompt] = True
+        # Assigning through an index would copy the value from the host, and wait.
+        self._prompt_PV[row].index_fill_(0, prompt, True)
         self._counts_PV[row] = 0
         self._counts_PV[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         self._holders[row] = sequence
