@@ -19,6 +19,7 @@ from moetor.kernels.base import (
 from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import SmallPlan, next_power_of_2, use_small
+from moetor.kernels.triton.choose_small_quantized import use_small_quantized
 from moetor.kernels.triton.large import run_large
 from moetor.kernels.triton.large_kernel import TritonLargeKernel
 from moetor.kernels.triton.small import TritonSmallKernel, run_small
@@ -66,7 +67,12 @@ class TritonKernel(ExpertsKernel):
         computed plan; gradients are not recorded."""
         call = (hidden_TH, topk_weights_TK, topk_ids_TK, weights, config)
         if isinstance(weights, QuantizedExpertWeights):
-            return self._large(*call, batch_invariant=batch_invariant)
+            few = (
+                not batch_invariant
+                and hidden_TH.dim() == 2
+                and use_small_quantized(config, hidden_TH.shape[0])
+            )
+            return (self._small if few else self._large)(*call, batch_invariant=batch_invariant)
         if not batch_invariant:
             plan = self._tuned(hidden_TH, topk_ids_TK, config)
             if plan is not None:

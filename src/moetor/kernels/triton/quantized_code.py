@@ -60,13 +60,19 @@ def _add_magic(kind, shift, mask, magic, one, minus):
 
 def _float_bits(kind, sign, exponent, mask, power):
     """The sign, shifted left by `sign`, and the masked bits, shifted right by `exponent`, are a
-    number; then times `power`."""
+    number; then times `power`, if that is not None."""
     move = f"shr.b32 a, $S, {exponent};" if exponent >= 0 else f"shl.b32 a, $S, {-exponent};"
-    return (
-        f"{move} and.b32 a, a, {mask}; shl.b32 b, $S, {sign}; "
-        "lop3.b32 a, b, 0x80008000, a, 0xEA; "
-        f"mov.b32 b, {power}; mov.b32 c, 0x80008000; fma.rn.{kind} $OUT, a, b, c;"
-    )
+    if sign and exponent >= 0:
+        # Shifted apart, neither has bits in the other's place: (a | b) & mask.
+        both = f"shl.b32 b, $S, {sign}; lop3.b32 $OUT, a, b, {int(mask, 0) | 0x80008000}, 0xA8; "
+    else:
+        both = f"and.b32 a, a, {mask}; shl.b32 b, $S, {sign}; "
+        both += "lop3.b32 $OUT, b, 0x80008000, a, 0xEA; "
+    if power is None:
+        return move + both
+    # Minus zero keeps the sign of a zero.
+    multiply = f"mov.b32 b, {power}; mov.b32 c, 0x80008000; fma.rn.{kind} $OUT, $OUT, b, c;"
+    return move + both + multiply
 
 
 _BF16_ONE, _F16_ONE = "0x3F803F80", "0x3C003C00"
@@ -97,24 +103,25 @@ INT4_BF16 = tl.constexpr(_int4_bf16("0xC300C300"))
 INT4_BF16_8 = tl.constexpr(_int4_bf16("0xC308C308"))
 INT4_FP16 = tl.constexpr(_int4_fp16("0xE400E400", "0xD400D400"))
 INT4_FP16_8 = tl.constexpr(_int4_fp16("0xE408E408", "0xD480D480"))
-# e2m1: one exponent bit more than its bias of 1 needs, 2^126 and 2^14 away from these formats'.
-E2M1_BF16 = tl.constexpr(
-    _assembly(
+
+
+def _e2m1(kind, low, high, mask, power):
+    """Both halves' sign and three bits."""
+    return _assembly(
         True,
         _HIGH_PARTS,
-        _float_bits("bf16x2", 4, 2, "0x01C001C0", "0x7E807E80"),
-        _float_bits("bf16x2", 0, 6, "0x01C001C0", "0x7E807E80"),
+        _float_bits(kind, 4, low, mask, power),
+        _float_bits(kind, 0, high, mask, power),
     )
+
+
+# Exponents' biases: 1 in e2m1, 7 in e4m3, 127 in bfloat16, 15 in float16.
+E2M1_BITS = tl.constexpr(_e2m1("bf16x2", 2, 6, "0x01C001C0", None))
+E2M1_BF16 = tl.constexpr(_e2m1("bf16x2", 2, 6, "0x01C001C0", "0x7E807E80"))
+E2M1_FP16 = tl.constexpr(_e2m1("f16x2", -1, 3, "0x0E000E00", "0x74007400"))
+E4M3_BITS = tl.constexpr(
+    _assembly(False, _HIGH_PARTS, _float_bits("bf16x2", 0, 4, "0x07F007F0", None))
 )
-E2M1_FP16 = tl.constexpr(
-    _assembly(
-        True,
-        _HIGH_PARTS,
-        _float_bits("f16x2", 4, -1, "0x0E000E00", "0x74007400"),
-        _float_bits("f16x2", 0, 3, "0x0E000E00", "0x74007400"),
-    )
-)
-# e4m3 has a bias of 7: 2^120 and 2^8 away.
 E4M3_BF16 = tl.constexpr(
     _assembly(False, _HIGH_PARTS, _float_bits("bf16x2", 0, 4, "0x07F007F0", "0x7B807B80"))
 )
@@ -276,3 +283,35 @@ def scaled(number, scale, GROUP: tl.constexpr):
     D: tl.constexpr = number.shape[1]
     grouped = tl.reshape(number, (R, D // GROUP, GROUP))
     return tl.reshape(grouped * scale.to(number.dtype)[:, :, None], (R, D))
+
+
+@triton.jit
+def bits_of_halves(codes, DTYPE: tl.constexpr):
+    """As `halves` for e2m1, short of a factor of 2^126: the codes' own bits as bfloat16, or the
+    same in float32. One multiplication with a scale times a power of two then makes weights.
+    """
+    if INTERPRETED:
+        low = _one_number(codes & 15, "e2m1", 0) * 1.1754943508222875e-38
+        high = _one_number(codes >> 4, "e2m1", 0) * 1.1754943508222875e-38
+    else:
+        low, high = tl.inline_asm_elementwise(
+            E2M1_BITS,
+            "=&r,=&r,=&r,=&r,r",
+            [codes],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    return low.to(DTYPE), high.to(DTYPE)
+
+
+@triton.jit
+def bits_of_numbers(codes, DTYPE: tl.constexpr):
+    """As `numbers` for e4m3, short of a factor of 2^120."""
+    if INTERPRETED:
+        number = _one_number(codes, "e4m3", 0) * 7.52316384526264e-37
+    else:
+        number = tl.inline_asm_elementwise(
+            E4M3_BITS, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    return number.to(DTYPE)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moetor.config import ExpertsConfig
 from moetor.errors import KernelRefusedError
-from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights, unquantized
+from moetor.kernels.base import ExpertsKernel, ExpertWeights, KernelQuery, Weights
+from moetor.kernels.formats import QuantizedExpertWeights
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import (
     MOST_PARTS,
@@ -21,6 +22,9 @@ from moetor.kernels.triton.choose import (
     small_form,
     small_plan,
 )
+from moetor.kernels.triton.choose_small_quantized import quantized_form
+from moetor.kernels.triton.quantized_support import check_quantized_call, quantized_refusal
+from moetor.kernels.triton.small_quantized import plan_small_quantized, run_small_quantized
 
 
 def run_small(
@@ -192,7 +196,9 @@ class TritonSmallKernel(ExpertsKernel):
     name = "triton_small"
 
     def refusal(self, query: KernelQuery) -> str | None:
-        """No NVIDIA GPU, no Triton, or a dtype or form that the kernels do not have."""
+        """No NVIDIA GPU, no Triton, or a dtype, form or format that the kernels do not have."""
+        if query.weight_format != "unquantized":
+            return quantized_refusal(query) or quantized_form(query.experts)
         return support.refusal(query) or small_form(query.experts)
 
     def __call__(
@@ -205,12 +211,17 @@ class TritonSmallKernel(ExpertsKernel):
         *,
         batch_invariant: bool = False,
     ) -> Tensor:
-        """See `ExpertsKernel`. Always batch-invariant; gradients are not recorded."""
-        plain = unquantized(weights)
-        support.check_call(self.name, hidden_TH, topk_weights_TK, topk_ids_TK, plain, config)
-        reason = small_form(config)
-        if reason is not None:
-            raise KernelRefusedError(f"kernel {self.name!r} {reason}; use kernel 'triton'")
+        """See `ExpertsKernel`. Unquantised weights: always batch-invariant. Gradients are not
+        recorded."""
+        inputs = (hidden_TH, topk_weights_TK, topk_ids_TK)
+        if isinstance(weights, QuantizedExpertWeights):
+            check_quantized_call(self.name, *inputs, weights, config)
+            self._refuse(quantized_form(config))
+            tokens = None if batch_invariant else hidden_TH.shape[0]
+            quantized = plan_small_quantized(*inputs, weights, config, tokens)
+            return run_small_quantized(*inputs, weights, config, quantized)
+        support.check_call(self.name, *inputs, weights, config)
+        self._refuse(small_form(config))
         device = support.device_of(hidden_TH)
         slots, top_k = topk_ids_TK.numel(), topk_ids_TK.shape[1]
         plan = small_plan(config, top_k, hidden_TH.element_size(), device)
@@ -220,12 +231,16 @@ class TritonSmallKernel(ExpertsKernel):
             down * cdiv(config.hidden_size, plan.down.rows),
         )
         support.check_programs(self.name, programs, "triton_large")
-        return run_small(hidden_TH, topk_weights_TK, topk_ids_TK, plain, config, plan)
+        return run_small(*inputs, weights, config, plan)
+
+    def _refuse(self, reason: str | None) -> None:
+        if reason is not None:
+            raise KernelRefusedError(f"kernel {self.name!r} {reason}; use kernel 'triton'")
 
     def workspace_bytes_per_token(
         self, config: ExpertsConfig, top_k: int, dtype: torch.dtype
     ) -> int:
         """The activations and outputs of a token's slots in float32, and copies of a strided
-        routing."""
-        parts = MOST_PARTS * config.hidden_size if config.transposed else 0
-        return top_k * (4 * (config.intermediate_size + parts) + 8)
+        routing. Of quantised weights, rounded inputs of both products as well."""
+        parts = MOST_PARTS * config.hidden_size if config.transposed else 2 * config.hidden_size
+        return top_k * (4 * (2 * config.intermediate_size + parts) + 8)
