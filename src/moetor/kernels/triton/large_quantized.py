@@ -178,6 +178,7 @@ def _launch_up(
         PDL=call.plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **support.chained(call.plan.pdl),
     )
 
 
@@ -220,6 +221,7 @@ def _launch_down(call: _Call, x: Rows, rows_RH: Tensor) -> None:
         PDL=call.plan.pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **support.chained(call.plan.pdl),
     )
 
 
