@@ -51,8 +51,8 @@ def allow_loop_bounds() -> None:
 def allow_small_floats() -> None:
     """Lets kernels calculate with bfloat16 and round to it and to float8 e4m3.
 
-    Triton 3.6's interpreter loses the carry when it rounds to these, and adds and multiplies the
-    bit patterns of bfloat16.
+    Triton 3.6's interpreter loses the carry when it rounds to these, adds and multiplies the bit
+    patterns of bfloat16, and widens its subnormal numbers wrongly.
     """
     import numpy as np
     import torch
@@ -68,13 +68,15 @@ def allow_small_floats() -> None:
         if source == tl.float32 and target in rounded:
             numbers = torch.from_numpy(np.ascontiguousarray(data).view(np.float32))
             return numbers.to(rounded[target]).view(bits[target]).numpy()
+        if source == tl.bfloat16 and target == tl.float32:
+            return data.astype(np.uint32) << 16
         return convert(data, source, target, rounding)
 
     def widened(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        wide = convert(handle.data, tl.bfloat16, tl.float32, None).view(np.float32)
-        return interpreter.TensorHandle(wide, tl.float32)
+        wide = convert_float(handle.data, tl.bfloat16, tl.float32, None)
+        return interpreter.TensorHandle(wide.view(np.float32), tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)

@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.quantized_cases import FORMATS, ROUNDED, random_weights
+from kernels.quantized_cases import FORMATS, ROUNDED, on_gpu, random_weights
 from layer.expert_cases import EDGES, FORMS, ExpertsCase, draw
 from moetor.config import ExpertsConfig
 from moetor.kernels.formats import (
     ActivationFormat,
-    QuantizedExpertWeights,
-    QuantizedMatrix,
     canonical,
 )
 from moetor.kernels.reference import ReferenceKernel
@@ -27,18 +25,6 @@ KERNEL = TritonLargeKernel()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PAIRS: list[tuple[str, ActivationFormat]] = [(name, "unquantized") for name in FORMATS]
 PAIRS += ROUNDED
-
-
-def _on_gpu(weights: QuantizedExpertWeights) -> QuantizedExpertWeights:
-    def moved(matrix: QuantizedMatrix) -> QuantizedMatrix:
-        return replace(matrix, **{name: one.cuda() for name, one in matrix.tensors.items()})
-
-    others = {
-        name: None if (one := getattr(weights, name)) is None else one.cuda()
-        for name in ("gate_up_bias", "down_bias", "post_norm")
-    }
-    up, down = moved(weights.gate_up), moved(weights.down)
-    return replace(weights, gate_up=up, down=down, **others)
 
 
 class Inputs:
@@ -57,7 +43,7 @@ class Inputs:
         self.hidden, self.ids = drawn.hidden.cuda(), drawn.topk_ids.cuda()
         self.routing = drawn.topk_weights.cuda()
         weights = random_weights(self.config, name, activations, rng, dtype=dtype)
-        self.weights = _on_gpu(weights)
+        self.weights = on_gpu(weights)
 
     def run(self, part: slice = slice(None), *, batch_invariant: bool = False) -> Tensor:
         poison = torch.full((1 << 22,), float("nan"), device="cuda")

@@ -1,41 +1,26 @@
-"""The small path over quantised weights on an NVIDIA GPU: the hand-written instructions, every
-format, form, edge case and promise of `ExpertsKernel`."""
+"""Quantised weights on the path for few tokens, on an NVIDIA GPU: every format and form."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.quantized_cases import FORMATS, ROUNDED, draw_quantized, random_weights
+from kernels.quantized_cases import FORMATS, ROUNDED, draw_quantized, on_gpu, random_weights
 from layer.expert_cases import EDGES, FORMS, ExpertsCase, draw
 from moetor.config import Activation, ExpertsConfig
 from moetor.errors import KernelRefusedError
-from moetor.kernels.base import KernelQuery
-from moetor.kernels.formats import (
-    ActivationFormat,
-    QuantizedExpertWeights,
-    QuantizedMatrix,
-    canonical,
-)
+from moetor.kernels.formats import ActivationFormat, canonical
 from moetor.kernels.reference import ReferenceKernel
-from moetor.kernels.triton import support
 from moetor.kernels.triton.choose_small_quantized import quantized_form
 from moetor.kernels.triton.small import TritonSmallKernel
+from nvidia import needs_triton_gpu
 from oracle import assert_close
 
-REFUSED = support.refusal(
-    KernelQuery(
-        device="cuda",
-        dtype=torch.bfloat16,
-        experts=ExpertsConfig(num_experts=4, hidden_size=8, intermediate_size=8),
-        top_k=2,
-    )
-)
-pytestmark = pytest.mark.skipif(REFUSED is not None, reason=f"the Triton kernel {REFUSED}")
+pytestmark = needs_triton_gpu
 
 KERNEL = TritonSmallKernel()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,22 +31,6 @@ SIZED_FORMS: list[dict[str, Any]] = [
     {"weight_on_input": True, "has_bias": True},
     {"post_norm_eps": 1e-5},
 ]
-
-
-def on_gpu(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    moved = {name: tensor.cuda() for name, tensor in matrix.tensors.items()}
-    return replace(matrix, **moved)
-
-
-def weights_on_gpu(weights: QuantizedExpertWeights) -> QuantizedExpertWeights:
-    moved: dict[str, Any] = {}
-    for field in fields(weights):
-        value = getattr(weights, field.name)
-        if isinstance(value, QuantizedMatrix):
-            moved[field.name] = on_gpu(value)
-        elif isinstance(value, Tensor):
-            moved[field.name] = value.cuda()
-    return replace(weights, **moved)
 
 
 def poison() -> None:
@@ -76,7 +45,6 @@ def test_every_code_becomes_its_number(dtype: torch.dtype) -> None:
     import triton.language as tl
 
     from kernels.code_kernels import expected_codes, write_halves, write_numbers
-    from moetor.kernels.dequantize import unpack_nibbles
 
     names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
     codes = torch.arange(256, dtype=torch.uint8, device="cuda")
@@ -87,9 +55,9 @@ def test_every_code_becomes_its_number(dtype: torch.dtype) -> None:
     for element, offset in (("int4", 0), ("int4", 8), ("e2m1", 0)):
         made = torch.full((2, 256), float("nan"), dtype=dtype, device="cuda")
         write_halves[(1,)](codes, made[0], made[1], element, offset, names[dtype], 256)
-        numbers = expected_codes(element, offset)[unpack_nibbles(codes.cpu()).long()]
-        halves = numbers.view(-1, 2, 16).transpose(0, 1).reshape(2, -1)
-        assert torch.equal(made.cpu().double(), halves), element
+        numbers = expected_codes(element, offset)
+        assert torch.equal(made[0].cpu().double(), numbers[codes.cpu().long() & 15]), element
+        assert torch.equal(made[1].cpu().double(), numbers[codes.cpu().long() >> 4]), element
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,36 +70,31 @@ def test_every_format_matches_the_oracle(
         config = replace(case.config, hidden_size=hidden, intermediate_size=size)
         drawn = draw(replace(case, config=config), dtype, rng)
         weights, tensors = draw_quantized(config, name, rng, dtype=dtype)
-        drawn = replace(drawn, tensors=tensors)
         poison()
         inputs = (drawn.hidden.cuda(), drawn.topk_weights.cuda(), drawn.topk_ids.cuda())
-        moved = weights_on_gpu(weights)
+        moved = on_gpu(weights)
         out = KERNEL(*inputs, moved, config)
         assert torch.equal(out, KERNEL(*inputs, moved, config))
         assert out.dtype == dtype
-        assert_close(out.cpu(), drawn.expected(config))
+        assert_close(out.cpu(), replace(drawn, tensors=tensors).expected(config))
 
 
-@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("case", FORMS + EDGES, ids=lambda case: case.id)
-def test_every_form_matches_the_oracle(
-    case: ExpertsCase, batch_invariant: bool, rng: torch.Generator
-) -> None:
+def test_every_form_matches_the_oracle(case: ExpertsCase, rng: torch.Generator) -> None:
     config = canonical(case.config)
     drawn = draw(replace(case, config=config), torch.bfloat16, rng)
     name = ("int4_g32_zp", "mxfp4", "fp8")[(FORMS + EDGES).index(case) % 3]
     weights, tensors = draw_quantized(config, name, rng, dtype=torch.bfloat16)
     poison()
-    call = (
-        drawn.hidden.cuda(), drawn.topk_weights.cuda(), drawn.topk_ids.cuda(),
-        weights_on_gpu(weights), config,
-    )  # fmt: skip
+    inputs = (drawn.hidden.cuda(), drawn.topk_weights.cuda(), drawn.topk_ids.cuda())
+    call = (*inputs, on_gpu(weights), config)
     if quantized_form(config) is not None:
         with pytest.raises(KernelRefusedError, match="use kernel 'triton'"):
             KERNEL(*call)
         return
-    out = KERNEL(*call, batch_invariant=batch_invariant)
-    assert_close(out.cpu(), replace(drawn, tensors=tensors).expected(config))
+    assert_close(KERNEL(*call).cpu(), replace(drawn, tensors=tensors).expected(config))
+    with pytest.raises(KernelRefusedError, match="depends on the batch; use kernel 'triton'"):
+        KERNEL(*call, batch_invariant=True)
 
 
 class Inputs:
@@ -152,34 +115,28 @@ class Inputs:
         scores = torch.rand(tokens, config.num_experts, generator=rng)
         self.ids = scores.topk(top_k, dim=-1).indices.int().cuda()
         self.routing = (torch.rand(tokens, top_k, generator=rng) + 0.2).cuda()
-        made = random_weights(config, name, activations, rng, dtype=dtype)
-        self.weights = weights_on_gpu(made)
+        self.weights = on_gpu(random_weights(config, name, activations, rng, dtype=dtype))
 
-    def run(self, start: int = 0, stop: int | None = None, **options: bool) -> Tensor:
+    def run(self) -> Tensor:
         poison()
-        rows = slice(start, stop)
-        return KERNEL(
-            self.hidden[rows], self.routing[rows], self.ids[rows], self.weights, self.config,
-            **options,
-        )  # fmt: skip
+        return KERNEL(self.hidden, self.routing, self.ids, self.weights, self.config)
 
-    def expected(self, activations: ActivationFormat | None = None) -> Tensor:
-        """The reference in float32; rounding activations otherwise where asked."""
+    def errors(self, out: Tensor, activations: ActivationFormat | None = None) -> Tensor:
+        """Of each row against the reference in float64; rounding activations otherwise where
+        asked."""
         weights = self.weights
         if activations is not None:
             weights = replace(weights, activation_format=activations)
-        return ReferenceKernel()(self.hidden.float(), self.routing, self.ids, weights, self.config)
-
-
-def relative(out: Tensor, expected: Tensor) -> float:
-    return float((out.float() - expected).norm() / expected.norm())
+        inputs = (self.hidden.double(), self.routing, self.ids)
+        expected = ReferenceKernel()(*inputs, weights, self.config)
+        return (out.double() - expected).norm(dim=1) / expected.norm(dim=1)
 
 
 @pytest.mark.parametrize("form", SIZED_FORMS, ids=lambda form: "-".join(form) or "plain")
 @pytest.mark.parametrize(
     ("tokens", "shape"), [(1, (16, 4, 512, 640)), (7, (9, 3, 1000, 333)), (40, (8, 2, 544, 288))]
 )
-@pytest.mark.parametrize("name", ["int4_g128", "mxfp4", "nvfp4", "int8", "mxfp8"])
+@pytest.mark.parametrize("name", ["int4_g128", "int4_g128_zp", "mxfp4", "nvfp4", "int8", "mxfp8"])
 def test_matches_the_reference(
     name: str, tokens: int, shape: tuple[int, ...], form: dict[str, Any], rng: torch.Generator
 ) -> None:
@@ -189,53 +146,48 @@ def test_matches_the_reference(
         inputs = Inputs(config, top_k, tokens, name, "unquantized", dtype, rng)
         out = inputs.run()
         assert torch.equal(out, inputs.run())
-        assert relative(out, inputs.expected()) < limit, dtype
+        errors = inputs.errors(out)
+        assert errors.median() < limit, (dtype, errors)
+        assert errors.max() < 2 * limit, (dtype, errors)
 
 
 @pytest.mark.parametrize(("name", "activations"), ROUNDED)
 def test_both_inputs_are_rounded(
-    activations: ActivationFormat, name: str, rng: torch.Generator
+    name: str, activations: ActivationFormat, rng: torch.Generator
 ) -> None:
     config = ExpertsConfig(num_experts=9, hidden_size=640, intermediate_size=328)
     for tokens in (1, 7):
-        inputs = Inputs(config, 3, tokens, name, activations, torch.float32, rng)
-        out = inputs.run()
-        # A number that lies between two codes may fall to either side.
-        error, rounding = (
-            relative(out, inputs.expected()),
-            relative(inputs.expected("unquantized"), inputs.expected()),
-        )
-        assert error < 2e-4, error
-        assert rounding > 10 * error
-        half = Inputs(config, 3, tokens, name, activations, torch.bfloat16, rng)
-        assert relative(half.run(), half.expected()) < 2e-2
-
-
-@pytest.mark.parametrize("name", ["int4_g32", "mxfp4", "fp8"])
-def test_a_token_does_not_depend_on_its_batch(name: str, rng: torch.Generator) -> None:
-    config = ExpertsConfig(num_experts=8, hidden_size=512, intermediate_size=384)
-    inputs = Inputs(config, 3, 40, name, "unquantized", torch.bfloat16, rng)
-    together = inputs.run(batch_invariant=True)
-    for start, stop in ((0, 1), (5, 6), (17, 39), (0, 16)):
-        part = inputs.run(start, stop, batch_invariant=True)
-        assert torch.equal(part, together[start:stop])
+        # A value that lies between two codes may fall to either side: of float32 ones very few. In
+        # half precision the activation is rounded twice, and a hundredth of the codes differ.
+        for dtype, most, median in (
+            (torch.float32, 2e-2, 2e-3 if tokens == 1 else 2e-5),
+            (torch.bfloat16, 6e-2, 3e-2),
+            (torch.float16, 6e-2, 2e-2),
+        ):
+            inputs = Inputs(config, 3, tokens, name, activations, dtype, rng)
+            out = inputs.run()
+            assert torch.equal(out, inputs.run())
+            errors = inputs.errors(out)
+            assert errors.max() < most, (dtype, errors)
+            assert errors.median() < median, (dtype, errors)
+            if dtype == torch.float32 and tokens > 1:
+                assert inputs.errors(out, "unquantized").median() > 1e-3
 
 
 def test_a_captured_graph_sees_new_inputs(rng: torch.Generator) -> None:
     config = ExpertsConfig(num_experts=16, hidden_size=512, intermediate_size=256)
-    inputs = Inputs(config, 4, 6, "mxfp4", "unquantized", torch.bfloat16, rng)
-    inputs.run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = KERNEL(inputs.hidden, inputs.routing, inputs.ids, inputs.weights, config)
-    other = Inputs(config, 4, 6, "mxfp4", "unquantized", torch.bfloat16, rng)
-    for tensor, new in zip(
-        (inputs.hidden, inputs.routing, inputs.ids),
-        (other.hidden, other.routing, other.ids),
-        strict=True,
-    ):
-        tensor.copy_(new)
-    out.fill_(float("nan"))
-    graph.replay()
-    assert torch.equal(out, inputs.run())
-    assert relative(out, inputs.expected()) < 8e-3
+    for tokens in (1, 6):
+        inputs, other = (
+            Inputs(config, 4, tokens, "mxfp4", "unquantized", torch.bfloat16, rng) for _ in "ab"
+        )
+        inputs.run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = KERNEL(inputs.hidden, inputs.routing, inputs.ids, inputs.weights, config)
+        inputs.hidden.copy_(other.hidden)
+        inputs.routing.copy_(other.routing)
+        inputs.ids.copy_(other.ids)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, inputs.run())
+        assert inputs.errors(out).max() < 1.6e-2

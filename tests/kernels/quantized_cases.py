@@ -168,6 +168,20 @@ def random_weights(
     )
 
 
+def on_gpu(weights: QuantizedExpertWeights) -> QuantizedExpertWeights:
+    """All tensors copied to the current GPU."""
+
+    def moved(matrix: QuantizedMatrix) -> QuantizedMatrix:
+        return replace(matrix, **{name: one.cuda() for name, one in matrix.tensors.items()})
+
+    others = {
+        name: None if (one := getattr(weights, name)) is None else one.cuda()
+        for name in ("gate_up_bias", "down_bias", "post_norm")
+    }
+    up, down = moved(weights.gate_up), moved(weights.down)
+    return replace(weights, gate_up=up, down=down, **others)
+
+
 def draw_quantized(
     config: ExpertsConfig,
     name: str,

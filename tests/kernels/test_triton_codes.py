@@ -63,13 +63,15 @@ def test_the_instructions_give_every_code_its_number() -> None:
         ("INT4_BF16", "int4", 0), ("INT4_BF16_8", "int4", 8), ("INT4_FP16", "int4", 0),
         ("INT4_FP16_8", "int4", 8), ("E2M1_BF16", "e2m1", 0), ("E2M1_FP16", "e2m1", 0),
         ("E4M3_BF16", "e4m3", 0), ("E4M3_FP16", "e4m3", 0), ("INT8_BF16", "int8", 0),
-        ("INT8_FP16", "int8", 0),
+        ("INT8_FP16", "int8", 0), ("E2M1_BITS", "e2m1", 0), ("E4M3_BITS", "e4m3", 0),
     ):  # fmt: skip
         packed = element in ("int4", "e2m1")
-        dtype = torch.bfloat16 if "BF16" in name else torch.float16
+        dtype = torch.float16 if "FP16" in name else torch.bfloat16
         text = getattr(quantized_code, name).value
         made = [halves_of(one, dtype) for one in run_assembly(text, words, 4 if packed else 2)]
         numbers = expected_codes(element, offset)
+        if "BITS" in name:
+            numbers = numbers * 2.0 ** (-126 if packed else -120)
         first = torch.cat(made[:2], dim=1)
         assert torch.equal(first, numbers[codes & 15 if packed else codes]), name
         if packed:

@@ -25,10 +25,12 @@ from moetor.kernels.formats import (
     find_format,
 )
 from moetor.kernels.triton import attention, choose, choose_quantized
+from moetor.kernels.triton.choose_small_quantized import quantized_small_plan
 from moetor.kernels.triton.large import run_large
 from moetor.kernels.triton.large_quantized import run_large_quantized
 from moetor.kernels.triton.routing import run_route
 from moetor.kernels.triton.small import run_small
+from moetor.kernels.triton.small_quantized import run_small_quantized
 
 pytestmark = needs_triton
 BY_CAPABILITY = {device.capability: device for device in DEVICES}
@@ -55,6 +57,28 @@ def check(made: list[Compiled], device: choose.Device, bounds: dict[str, int]) -
         product = next((name for name in ("up", "down") if name in kernel.name), None)
         if product in bounds:
             assert kernel.shared <= bounds[product], kernel.name
+
+
+def quantized(
+    config: ExpertsConfig, name: str, activations: ActivationFormat
+) -> QuantizedExpertWeights:
+    experts, kind = config.num_experts, find_format(name)
+
+    def matrix(rows: int, depth: int) -> QuantizedMatrix:
+        scales = meta(experts, *kind.scale_shape(rows, depth), dtype=kind.scale_dtypes[0])
+        return QuantizedMatrix(
+            format=kind,
+            depth=depth,
+            values=meta(experts, *kind.value_shape(rows, depth), dtype=kind.value_dtype),
+            scales=scales,
+            zero_points=scales if kind.zero_points else None,
+        )
+
+    return QuantizedExpertWeights(
+        gate_up=matrix(config.up_size, config.hidden_size),
+        down=matrix(config.hidden_size, config.intermediate_size),
+        activation_format=activations,
+    )
 
 
 @dataclass(frozen=True)
@@ -127,20 +151,7 @@ def test_the_large_path_with_quantised_weights(
     device, kind = BY_CAPABILITY[capability], find_format(name)
     experts, top_k, hidden, size = COARSE
     config = ExpertsConfig(num_experts=experts, hidden_size=hidden, intermediate_size=size)
-
-    def matrix(rows: int, depth: int) -> QuantizedMatrix:
-        scales = meta(experts, *kind.scale_shape(rows, depth), dtype=kind.scale_dtypes[0])
-        return QuantizedMatrix(
-            format=kind,
-            depth=depth,
-            values=meta(experts, *kind.value_shape(rows, depth), dtype=kind.value_dtype),
-            scales=scales,
-            zero_points=scales if kind.zero_points else None,
-        )
-
-    weights = QuantizedExpertWeights(
-        gate_up=matrix(2 * size, hidden), down=matrix(hidden, size), activation_format=activations
-    )
+    weights = quantized(config, name, activations)
     up = choose_quantized.operands(kind, activations, dtype.itemsize, gated=True)
     down = choose_quantized.operands(kind, activations, dtype.itemsize, gated=False)
     plan = choose_quantized.quantized_large_plan(config, top_k, tokens, up, down, device)
@@ -148,6 +159,39 @@ def test_the_large_path_with_quantised_weights(
         run_large_quantized(*inputs(tokens, top_k, hidden, dtype), weights, config, plan)
     bounds = {"up": up.shared_bytes(plan.up.tile), "down": down.shared_bytes(plan.down.tile)}
     assert "large_quantized_up" in {kernel.name for kernel in made}
+    check(made, device, bounds)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "activations", "tokens", "dtype"),
+    [
+        ((9, 0), "int4_g32", "unquantized", 1, torch.bfloat16),
+        ((9, 0), "fp8", "fp8_token", 16, torch.bfloat16),
+        ((8, 6), "mxfp4", "unquantized", 16, torch.bfloat16),
+        ((10, 0), "int4_g128_zp", "unquantized", 4, torch.float16),
+    ],
+)
+def test_few_tokens_with_quantised_weights(
+    capability: tuple[int, int],
+    name: str,
+    activations: ActivationFormat,
+    tokens: int,
+    dtype: torch.dtype,
+) -> None:
+    device, kind = BY_CAPABILITY[capability], find_format(name)
+    experts, top_k, hidden, size = COARSE
+    config = ExpertsConfig(num_experts=experts, hidden_size=hidden, intermediate_size=size)
+    plan = quantized_small_plan(config, top_k, tokens, (kind, kind), activations, device, dtype)
+    weights = quantized(config, name, activations)
+    with compiling_for(device) as made:
+        run_small_quantized(*inputs(tokens, top_k, hidden, dtype), weights, config, plan)
+    bits = 4 if kind.packed else 8
+    bounds = {
+        "up": plan.up.shared_bytes(code_bits=bits),
+        "down": plan.down.shared_bytes(code_bits=bits),
+    }
+    last = "quantized_down_sum" if plan.summed else "quantized_sum"
+    assert {"quantized_up", last} <= {kernel.name for kernel in made}
     check(made, device, bounds)
 
 

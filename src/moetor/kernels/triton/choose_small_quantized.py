@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from moetor.config import ExpertsConfig
 from moetor.kernels.formats import ActivationFormat, WeightFormat
-from moetor.kernels.triton.choose import Device, next_power_of_2
+from moetor.kernels.triton.choose import Device, cdiv, next_power_of_2
+from moetor.kernels.triton.quantize_rows import RUNS
 
 Mode = Literal["rows", "sums", "numbers", "bits"]
 """What scales are applied to: the finished rows, the sums of groups, each weight, or its bits."""
@@ -20,8 +23,6 @@ Sharing = Literal["none", "slots", "experts"]
 """Whose slots share a program: a program for each slot; for each slot whose expert no earlier slot
 has; for each expert."""
 
-RUNS: dict[ActivationFormat, int] = {"fp8_group128": 128, "mxfp8": 32}
-"""Values of an input row that share a scale, where these are not all of them."""
 # Columns of a matrix instruction, whose inputs pass through shared memory for every block of rows.
 _COLUMNS = 8
 _MOST_COLUMNS = 16
@@ -30,8 +31,10 @@ _MOST_ENTRIES = 64
 # Up to here a token's experts are seldom another's.
 _FEW_TOKENS = 2
 _MOST_SUMMED = 16
-# Above this many tokens experts have rows enough for the large path's tiles.
-_SMALL_TOKENS = 16
+# 512 bytes of a row: 19 MiB of an H200's programs at once, of 50 that its cache holds.
+_LINES_AHEAD = 4
+# Up to this many tokens the small path is taken: none until it is measured to be the faster one.
+_SMALL_TOKENS = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,7 @@ class GroupTile:
         depth: BK, values.
         groups: NG.
         parts: of the depth, side by side among the rows.
+        ahead: lines of 128 bytes of each row that are asked for before the input is there.
     """
 
     tokens: int
@@ -54,13 +58,14 @@ class GroupTile:
     stages: int
     mode: Mode
     parts: int = 1
+    ahead: int = 0
 
-    def shared_bytes(self, *, code_bits: int, itemsize: int) -> int:
-        """Upper bound of the shared memory: codes, inputs and scales of all stages, and the
-        accumulators' way to their rows."""
+    def shared_bytes(self, *, code_bits: int) -> int:
+        """Upper bound of the shared memory, inputs in half precision: codes, inputs and scales of
+        all stages, and the accumulators' way to their rows."""
         columns = self.tokens * self.groups * self.parts
         scales = self.rows * max(self.groups, self.depth // 16) * 4 * 2
-        inputs = self.depth * columns * itemsize
+        inputs = self.depth * columns * 2
         loads = self.stages * (self.rows * self.depth * code_bits // 8 + inputs + scales)
         return max(loads, self.rows * columns * 4) + 4096
 
@@ -92,15 +97,15 @@ def quantized_form(config: ExpertsConfig) -> str | None:
 
 
 def use_small_quantized(config: ExpertsConfig, tokens: int) -> bool:
-    """Whether the small path has the form and is expected to be the faster one."""
-    return quantized_form(config) is None and tokens <= _SMALL_TOKENS
+    """Whether the small path has the form and is known to be the faster one."""
+    return 0 < tokens <= _SMALL_TOKENS and quantized_form(config) is None
 
 
 def scale_mode(kind: WeightFormat, activations: ActivationFormat, *, half: bool) -> Mode:
     """How the scales of a format are applied.
 
     Args:
-        half: the model computes in float16, whose range does not hold powers of two of 8 bits.
+        half: inputs are float16, whose range does not hold powers of two of 8 bits.
     """
     depth = kind.group[1]
     if activations == "fp8_group128":
@@ -113,100 +118,100 @@ def scale_mode(kind: WeightFormat, activations: ActivationFormat, *, half: bool)
     if kind.scale != "float":
         return "bits"
     # Sums of short groups take a column each, or a pass through the accumulators every few bytes.
-    return "numbers" if depth < 128 or kind.zero_points else "sums"
+    return "numbers" if depth < 128 else "sums"
 
 
-def _tile(
-    kind: WeightFormat,
-    activations: ActivationFormat,
-    depth: int,
-    tokens: int,
-    *,
-    half: bool,
-    itemsize: int,
-    device: Device,
-    parts: bool,
-) -> GroupTile:
-    mode = scale_mode(kind, activations, half=half)
-    lengths = (kind.group[1], RUNS.get(activations, 0) if mode == "sums" else 0)
-    group = min((length for length in lengths if length), default=0)
-    # 128 bytes of a row at a step, unless an eighth of the last one or more would lie beyond the
-    # row's end, or there would be too many columns.
-    least = max(32, group)
-    widest = 64 if itemsize == 4 else (256 if kind.packed else 128)
-    if mode == "sums":
-        widest = min(widest, 128)
-    step = max(least, min(widest, next_power_of_2(depth)))
-    while step > least and (
-        -depth % step > depth // 8 or (mode == "sums" and tokens * (step // group) > _MOST_COLUMNS)
-    ):
-        step //= 2
-    groups = step // group if mode == "sums" else 1
-    share = 1
-    if parts and groups == 1 and itemsize < 4:
-        # Idle columns take parts of the depth, so that more programs are under way.
-        share = max(1, _COLUMNS // max(2, tokens))
-        while share > 1 and depth % (share * max(step, kind.group[1])):
-            share //= 2
-    tile = GroupTile(
-        tokens=max(tokens, _COLUMNS // (groups * share)),
-        rows=32 if parts else 64,
-        depth=step,
-        groups=groups,
-        warps=2,
-        stages=4 if parts else 3,
-        mode=mode,
-        parts=share,
-    )
-    if itemsize == 4:
-        # Exact float32 products are vector sums.
-        return replace(tile, rows=32, warps=4, stages=1)
-    bits = 4 if kind.packed else 8
-    while (
-        tile.stages > 2
-        and tile.shared_bytes(code_bits=bits, itemsize=itemsize) > device.shared // 3
-    ):
-        tile = replace(tile, stages=tile.stages - 1)
-    return tile
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """What a product's tile depends on beside the weight.
+
+    Attributes:
+        dtype: of the input's numbers.
+        few: each program has the rows of one slot, or of one token's.
+    """
+
+    activations: ActivationFormat
+    dtype: torch.dtype
+    few: bool
+    device: Device
+
+    def step(self, kind: WeightFormat, mode: Mode, depth: int, tokens: int) -> tuple[int, int]:
+        """BK and NG."""
+        lengths = (kind.group[1], RUNS.get(self.activations, 0) if mode == "sums" else 0)
+        group = min((length for length in lengths if length), default=0)
+        # 128 bytes of a row at a step, unless an eighth of the last one or more would lie beyond
+        # the row's end, or there would be too many columns.
+        least = max(32, group)
+        widest = 64 if self.dtype.itemsize == 4 else (256 if kind.packed else 128)
+        if mode == "sums":
+            widest = min(widest, 128)
+        step = max(least, min(widest, next_power_of_2(depth)))
+        while step > least and (
+            -depth % step > depth // 8
+            or (mode == "sums" and tokens * (step // group) > _MOST_COLUMNS)
+        ):
+            step //= 2
+        return step, step // group if mode == "sums" else 1
+
+    def tile(self, kind: WeightFormat, depth: int, tokens: int) -> GroupTile:
+        """For `tokens` columns at least."""
+        mode = scale_mode(kind, self.activations, half=self.dtype == torch.float16)
+        step, groups = self.step(kind, mode, depth, tokens)
+        if self.dtype.itemsize == 4:
+            # Exact float32 products are vector sums.
+            columns = max(tokens, _COLUMNS // groups)
+            return GroupTile(
+                tokens=columns, rows=32, depth=step, groups=groups, warps=4, stages=1, mode=mode
+            )
+        share = 1
+        if self.few and groups == 1:
+            # Idle columns take parts of the depth, so that more programs are under way.
+            share = max(1, _COLUMNS // max(2, tokens))
+            while share > 1 and depth % (share * max(step, kind.group[1])):
+                share //= 2
+        tile = GroupTile(
+            tokens=max(tokens, _COLUMNS // (groups * share)),
+            rows=32 if self.few else 64,
+            depth=step,
+            groups=groups,
+            warps=2,
+            # No more than the whole depth under way: programs share the shared memory.
+            stages=max(2, min(4 if self.few else 3, cdiv(depth, share * step) + 1)),
+            mode=mode,
+            parts=share,
+            ahead=_LINES_AHEAD,
+        )
+        bits = 4 if kind.packed else 8
+        while tile.stages > 2 and tile.shared_bytes(code_bits=bits) > self.device.shared // 3:
+            tile = replace(tile, stages=tile.stages - 1)
+        return tile
 
 
 def quantized_small_plan(
     config: ExpertsConfig,
     top_k: int,
-    tokens: int | None,
+    tokens: int,
     formats: tuple[WeightFormat, WeightFormat],
     activations: ActivationFormat,
     device: Device,
-    *,
-    half: bool,
-    itemsize: int,
+    dtype: torch.dtype,
 ) -> QuantizedSmallPlan:
-    """The plan; `tokens=None` gives one for any number (batch invariance).
+    """The plan for `tokens` tokens.
 
     Args:
         formats: of the first and of the second product.
-        half: the model computes in float16.
-        itemsize: bytes of a number of the model.
+        dtype: of the model; rounded inputs are bfloat16 whatever it is.
     """
-    few = tokens is not None and tokens <= _FEW_TOKENS
-    entries = 16 if tokens is None else tokens * (top_k if config.weight_on_input else 1)
+    if activations != "unquantized":
+        dtype = torch.bfloat16
+    few = tokens <= _FEW_TOKENS
+    entries = tokens * (top_k if config.weight_on_input else 1)
     slots = entries * (1 if config.weight_on_input else top_k)
     summed = few and top_k <= _MOST_SUMMED and config.post_norm_eps is None
     many = 1 if few else min(_COLUMNS, next_power_of_2(entries))
-
-    def tile(kind: WeightFormat, depth: int, columns: int) -> GroupTile:
-        return _tile(
-            kind,
-            activations,
-            depth,
-            columns,
-            half=half,
-            itemsize=itemsize,
-            device=device,
-            parts=few,
-        )
-
-    down = tile(formats[1], config.intermediate_size, next_power_of_2(top_k) if summed else many)
+    inputs = _Inputs(activations=activations, dtype=dtype, few=few, device=device)
+    columns = next_power_of_2(top_k) if summed else many
+    down = inputs.tile(formats[1], config.intermediate_size, columns)
     if summed:
         # Rows are some of each of a token's experts, columns the token's slots.
         down = replace(down, rows=max(down.rows, 2 * next_power_of_2(top_k) * down.parts))
@@ -216,10 +221,10 @@ def quantized_small_plan(
     elif entries <= many and slots < config.num_experts:
         sharing = "slots"
     return QuantizedSmallPlan(
-        up=tile(formats[0], config.hidden_size, many),
+        up=inputs.tile(formats[0], config.hidden_size, many),
         down=down,
         sharing=sharing,
-        entries=min(_MOST_ENTRIES, next_power_of_2(entries)),
+        entries=1 if few else min(_MOST_ENTRIES, next_power_of_2(entries)),
         summed=summed,
         pdl=device.capability[0] >= 9,
     )

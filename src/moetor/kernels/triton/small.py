@@ -217,8 +217,9 @@ class TritonSmallKernel(ExpertsKernel):
         if isinstance(weights, QuantizedExpertWeights):
             check_quantized_call(self.name, *inputs, weights, config)
             self._refuse(quantized_form(config))
-            tokens = None if batch_invariant else hidden_TH.shape[0]
-            quantized = plan_small_quantized(*inputs, weights, config, tokens)
+            if batch_invariant:
+                self._refuse("sums quantised weights in an order that depends on the batch")
+            quantized = plan_small_quantized(*inputs, weights, config)
             return run_small_quantized(*inputs, weights, config, quantized)
         support.check_call(self.name, *inputs, weights, config)
         self._refuse(small_form(config))

@@ -12,12 +12,9 @@ are looked through, NG groups in BK.
 
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
-from triton.language.extra.cuda import (  # type: ignore[import-not-found, unused-ignore]
-    gdc_launch_dependents,
-)
 
 from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
-from moetor.kernels.triton.small_quantized_product_kernels import product
+from moetor.kernels.triton.small_quantized_product_kernels import fetch_ahead, product
 
 NO_SLOT = tl.constexpr(2**30)
 
@@ -86,7 +83,7 @@ def quantized_up(
     WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, SHARING: tl.constexpr, TE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, TN: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, ROUNDED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, ROUNDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[slot] = activation(W1[expert] @ x[row of slot]), in the dtype of `act`, for every slot,
     or for the first one of each entry and expert where slots share programs.
@@ -96,10 +93,8 @@ def quantized_up(
         DIV: slots that share a row of x.
         ROUNDED: x was made by the launch ahead of this one.
     """
-    if ROUNDED:
+    if not ROUNDED:
         chain(PDL)
-    elif PDL:
-        gdc_launch_dependents()  # launched after all before it, so that its inputs are there
     J: tl.constexpr = 2 * I if GATED else I
     RN: tl.constexpr = BN // PARTS
     BH: tl.constexpr = RN // 2 if GATED else RN
@@ -112,6 +107,9 @@ def quantized_up(
     i = block * BH + r % BH
     real_n = i < I
     n = tl.where(real_n, i + r // BH * I, 0)
+    if ROUNDED:  # the ids lie two launches back
+        fetch_ahead(codes, expert, n, J, FORMAT, PARTS, AHEAD)
+        chain(PDL)
     y = product(
         codes, scales, zeros, row_scales, x, x_scales, expert, n, real_n, row_c, real_c, J, H,
         FORMAT, MODE, X_GROUP, BN, BK, TN, NG, PARTS, STAGES,
@@ -145,10 +143,9 @@ def quantized_down(
     FORMAT: tl.constexpr, MODE: tl.constexpr, X_GROUP: tl.constexpr, X_SCALED: tl.constexpr,
     SHARING: tl.constexpr, TE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TN: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[slot] = W2[expert] @ x[slot] + bias in float32, for the slots that were written."""
-    chain(PDL)
     RN: tl.constexpr = BN // PARTS
     expert, block, slot, slot_c = _assigned(ids, entries, E, K, KP, SHARING, TE, TN, NG * PARTS)
     if expert == E:
@@ -157,6 +154,8 @@ def quantized_down(
     n = block * RN + tl.arange(0, BN) % RN
     real_n = n < H
     n = tl.where(real_n, n, 0)
+    fetch_ahead(codes, expert, n, H, FORMAT, PARTS, AHEAD)
+    chain(PDL)
     y = product(
         codes, scales, zeros, row_scales, x, x_scales, expert, n, real_n,
         tl.where(real_c, slot_c, 0), real_c, H, I,
@@ -182,14 +181,13 @@ def quantized_down_sum(
     WEIGHT_ON_INPUT: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TN: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[token] = sum over its slots of weight * (W2[expert] @ x[slot] + bias), in one launch.
 
     A program's rows are BN / KP rows of each of a token's experts, its columns the token's slots:
     of the product it keeps what lies where row and column have the same slot.
     """
-    chain(PDL)
     RN: tl.constexpr = BN // PARTS
     BH: tl.constexpr = RN // KP
     token = tl.program_id(0) % tokens
@@ -212,6 +210,8 @@ def quantized_down_sum(
     h = block * BH + r % BH
     real_n = kept & (h < H)
     h = tl.where(real_n, h, 0)
+    fetch_ahead(codes, expert, h, H, FORMAT, PARTS, AHEAD)
+    chain(PDL)
     y = product(
         codes, scales, zeros, row_scales, x, x_scales, expert, h, real_n, token * K + place_c,
         real_c, H, I, FORMAT, MODE, X_GROUP, BN, BK, TN, NG, PARTS, STAGES,

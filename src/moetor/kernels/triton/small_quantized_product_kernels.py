@@ -17,6 +17,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 from moetor.kernels.triton.quantized_code import (
+    INTERPRETED,
     bits_of_halves,
     bits_of_numbers,
     halves,
@@ -34,11 +35,12 @@ def _scales_of_bits(stored, SCALE: tl.constexpr, LACK: tl.constexpr, DTYPE: tl.c
     LACK is what `bits_of_halves` (126) or `bits_of_numbers` (120) are short of.
     """
     if SCALE == "e8m0":
-        # One addition to the exponent. 2^33 and more is no weight's scale.
-        exponent = tl.minimum(stored, 160).to(tl.int32) + (LACK - 32)
+        # One addition to the exponent; 2^34 and more become infinite.
+        exponent = tl.minimum(stored.to(tl.int32) + (LACK - 32), 255)
         scale = (exponent << 23).to(tl.float32, bitcast=True).to(DTYPE)
     else:
-        scale = numbers(stored, SCALE, DTYPE) * tl.full((1, 1), 2.0 ** (LACK - 32), DTYPE)
+        scale = numbers(stored, SCALE, DTYPE)
+        scale = scale * tl.full((1, 1), 2.0 ** (LACK - 32), tl.float32).to(DTYPE)
     return scale
 
 
@@ -100,6 +102,29 @@ def _weights(
 
 
 @triton.jit
+def fetch_ahead(
+    codes, expert, n, N: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
+    LINES: tl.constexpr,
+):  # fmt: skip
+    """Asks for the first LINES of 128 bytes of the rows that `product` will read, before it may
+    read its input."""
+    if LINES > 0 and not INTERPRETED:
+        BN: tl.constexpr = n.shape[0]
+        SPAN: tl.constexpr = FORMAT[5] // PARTS
+        at = tl.minimum(tl.arange(0, LINES) * 128, SPAN - 1)
+        part = tl.arange(0, BN) // (BN // PARTS)
+        row = (expert.to(tl.int64) * N + n) * FORMAT[5] + part * SPAN
+        tl.inline_asm_elementwise(
+            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+            "=r,l",
+            [codes + row[:, None] + at[None, :]],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def product(
     codes, scales, zeros, row_scales, x, x_scales, expert, n, real_n, row_c, real_c,
     N: tl.constexpr, D: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
@@ -115,7 +140,8 @@ def product(
     Args:
         expert: of all BN rows, or of each.
         row_c: rows of x of the C columns; those with `real_c` False count as zeros.
-        FORMAT: element, depth and rows of a group (0: whole rows), kind of scale, zero points.
+        FORMAT: element, depth and rows of a group (0: whole rows), kind of scale, zero points,
+            bytes of a row with its padding.
         MODE: scales apply to "rows" (in the end), to "sums" of groups, to "numbers", or to the
             "bits" of codes.
         X_GROUP: values of x that share a scale of `x_scales` [rows, .]; 0: it has none, or one.
@@ -126,9 +152,8 @@ def product(
     G: tl.constexpr = FORMAT[1] if FORMAT[1] > 0 else D
     PACKED: tl.constexpr = ELEMENT == "int4" or ELEMENT == "e2m1"
     PER_BYTE: tl.constexpr = 2 if PACKED else 1
-    PAD: tl.constexpr = (G if G > 32 else 32) if PACKED else (G if FORMAT[2] == 1 else 1)
-    P: tl.constexpr = (D + PAD - 1) // PAD * PAD if FORMAT[1] > 0 else D
-    WIDTH: tl.constexpr = P // PER_BYTE
+    WIDTH: tl.constexpr = FORMAT[5]
+    P: tl.constexpr = WIDTH * PER_BYTE
     B: tl.constexpr = BK // PER_BYTE
     GS: tl.constexpr = (P + G - 1) // G
     SCALE_ROWS: tl.constexpr = (N + FORMAT[2] - 1) // FORMAT[2]
@@ -162,7 +187,7 @@ def product(
     at_row = row * GS + part_n * (GS // PARTS)
     acc = tl.zeros((BN, C), tl.float32)
     acc_groups = tl.zeros((BN, TN, NG), tl.float32)
-    ones = tl.full((BN, B), 1.0, DTYPE)
+    ones = tl.full((BN, B), 1.0, tl.float32).to(DTYPE)
     for k0 in tl.range(0, DEPTH, BK, num_stages=STAGES):
         if EVEN:
             c = tl.load(pointers + k0 // PER_BYTE)

@@ -1,7 +1,7 @@
-"""A product's input rounded to what 8-bit activations would hold, in one launch.
+"""A product's input rounded to what 8-bit activations hold, in one launch.
 
-The codes are stored as numbers in the model's dtype, which holds them exactly, so that a product of
-half-precision numbers computes what one of codes would. GPUs without fp8 do the same.
+The codes are stored as bfloat16 numbers, which hold those of every format exactly: their products
+with codes of the weight are what products of codes would be.
 
 Shape letters: R rows, D their width, G runs of a row.
 """
@@ -12,35 +12,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 from moetor.kernels.triton.device_code import chain
-
-# Added and taken away again, it rounds a float32 of up to 2^22 half to even.
-_WHOLE = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _e4m3(x):
-    """float32 rounded half to even to three bits behind the first, saturated, as e4m3 has them."""
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
-    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 121)  # 2^-6 at least
-    # 2^20 times the number's power of two: the sum's last place is an eighth of that power.
-    power = ((exponent + 20) << 23).to(tl.float32, bitcast=True)
-    size = (tl.abs(x) + power) - power
-    return tl.where(x < 0, -size, size)
-
-
-@triton.jit
-def _scale_of(largest, FORMAT: tl.constexpr):
-    """The scale of values of up to `largest`; 1 for a run of zeros."""
-    largest = tl.where(largest > 0, largest, 1.0)
-    if FORMAT == "mxfp8":
-        # 2^k, k = floor(log2(largest)) - 8, one more where the largest value would saturate.
-        bits = largest.to(tl.int32, bitcast=True)
-        exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-        scale = (tl.maximum(exponent, 1) << 23).to(tl.float32, bitcast=True)
-    else:
-        TOP: tl.constexpr = 127.0 if FORMAT == "int8" else 448.0
-        scale = tl.div_rn(largest, tl.full(largest.shape, TOP, tl.float32))
-    return scale
+from moetor.kernels.triton.quantize_rows_kernels import inverse_of, scale_of, to_codes
 
 
 @triton.jit
@@ -81,27 +53,22 @@ def round_rows(
     values = tl.load(x + row // DIV * D + column, mask=inside, other=0.0).to(tl.float32)
     if WEIGHTED:
         values = values * tl.load(topk_weights + row)
+    LENGTH: tl.constexpr = RUN if RUN > 0 else WIDTH
+    RUNS: tl.constexpr = WIDTH // LENGTH
+    GROUPS: tl.constexpr = (D + RUN - 1) // RUN if RUN > 0 else 1
+    values = tl.reshape(values, (RUNS, LENGTH))
     if STATIC:
-        scale = tl.load(input_scales + expert)
-        spread = tl.full((WIDTH,), 1.0, tl.float32) * scale
-        tl.store(scales + row, scale)
-    elif RUN == 0:
-        scale = _scale_of(tl.max(tl.abs(values), axis=0, keep_dims=True), FORMAT)
-        spread = tl.broadcast_to(scale, (WIDTH,))
-        tl.store(scales + row + tl.arange(0, 1), scale)
+        scale = tl.load(input_scales + expert) + tl.zeros((RUNS,), tl.float32)
     else:
-        RUNS: tl.constexpr = WIDTH // RUN
-        GROUPS: tl.constexpr = (D + RUN - 1) // RUN
-        scale = _scale_of(tl.max(tl.abs(tl.reshape(values, (RUNS, RUN))), axis=1), FORMAT)
-        spread = tl.reshape(tl.broadcast_to(scale[:, None], (RUNS, RUN)), (WIDTH,))
-        if FORMAT != "mxfp8":
-            run = tl.program_id(1) * RUNS + tl.arange(0, RUNS)
-            tl.store(scales + row * GROUPS + run, scale, mask=run < GROUPS)
-    quotient = tl.div_rn(values, spread)
-    if FORMAT == "int8":
-        number = tl.minimum(tl.maximum((quotient + _WHOLE) - _WHOLE, -127.0), 127.0)
-    else:
-        number = _e4m3(quotient)
+        scale = scale_of(tl.max(tl.abs(values), axis=1), FORMAT)
+    number = to_codes(values, inverse_of(scale)[:, None], FORMAT, STATIC).to(tl.float32)
     if FORMAT == "mxfp8":
-        number = number * spread
-    tl.store(rounded + row * D + column, number.to(rounded.dtype.element_ty), mask=inside)
+        number = number * scale[:, None]
+    else:
+        # Several programs of a row with a static scale store the same one.
+        run = tl.arange(0, RUNS)
+        if RUN > 0:
+            run += tl.program_id(1) * RUNS
+        tl.store(scales + row * GROUPS + run, scale, mask=run < GROUPS)
+    number = tl.reshape(number, (WIDTH,))
+    tl.store(rounded + row * D + column, number.to(tl.bfloat16), mask=inside)
