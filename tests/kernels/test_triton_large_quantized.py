@@ -1,4 +1,4 @@
-"""Quantised weights on the large path of the Triton kernels: which tiles are chosen, and what is
+"""Quantised weights on the Triton kernels: which path and tiles are chosen, and what is
 refused; needs neither Triton nor a GPU."""
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from kernels.quantized_cases import FORMATS, ROUNDED, random_weights
 from kernels.test_triton_choose import DEVICES, SHAPES, TOKENS
 from kernels.test_triton_refusals import Machine, pretend
 from layer.expert_cases import ExpertsCase, draw
-from moetor.config import ExpertsConfig
+from moetor.config import Activation, ExpertsConfig
 from moetor.errors import InputError
 from moetor.kernels.base import KernelQuery
 from moetor.kernels.formats import ActivationFormat, find_format
 from moetor.kernels.select import select_kernel
 from moetor.kernels.triton import choose, choose_quantized
+from moetor.kernels.triton.choose_small_quantized import use_small_quantized
 from moetor.kernels.triton.fused import TritonKernel
 from moetor.kernels.triton.large_kernel import TritonLargeKernel
 from moetor.kernels.triton.quantized_support import check_quantized_inputs
@@ -189,3 +190,21 @@ def test_cpu_tensors_are_refused(rng: torch.Generator) -> None:
     for kernel in (TritonKernel(), TritonLargeKernel()):
         with pytest.raises(InputError, match="CUDA"):
             kernel(*inputs.values())
+
+
+def test_few_tokens_take_the_small_path_where_it_is_the_faster_one() -> None:
+    config = ExpertsConfig(num_experts=8, hidden_size=64, intermediate_size=64)
+
+    def most(up: str, down: str, activations: ActivationFormat = "unquantized", **form: Any) -> int:
+        formats = find_format(up), find_format(down)
+        chosen = [
+            tokens
+            for tokens in range(100)
+            if use_small_quantized(replace(config, **form), tokens, formats, activations)
+        ]
+        assert chosen == list(range(1, len(chosen) + 1))
+        return len(chosen)
+
+    assert most("int4_g32", "mxfp4") == 16
+    assert most("int4_g32", "int8") == most("fp8", "fp8") == most("fp8", "fp8", "fp8_token") == 2
+    assert most("mxfp4", "mxfp4", activation=Activation(function=torch.tanh)) == 0

@@ -31,10 +31,9 @@ _MOST_ENTRIES = 64
 # Up to here a token's experts are seldom another's.
 _FEW_TOKENS = 2
 _MOST_SUMMED = 16
-# 512 bytes of a row: 19 MiB of an H200's programs at once, of 50 that its cache holds.
-_LINES_AHEAD = 4
-# Up to this many tokens the small path is taken: none until it is measured to be the faster one.
-_SMALL_TOKENS = 0
+# Up to this many tokens the small path was the faster one on an H200.
+_SMALL_TOKENS = 2
+_SMALL_TOKENS_PACKED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +46,6 @@ class GroupTile:
         depth: BK, values.
         groups: NG.
         parts: of the depth, side by side among the rows.
-        ahead: lines of 128 bytes of each row that are asked for before the input is there.
     """
 
     tokens: int
@@ -58,7 +56,6 @@ class GroupTile:
     stages: int
     mode: Mode
     parts: int = 1
-    ahead: int = 0
 
     def shared_bytes(self, *, code_bits: int) -> int:
         """Upper bound of the shared memory, inputs in half precision: codes, inputs and scales of
@@ -96,9 +93,20 @@ def quantized_form(config: ExpertsConfig) -> str | None:
     return None
 
 
-def use_small_quantized(config: ExpertsConfig, tokens: int) -> bool:
-    """Whether the small path has the form and is known to be the faster one."""
-    return 0 < tokens <= _SMALL_TOKENS and quantized_form(config) is None
+def use_small_quantized(
+    config: ExpertsConfig,
+    tokens: int,
+    formats: tuple[WeightFormat, WeightFormat],
+    activations: ActivationFormat,
+) -> bool:
+    """Whether the small path has the form and is known to be the faster one.
+
+    Args:
+        formats: of the first and of the second product.
+    """
+    packed = activations == "unquantized" and all(kind.packed for kind in formats)
+    most = _SMALL_TOKENS_PACKED if packed else _SMALL_TOKENS
+    return 0 < tokens <= most and quantized_form(config) is None
 
 
 def scale_mode(kind: WeightFormat, activations: ActivationFormat, *, half: bool) -> Mode:
@@ -169,17 +177,19 @@ class _Inputs:
             share = max(1, _COLUMNS // max(2, tokens))
             while share > 1 and depth % (share * max(step, kind.group[1])):
                 share //= 2
+        one_by_one = kind.packed and mode in ("numbers", "bits")
         tile = GroupTile(
             tokens=max(tokens, _COLUMNS // (groups * share)),
-            rows=32 if self.few else 64,
+            # Where codes become numbers one by one, the warpgroup instruction, which takes 64 rows
+            # at least, multiplies while other warps make numbers.
+            rows=(32 if self.few else 64) * (2 if one_by_one else 1),
             depth=step,
             groups=groups,
-            warps=2,
+            warps=4 if one_by_one else 2,
             # No more than the whole depth under way: programs share the shared memory.
             stages=max(2, min(4 if self.few else 3, cdiv(depth, share * step) + 1)),
             mode=mode,
             parts=share,
-            ahead=_LINES_AHEAD,
         )
         bits = 4 if kind.packed else 8
         while tile.stages > 2 and tile.shared_bytes(code_bits=bits) > self.device.shared // 3:

@@ -70,7 +70,12 @@ class TritonKernel(ExpertsKernel):
             few = (
                 not batch_invariant
                 and hidden_TH.dim() == 2
-                and use_small_quantized(config, hidden_TH.shape[0])
+                and use_small_quantized(
+                    config,
+                    hidden_TH.shape[0],
+                    (weights.gate_up.format, weights.down.format),
+                    weights.activation_format,
+                )
             )
             return (self._small if few else self._large)(*call, batch_invariant=batch_invariant)
         if not batch_invariant:

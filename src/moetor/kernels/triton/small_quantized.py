@@ -103,7 +103,6 @@ class _Call:
             "NG": tile.groups,
             "PARTS": tile.parts,
             "STAGES": tile.stages,
-            "AHEAD": tile.ahead,
             "PDL": self.plan.pdl,
             "num_warps": tile.warps,
         } | support.chained(self.plan.pdl)

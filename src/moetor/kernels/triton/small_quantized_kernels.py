@@ -14,7 +14,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
-from moetor.kernels.triton.small_quantized_product_kernels import fetch_ahead, product
+from moetor.kernels.triton.small_quantized_product_kernels import product
 
 NO_SLOT = tl.constexpr(2**30)
 
@@ -83,7 +83,7 @@ def quantized_up(
     WEIGHT_ON_INPUT: tl.constexpr, ACT: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, SHARING: tl.constexpr, TE: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, TN: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, ROUNDED: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, ROUNDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[slot] = activation(W1[expert] @ x[row of slot]), in the dtype of `act`, for every slot,
     or for the first one of each entry and expert where slots share programs.
@@ -108,7 +108,6 @@ def quantized_up(
     real_n = i < I
     n = tl.where(real_n, i + r // BH * I, 0)
     if ROUNDED:  # the ids lie two launches back
-        fetch_ahead(codes, expert, n, J, FORMAT, PARTS, AHEAD)
         chain(PDL)
     y = product(
         codes, scales, zeros, row_scales, x, x_scales, expert, n, real_n, row_c, real_c, J, H,
@@ -143,7 +142,7 @@ def quantized_down(
     FORMAT: tl.constexpr, MODE: tl.constexpr, X_GROUP: tl.constexpr, X_SCALED: tl.constexpr,
     SHARING: tl.constexpr, TE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TN: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[slot] = W2[expert] @ x[slot] + bias in float32, for the slots that were written."""
     RN: tl.constexpr = BN // PARTS
@@ -154,7 +153,6 @@ def quantized_down(
     n = block * RN + tl.arange(0, BN) % RN
     real_n = n < H
     n = tl.where(real_n, n, 0)
-    fetch_ahead(codes, expert, n, H, FORMAT, PARTS, AHEAD)
     chain(PDL)
     y = product(
         codes, scales, zeros, row_scales, x, x_scales, expert, n, real_n,
@@ -181,7 +179,7 @@ def quantized_down_sum(
     WEIGHT_ON_INPUT: tl.constexpr, FORMAT: tl.constexpr, MODE: tl.constexpr,
     X_GROUP: tl.constexpr, X_SCALED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     TN: tl.constexpr, NG: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[token] = sum over its slots of weight * (W2[expert] @ x[slot] + bias), in one launch.
 
@@ -210,7 +208,6 @@ def quantized_down_sum(
     h = block * BH + r % BH
     real_n = kept & (h < H)
     h = tl.where(real_n, h, 0)
-    fetch_ahead(codes, expert, h, H, FORMAT, PARTS, AHEAD)
     chain(PDL)
     y = product(
         codes, scales, zeros, row_scales, x, x_scales, expert, h, real_n, token * K + place_c,

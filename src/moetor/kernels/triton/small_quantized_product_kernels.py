@@ -17,7 +17,6 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 from moetor.kernels.triton.quantized_code import (
-    INTERPRETED,
     bits_of_halves,
     bits_of_numbers,
     halves,
@@ -99,29 +98,6 @@ def _weights(
             if PACKED:
                 high = scaled(high, scale, LENGTH)
     return low, high
-
-
-@triton.jit
-def fetch_ahead(
-    codes, expert, n, N: tl.constexpr, FORMAT: tl.constexpr, PARTS: tl.constexpr,
-    LINES: tl.constexpr,
-):  # fmt: skip
-    """Asks for the first LINES of 128 bytes of the rows that `product` will read, before it may
-    read its input."""
-    if LINES > 0 and not INTERPRETED:
-        BN: tl.constexpr = n.shape[0]
-        SPAN: tl.constexpr = FORMAT[5] // PARTS
-        at = tl.minimum(tl.arange(0, LINES) * 128, SPAN - 1)
-        part = tl.arange(0, BN) // (BN // PARTS)
-        row = (expert.to(tl.int64) * N + n) * FORMAT[5] + part * SPAN
-        tl.inline_asm_elementwise(
-            "{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-            "=r,l",
-            [codes + row[:, None] + at[None, :]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
