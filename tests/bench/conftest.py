@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from tuning_cases import H100
 
 from moetor.bench import layer, timing
 from moetor.bench.ceilings import Ceilings
+from moetor.kernels.triton.tuned import TunedPlans
 
 CEILINGS = Ceilings(
     read_bytes_per_s=1e9,
@@ -21,3 +25,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "last_level_cache", lambda device: 4096)
     monkeypatch.setattr(timing, "MIN_SECONDS", 0.001)
     monkeypatch.setattr(timing, "_WARM_UP_SECONDS", 0.001)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TunedPlans:
+    return TunedPlans(tmp_path / "tuned" / "gpu.json", H100)
