@@ -1,9 +1,9 @@
 """What the HTTP layer costs: tokens a second of the engine alone and behind the server, in turns.
 
-Three turns of the same requests: `LLM.generate`, the engine's process without HTTP (an output for
-every token, read by this program), and the same behind the server. What the second lacks to the
-first is the engine in a process of its own and requests that come one after the other; what the
-third lacks to the second is HTTP.
+Three turns of the same requests: `LLM.generate`, the server's engine without HTTP (an output for
+every token, read in the server's process), and the same by HTTP. What the second lacks to the first
+is the engine in a process of its own, which also lies elsewhere in memory; what the third lacks to
+the second, which is the same two processes, is HTTP.
 
 `python benchmarks/server_overhead.py --streams 32 --pin` gives the engine the first core and the
 server and the client the second one; without `--pin` all share what there is. The client reads
@@ -16,7 +16,7 @@ never have one length, and a step over texts of one length is quicker, whoever a
 from __future__ import annotations
 
 import argparse
-import asyncio
+import http.client
 import json
 import os
 import random
@@ -31,12 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moetor import SamplingParams
 from moetor.bench.hardware import describe_run
-from moetor.engine import EngineConfig
-from moetor.engine.client import OutputStream
-from moetor.engine.process import EngineProcess
-from moetor.engine.source import ModelSource
 
 VOCABULARY, SHORTEST_PROMPT = 1024, 8
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -50,6 +45,41 @@ for line in sys.stdin:
     wall, cpu = time.perf_counter(), time.process_time()
     llm.generate(prompts, params, progress=False)
     print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]), flush=True)
+"""
+
+
+# `moetor serve`, and one path more: continues prompts without HTTP, and tells how long it took.
+SERVED = """
+import asyncio, sys, time
+from moetor import SamplingParams
+from moetor.cli.main import main
+from moetor.server import run
+
+make = run.create_app
+
+def create_app(engine, config, model):
+    app = make(engine, config, model)
+
+    async def read(stream):
+        async for output in stream:
+            if output.error is not None:
+                raise RuntimeError(output.error)
+
+    @app.post("/streams")
+    async def streams(asked: dict) -> float:
+        begin = time.perf_counter()
+        params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
+        made = [
+            await engine.add_request(prompt, params, merge=True, delta=True)
+            for prompt in asked["prompts"]
+        ]
+        await asyncio.gather(*map(read, made))
+        return time.perf_counter() - begin
+
+    return app
+
+run.create_app = create_app
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -80,11 +110,27 @@ def pin(pid: int, cores: Iterable[int]) -> None:
 
 
 class Client:
-    """Streams completions over bare sockets, all at once."""
+    """Streams completions over bare sockets, all at once.
+
+    Args:
+        path: of the completions.
+    """
 
     def __init__(self, url: str, path: str) -> None:
         self._host, _, port = url.removeprefix("http://").partition(":")
         self._port, self._path = int(port), path
+
+    def without_http(self, prompts: list[list[int]], tokens: int) -> float:
+        """Seconds that the server's engine took for them without HTTP."""
+        line = http.client.HTTPConnection(self._host, self._port)
+        body = json.dumps({"prompts": prompts, "tokens": tokens})
+        line.request("POST", "/streams", body, {"Content-Type": "application/json"})
+        answer = line.getresponse()
+        told = json.load(answer)
+        line.close()
+        if answer.status != 200:
+            raise RuntimeError(f"the server's engine failed: {told}")
+        return float(told)
 
     def run(self, prompts: list[list[int]], tokens: int) -> tuple[int, int]:
         """Tokens that the server counted, and events."""
@@ -120,39 +166,9 @@ class Client:
         return counted, events
 
 
-class Streams:
-    """The engine's process without HTTP, as the server reads it."""
-
-    def __init__(self) -> None:
-        self.engine = EngineProcess(
-            ModelSource(model="demo"), EngineConfig(record_expert_load=True)
-        )
-        self._loop = asyncio.new_event_loop()
-
-    def run(self, prompts: list[list[int]], tokens: int) -> None:
-        """Reads all outputs of all prompts."""
-        self._loop.run_until_complete(self._run(prompts, tokens))
-
-    async def _run(self, prompts: list[list[int]], tokens: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        streams = [
-            await self.engine.add_request(one, params, merge=True, delta=True) for one in prompts
-        ]
-        await asyncio.gather(*map(self._read, streams))
-
-    async def _read(self, stream: OutputStream) -> None:
-        async for output in stream:
-            if output.error is not None:
-                raise RuntimeError(output.error)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._loop.run_until_complete(self.engine.shutdown())
-
-
 def start(asked: argparse.Namespace) -> tuple[Any, Any, str, int]:
     """The server, the engine alone, the server's address, and the process of its engine."""
-    command = [sys.executable, "-m", "moetor", "serve", "--port", "0"]
+    command = [sys.executable, "-c", SERVED, "serve", "--port", "0"]
     server = subprocess.Popen([*command, *asked.flags], stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     url = next(line.rsplit(" on ", 1)[1].strip() for line in server.stderr if " on http" in line)
@@ -173,14 +189,13 @@ def measure(asked: argparse.Namespace) -> list[Round]:
     """All rounds; the first one warms up and is left out."""
     os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # of every process that starts now
     server, alone, url, engine = start(asked)
-    client, streams = Client(url, asked.path), Streams()
+    client = Client(url, asked.path)
     rounds: list[Round] = []
     total = asked.streams * asked.tokens
     try:
         for number in range(asked.rounds + 1):
             if asked.pin and number == 1:  # all threads are there now
                 pin(engine, asked.engine_cores)
-                pin(streams.engine.pid, asked.engine_cores)
                 pin(alone.pid, asked.engine_cores)
                 pin(server.pid, asked.server_cores)
                 pin(os.getpid(), asked.server_cores)
@@ -195,9 +210,7 @@ def measure(asked: argparse.Namespace) -> list[Round]:
             alone.stdin.write(json.dumps([prompts, asked.tokens]) + "\n")
             alone.stdin.flush()
             wall, cpu = json.loads(alone.stdout.readline())
-            begin = time.perf_counter()
-            streams.run(prompts, asked.tokens)
-            streamed = time.perf_counter() - begin
+            streamed = client.without_http(prompts, asked.tokens)
             before = cpu_s(engine), cpu_s(server.pid), time.process_time(), time.perf_counter()
             counted, events = client.run(prompts, asked.tokens)
             after = cpu_s(engine), cpu_s(server.pid), time.process_time(), time.perf_counter()
@@ -228,7 +241,6 @@ def measure(asked: argparse.Namespace) -> list[Round]:
         alone.kill()
         server.terminate()
         server.wait()
-        streams.close()  # last: after an error it may raise one of its own
     return rounds
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from platform import libc_ver
 from typing import Any
 
 import pytest
@@ -177,3 +180,38 @@ def test_frames_in_pieces_of_any_size(seed: int) -> None:
         reader = FrameReader()
         pieces = [data[place : place + size] for place in range(0, len(data), size)]
         assert [one for piece in pieces for one in reader.feed(piece)] == said
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("", "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=0", "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_its_heap_is_on_huge_pages_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: str, wanted: str
+) -> None:
+    started: list[dict[str, str]] = []
+
+    def start(*_: Any, env: dict[str, str], **__: Any) -> None:
+        started.append(env)
+        raise OSError("not started")
+
+    monkeypatch.setenv("GLIBC_TUNABLES", given)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(OSError, match="not started"):
+        EngineProcess(SOURCE, CONFIG)
+    assert started == [{**os.environ, "GLIBC_TUNABLES": wanted}]
+
+
+def test_a_heap_has_huge_pages_where_there_are_some(engine: EngineProcess) -> None:
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    kind, version = libc_ver()
+    able = kind == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+    if not able or not modes.exists() or "[never]" in modes.read_text():
+        pytest.skip("there are none here")
+    lines = Path(f"/proc/{engine.pid}/smaps_rollup").read_text().splitlines()
+    sizes = dict(line.split()[:2] for line in lines[1:])
+    assert int(sizes["AnonHugePages:"]) > 0

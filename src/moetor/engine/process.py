@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -45,6 +46,10 @@ _MAIN = (
     "from moetor.engine.worker import main; main(int(sys.argv[1]), int(sys.argv[3]))"
 )
 
+# Has glibc ask for huge pages for its heap. An engine touches much of it in every step, and small
+# pages cost it 3% of its speed where this was written; other systems do not read the variable.
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
+
 
 class EngineProcess(EngineClient):
     """Starts the process and waits until its engine is ready.
@@ -71,7 +76,7 @@ class EngineProcess(EngineClient):
             numbers = theirs.fileno(), heart.descriptor
             words = str(numbers[0]), json.dumps(sys.path), str(numbers[1])
             command = [sys.executable, "-P", "-c", _MAIN, *words]
-            self._process = subprocess.Popen(command, pass_fds=numbers)
+            self._process = subprocess.Popen(command, pass_fds=numbers, env=_environment())
         heart.close()
         self._ended = False
         try:
@@ -218,6 +223,15 @@ class EngineProcess(EngineClient):
             return "the engine's process has closed its connection"
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         return f"the engine's process {how}"
+
+
+def _environment() -> dict[str, str]:
+    """That of the process: this one's, with huge pages unless it says something of them."""
+    given = os.environ.get(_TUNABLES, "")
+    if _HUGE_PAGES in given:
+        return dict(os.environ)
+    wanted = ":".join(filter(None, (given, f"{_HUGE_PAGES}=1")))
+    return {**os.environ, _TUNABLES: wanted}
 
 
 class _Protocol(asyncio.Protocol):
