@@ -15,6 +15,7 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from moetor.errors import UnsupportedError
+from moetor.parallel.small_sums import small_sums
 
 _gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -69,13 +70,16 @@ def start_all_to_all(
 
 
 def all_reduce(partial_TH: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of the ranks' partial results, in the argument's own memory where that is one piece:
-    for a tensor that nobody else reads. `torch.compile` traces it, as a new tensor.
+    """The sum of the ranks' partial results, which may take the argument's own memory: for a tensor
+    that nobody else reads. `torch.compile` traces it, as a new tensor.
     """
     if torch.compiler.is_compiling():
         return _waited(functional.all_reduce(partial_TH, "sum", group))
     # The traceable one would copy first, and on CUDA go over another stream and back.
     partial_TH = partial_TH.contiguous()
+    sums = small_sums(group)
+    if sums is not None and sums.takes(partial_TH):
+        return sums(partial_TH)
     dist.all_reduce(partial_TH, group=group)
     return partial_TH
 

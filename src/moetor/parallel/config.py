@@ -10,6 +10,7 @@ from moetor.errors import ConfigError
 DispatcherName = Literal["auto", "allgather", "alltoall"]
 DispatchDtype = Literal["auto", "fp8"]
 BalancePolicy = Literal["auto", "global", "hierarchical"]
+AllReduceName = Literal["auto", "backend", "one_shot"]
 
 
 def _check_positive(owner: str, **values: float) -> None:
@@ -94,6 +95,9 @@ class ParallelConfig:
             dispatcher. None: counts are exchanged at every call.
         eplb: move and copy experts between ranks by their load; None for a fixed placement.
         num_redundant_experts: further slots per layer, for copies of busy experts.
+        all_reduce: how results of a tensor-parallel group are summed: `backend` by NCCL or gloo;
+            `one_shot` for up to 512 KiB in one launch, through memory that GPUs of one machine
+            share; `auto` the latter where trying at the start shows that it gives the same sums.
         timeout: seconds after which a rank that waits for another one gives up.
     """
 
@@ -107,6 +111,7 @@ class ParallelConfig:
     max_tokens_per_rank: int | None = None
     eplb: EplbConfig | None = None
     num_redundant_experts: int = 0
+    all_reduce: AllReduceName = "auto"
     timeout: float = 20.0
 
     def __post_init__(self) -> None:
@@ -123,6 +128,10 @@ class ParallelConfig:
             )
         if self.dispatch_dtype not in ("auto", "fp8"):
             raise ConfigError(f"{me}: dispatch_dtype={self.dispatch_dtype!r} is not auto or fp8")
+        if self.all_reduce not in ("auto", "backend", "one_shot"):
+            raise ConfigError(
+                f"{me}: all_reduce={self.all_reduce!r} is not one of auto, backend, one_shot"
+            )
         if self.num_redundant_experts < 0:
             raise ConfigError(
                 f"{me}: num_redundant_experts={self.num_redundant_experts} must not be negative"

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moetor.errors import ConfigError, ParallelError, UnsupportedError
 from moetor.parallel.config import ParallelConfig, possible_grids
 from moetor.parallel.launch import local_rank
+from moetor.parallel.small_sums import start_small_sums
 
 # Loading and compiling may differ by minutes between ranks; only steps are watched closely.
 START_TIMEOUT = timedelta(minutes=30)
@@ -36,6 +37,8 @@ class ParallelGroups:
             model's collectives.
         data: the ranks at the same place of the other tensor-parallel groups.
         mesh: the same as a mesh with the dimensions `dp` and `tp`.
+        no_small_sums: why small results are summed as large ones are; None where they are summed in
+            one launch.
     """
 
     config: ParallelConfig
@@ -45,6 +48,7 @@ class ParallelGroups:
     aside: dist.ProcessGroup
     data: dist.ProcessGroup
     mesh: DeviceMesh
+    no_small_sums: str | None
 
     @property
     def tensor_rank(self) -> int:
@@ -124,6 +128,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
     Raises:
         ConfigError: the ranks are not as many as the grid has.
         ParallelError: the ranks were given different configurations.
+        UnsupportedError: an all-reduce was asked for that is not possible here.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size != config.world_size:
@@ -149,6 +154,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
     mesh = DeviceMesh.from_group(
         [data, tensor], kind, mesh=torch.tensor(grid), mesh_dim_names=("dp", "tp")
     )
+    no_small_sums = _start_small_sums(tensor, config, kind)
     made = ParallelGroups(
         config=config,
         rank=rank,
@@ -157,10 +163,28 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
         aside=_mine(grid, rank, options),
         data=data,
         mesh=mesh,
+        no_small_sums=no_small_sums,
     )
     assert dist.group.WORLD is not None, "the ranks have joined"
     _made[config, kind] = dist.group.WORLD, made
     return made
+
+
+def _start_small_sums(
+    tensor: dist.ProcessGroup, config: ParallelConfig, kind: str
+) -> str | None:
+    """Why there is no short way for small sums, the same on all ranks; None where there is one."""
+    if config.tensor_parallel_size == 1:
+        return "nothing is summed over ranks"
+    if config.all_reduce == "backend":
+        return "all_reduce='backend' was asked for"
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
+    reason = start_small_sums(tensor, torch.device(device))
+    if reason is not None and config.all_reduce == "one_shot":
+        raise UnsupportedError(
+            f"all_reduce='one_shot' is not possible here: {reason}; take 'backend' or 'auto'"
+        )
+    return reason
 
 
 def _mine(rows: list[list[int]], rank: int, options: dict[str, Any]) -> dist.ProcessGroup:

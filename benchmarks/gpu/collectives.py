@@ -1,0 +1,216 @@
+"""Ways to sum, gather and scatter a layer's results over the GPUs of one machine, in CUDA graphs.
+
+    torchrun --nproc-per-node 2 benchmarks/gpu/collectives.py --json FILE
+
+Every way is compared with NCCL's result, then all are timed interleaved; a time is the slower
+rank's, the median over the samples. Sizes are tokens of the whole job, bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _symmetric_memory as symmetric
+
+from moetor.bench.hardware import describe_run
+from moetor.parallel.groups import start_process_group
+
+CALLS = 20
+
+
+class Shared:
+    """Memory of every rank that all can read."""
+
+    def __init__(self, count: int) -> None:
+        self.own = symmetric.empty(count, dtype=torch.bfloat16, device="cuda")
+        self.handle = symmetric.rendezvous(self.own, dist.group.WORLD)
+        self.name = dist.group.WORLD.group_name
+
+    def of(self, rank: int, like: Tensor, offset: int = 0) -> Tensor:
+        """A rank's memory in a tensor's shape."""
+        return self.handle.get_buffer(rank, tuple(like.shape), like.dtype, offset)
+
+
+def ways_to_sum(shared: Shared, part: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """All-reduces of [T, H]."""
+    view = shared.own[: part.numel()].view(part.shape)
+    ops, name = torch.ops.symm_mem, shared.name
+
+    def nccl() -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    def one_shot() -> Tensor:
+        total = torch.empty_like(part)
+        return ops.one_shot_all_reduce_copy_out(view, part, "sum", name, total)
+
+    def two_shot() -> Tensor:
+        view.copy_(part)
+        total = torch.empty_like(part)
+        return ops.two_shot_all_reduce_out(view, "sum", name, total)
+
+    def clone() -> Tensor:
+        return part.clone()
+
+    return {"nccl": nccl, "one shot": one_shot, "two shots": two_shot, "clone alone": clone}
+
+
+def ways_to_gather(shared: Shared, part: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """All-gathers of [T / R, H]."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+
+    def nccl() -> Tensor:
+        both = part.new_empty(ranks * part.shape[0], part.shape[1])
+        dist.all_gather_into_tensor(both, part)
+        return both
+
+    def pull() -> Tensor:
+        shared.of(rank, part).copy_(part)
+        both = part.new_empty(ranks, *part.shape)
+        both[rank].copy_(part)
+        shared.handle.barrier(channel=0)
+        for step in range(1, ranks):
+            other = (rank + step) % ranks
+            both[other].copy_(shared.of(other, part))
+        shared.handle.barrier(channel=0)
+        return both.flatten(0, 1)
+
+    def push() -> Tensor:
+        for step in range(ranks):
+            other = (rank + step) % ranks
+            shared.of(other, part, rank * part.numel()).copy_(part)
+        shared.handle.barrier(channel=0)
+        both = shared.of(rank, part.new_empty(ranks * part.shape[0], part.shape[1])).clone()
+        shared.handle.barrier(channel=0)
+        return both
+
+    return {"nccl": nccl, "pull": pull, "push": push}
+
+
+def ways_to_scatter(shared: Shared, whole: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Reduce-scatters of [T, H]."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = whole.chunk(ranks)
+
+    def nccl() -> Tensor:
+        own = torch.empty_like(parts[rank])
+        dist.reduce_scatter_tensor(own, whole)
+        return own
+
+    def push() -> Tensor:
+        size = parts[0].numel()
+        for step in range(1, ranks):
+            other = (rank + step) % ranks
+            shared.of(other, parts[0], rank * size).copy_(parts[other])
+        shared.handle.barrier(channel=0)
+        total = parts[rank]
+        for step in range(1, ranks):
+            other = (rank + step) % ranks
+            total = total + shared.of(rank, parts[0], other * size)
+        shared.handle.barrier(channel=0)
+        return total
+
+    def pull() -> Tensor:
+        shared.of(rank, whole).copy_(whole)
+        shared.handle.barrier(channel=0)
+        total = parts[rank]
+        for step in range(1, ranks):
+            other = (rank + step) % ranks
+            total = total + shared.of(other, parts[0], rank * parts[0].numel())
+        shared.handle.barrier(channel=0)
+        return total
+
+    return {"nccl": nccl, "push": push, "pull": pull}
+
+
+def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of `CALLS` calls, and the last one's result."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(CALLS):
+            result = call()
+    return graph, result
+
+
+def measure(ways: dict[str, Callable[[], Tensor]], samples: int, host: Any) -> dict[str, Any]:
+    """Microseconds a call of every way, and its largest difference from NCCL's."""
+    graphs: dict[str, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+    failed = {}
+    for name, call in ways.items():
+        try:
+            graphs[name] = capture(call)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for number in range(samples + 2):
+        for name, (graph, _) in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            dist.barrier(group=host)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if number >= 2:
+                times[name].append(begin.elapsed_time(end) * 1e3 / CALLS)
+    row: dict[str, Any] = {"us": {}, "error": {}, "failed": failed}
+    for name, (_, result) in graphs.items():
+        slower = torch.tensor(times[name])
+        dist.all_reduce(slower, op=dist.ReduceOp.MAX, group=host)
+        row["us"][name] = round(statistics.median(slower.tolist()), 2)
+        expected = graphs["nccl"][1].float()
+        row["error"][name] = float((result.float() - expected).abs().max())
+    return row
+
+
+def main() -> None:
+    """Measures what the flags say."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--json", default="collectives.json")
+    args = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    start_process_group("cuda")
+    dist.barrier(device_ids=[torch.cuda.current_device()])
+    host = dist.new_group(backend="gloo")
+    sizes = list(map(int, args.tokens.split(",")))
+    shared = Shared(max(sizes) * args.hidden * 2)
+    record = {**describe_run("cuda", torch.get_num_threads()), "rows": []}
+    record["command"] = "torchrun --nproc-per-node 2 benchmarks/gpu/collectives.py"
+    record["multicast"] = bool(shared.handle.multicast_ptr)
+    rng = torch.Generator("cuda").manual_seed(dist.get_rank())
+    for tokens in sizes:
+        whole = torch.randn(tokens, args.hidden, device="cuda", generator=rng).bfloat16()
+        rows = {"all-reduce": ways_to_sum(shared, whole)}
+        if tokens % dist.get_world_size() == 0:
+            rows["all-gather"] = ways_to_gather(shared, whole[: tokens // dist.get_world_size()])
+            rows["reduce-scatter"] = ways_to_scatter(shared, whole)
+        for what, ways in rows.items():
+            row = {"what": what, "tokens": tokens, **measure(ways, args.samples, host)}
+            record["rows"].append(row)
+            if dist.get_rank() == 0:
+                print(what, tokens, row["us"], row["error"], row["failed"] or "", flush=True)
+                Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    torch.cuda.synchronize()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

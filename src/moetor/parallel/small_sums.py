@@ -1,0 +1,132 @@
+"""All-reduces of small tensors in one launch, through memory that the ranks of one machine share.
+
+A rank writes its part where the others can read it, waits for theirs, and adds them up: one trip
+over NVLink, where a ring or a tree makes several. For a few tokens this is what counts. Kernels and
+shared memory are those of `torch.distributed._symmetric_memory`.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Above this the library's own all-reduce is faster (docs/parallel.md).
+MOST_BYTES = 512 * 2**10
+_ALIGNED = 16
+# Elements of the tensors that are tried: one vector, one row, and all.
+_TRIALS = (8, 2048, 40 * 1024)
+_ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-22}
+
+
+class SmallSums:
+    """The small all-reduces of one group. Calls must follow one another, on one stream at a time.
+
+    Args:
+        group: ranks of one machine; every rank must make it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self._name = group.group_name
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        for dtype in DTYPES:
+            count = MOST_BYTES // dtype.itemsize
+            buffer = symmetric.empty(count, dtype=dtype, device=device)
+            symmetric.rendezvous(buffer, group)
+            self._buffers[dtype] = buffer
+
+    def takes(self, partial: Tensor) -> bool:
+        """Whether a tensor is of a size, dtype and layout that this adds up."""
+        size = partial.numel() * partial.element_size()
+        return (
+            0 < size <= MOST_BYTES
+            and size % _ALIGNED == 0
+            and partial.dtype in self._buffers
+            and partial.is_contiguous()
+            and partial.data_ptr() % _ALIGNED == 0
+        )
+
+    def __call__(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks, the same bits on all of them; a new tensor."""
+        shared = self._buffers[partial.dtype][: partial.numel()].view(partial.shape)
+        total = torch.empty_like(partial)
+        torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, partial, "sum", self._name, total)
+        return total
+
+
+_of: WeakKeyDictionary[dist.ProcessGroup, SmallSums] = WeakKeyDictionary()
+
+
+def small_sums(group: dist.ProcessGroup) -> SmallSums | None:
+    """What adds up small tensors of a group; None where `start_small_sums` found no way."""
+    return _of.get(group)
+
+
+def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Makes and tries what adds up a group's small tensors; why there is none, the same on every
+    rank, or None.
+    """
+    reason = _first(_missing(device), group)
+    if reason is None and len(set(_told(platform.node(), group))) > 1:
+        reason = "the ranks are on several machines"
+    if reason is not None:
+        return reason
+    made: SmallSums | None = None
+    try:
+        made = SmallSums(group, device)
+    except (RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"memory cannot be shared: {lines[0]}"
+    reason = _first(reason, group)
+    if made is None or reason is not None:
+        return reason
+    reason = _first(_wrong(made, group, device), group)
+    if reason is None:
+        _of[group] = made
+    return reason
+
+
+def _missing(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "that is for CUDA devices"
+    if not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy_out"):
+        return f"torch {torch.__version__} has no symm_mem.one_shot_all_reduce_copy_out"
+    return None
+
+
+def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Where a sum differs from the one of the group's own all-reduce, or between ranks."""
+    generator = torch.Generator(device).manual_seed(group.rank())
+    for dtype in DTYPES:
+        for count in _TRIALS:
+            part = torch.randn(count, device=device, generator=generator).to(dtype)
+            whole = part.double()
+            dist.all_reduce(whole, group=group)
+            ours = sums(part)
+            bits = ours.view(torch.uint8).long()
+            everyone = bits.clone()
+            dist.all_reduce(everyone, group=group)
+            allowed = group.size() * _ERROR[dtype] * float(whole.abs().max())
+            if float((ours.double() - whole).abs().max()) > allowed:
+                return f"{count} elements of {dtype} gave another sum than the all-reduce"
+            if not torch.equal(everyone, bits * group.size()):
+                return f"{count} elements of {dtype} gave different bits on the ranks"
+    return None
+
+
+def _first(reason: str | None, group: dist.ProcessGroup) -> str | None:
+    """The reason of the first rank that has one, on all ranks."""
+    return next((told for told in _told(reason, group) if told is not None), None)
+
+
+def _told(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, value, group=group)
+    return told
