@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine import compare, numbers, report
 
+from engine import numbers, report
 from moetor.bench.generation import EngineBackend
 from moetor.bench.hardware import describe_run
 from moetor.engine import EngineConfig, ModelSource, build_engine, replay
@@ -150,7 +150,7 @@ def main() -> None:
     wanted = sorted({*numbers(given.sizes), 8})
     # Graphs of these sizes alone, and none of prompts: the start takes most of the time.
     replay.graph_sizes = lambda most: [size for size in wanted if size <= most]  # type: ignore
-    replay.prompt_sizes = lambda most: []  # type: ignore
+    replay.StepGraphs.capture_prompts = lambda *given: None  # type: ignore
     record: dict[str, Any] = {
         "command": "torchrun --nproc-per-node 2 benchmarks/gpu/parallel_engine.py --out DIR",
         **describe_run(given.device, torch.get_num_threads()),
@@ -173,7 +173,9 @@ def main() -> None:
             found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
             for number in range(rounds + 1):
                 for name in names:
-                    dist.barrier(device_ids=None if device == "cpu" else [torch.cuda.current_device()])
+                    dist.barrier(
+                        device_ids=None if device == "cpu" else [torch.cuda.current_device()]
+                    )
                     one = timed(backends[name], size, given)
                     if number:
                         found[name].append(one)
@@ -184,8 +186,10 @@ def main() -> None:
                     "later_s": later,
                     "decode_tokens_per_s": size / later,
                 }
-                say(f"{name:8s} {size:4d} streams: first {first * 1e3:8.1f} ms, later "
-                    f"{later * 1e3:7.3f} ms, {size / later:8.0f} tok/s")
+                say(
+                    f"{name:8s} {size:4d} streams: first {first * 1e3:8.1f} ms, later "
+                    f"{later * 1e3:7.3f} ms, {size / later:8.0f} tok/s"
+                )
 
     for way in given.ways.split(","):
         rows[way] = {"parallel": WAYS[way][0], "fuse_dense": WAYS[way][1]}
@@ -196,8 +200,10 @@ def main() -> None:
             rows[way]["equal_tokens"] = checked(backends[way], expected)
             groups = getattr(backends[way]._engine.core, "groups", None)
             sums = "" if groups is None else f"; small sums: {groups.no_small_sums or 'one shot'}"
-            say(f"{way}: built in {rows[way]['start_s']:.1f} s, tokens equal to one GPU's "
-                f"{rows[way]['equal_tokens']}{sums}")
+            say(
+                f"{way}: built in {rows[way]['start_s']:.1f} s, tokens equal to one GPU's "
+                f"{rows[way]['equal_tokens']}{sums}"
+            )
         except Exception:
             rows[way]["failed"] = traceback.format_exc()
             backends.pop(way, None)

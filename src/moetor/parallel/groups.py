@@ -170,9 +170,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
     return made
 
 
-def _start_small_sums(
-    tensor: dist.ProcessGroup, config: ParallelConfig, kind: str
-) -> str | None:
+def _start_small_sums(tensor: dist.ProcessGroup, config: ParallelConfig, kind: str) -> str | None:
     """Why there is no short way for small sums, the same on all ranks; None where there is one."""
     if config.tensor_parallel_size == 1:
         return "nothing is summed over ranks"
