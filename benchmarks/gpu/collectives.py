@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.distributed import _symmetric_memory as symmetric
 
 from moetor.bench.hardware import describe_run
 from moetor.parallel.groups import start_process_group
+from moetor.parallel.small_sums import PushedSums
 
 CALLS = 20
 
@@ -40,7 +42,9 @@ class Shared:
         return self.handle.get_buffer(rank, tuple(like.shape), like.dtype, offset)
 
 
-def ways_to_sum(shared: Shared, part: Tensor) -> dict[str, Callable[[], Tensor]]:
+def ways_to_sum(
+    shared: Shared, part: Tensor, pushed: dict[str, PushedSums]
+) -> dict[str, Callable[[], Tensor]]:
     """All-reduces of [T, H]."""
     view = shared.own[: part.numel()].view(part.shape)
     ops, name = torch.ops.symm_mem, shared.name
@@ -62,7 +66,11 @@ def ways_to_sum(shared: Shared, part: Tensor) -> dict[str, Callable[[], Tensor]]
     def clone() -> Tensor:
         return part.clone()
 
-    return {"nccl": nccl, "one shot": one_shot, "two shots": two_shot, "clone alone": clone}
+    ways = {"nccl": nccl, "one shot": one_shot, "two shots": two_shot, "clone alone": clone}
+    for name, sums in pushed.items():
+        if sums.takes(part):
+            ways[name] = partial(sums, part)
+    return ways
 
 
 def ways_to_gather(shared: Shared, part: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -184,6 +192,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=15)
+    parser.add_argument("--push", action="store_true", help="also sums by our own kernel")
     parser.add_argument("--json", default="collectives.json")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -196,18 +205,33 @@ def main() -> None:
     record["command"] = "torchrun --nproc-per-node 2 benchmarks/gpu/collectives.py"
     record["multicast"] = bool(shared.handle.multicast_ptr)
     rng = torch.Generator("cuda").manual_seed(dist.get_rank())
-    for tokens in sizes:
-        whole = torch.randn(tokens, args.hidden, device="cuda", generator=rng).bfloat16()
-        rows = {"all-reduce": ways_to_sum(shared, whole)}
-        if tokens % dist.get_world_size() == 0:
-            rows["all-gather"] = ways_to_gather(shared, whole[: tokens // dist.get_world_size()])
-            rows["reduce-scatter"] = ways_to_scatter(shared, whole)
-        for what, ways in rows.items():
-            row = {"what": what, "tokens": tokens, **measure(ways, args.samples, host)}
-            record["rows"].append(row)
-            if dist.get_rank() == 0:
-                print(what, tokens, row["us"], row["error"], row["failed"] or "", flush=True)
-                Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+
+    def note(what: str, tokens: int, ways: dict[str, Callable[[], Tensor]]) -> None:
+        row = {"what": what, "tokens": tokens, **measure(ways, args.samples, host)}
+        record["rows"].append(row)
+        if dist.get_rank() == 0:
+            print(what, tokens, row["us"], row["error"], row["failed"] or "", flush=True)
+            Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+
+    wholes = {
+        tokens: torch.randn(tokens, args.hidden, device="cuda", generator=rng).bfloat16()
+        for tokens in sizes
+    }
+    ranks = dist.get_world_size()
+    for tokens, whole in wholes.items():
+        note("all-reduce", tokens, ways_to_sum(shared, whole, {}))
+        if tokens % ranks == 0:
+            note("all-gather", tokens, ways_to_gather(shared, whole[: tokens // ranks]))
+            note("reduce-scatter", tokens, ways_to_scatter(shared, whole))
+    if args.push:
+        where = torch.device("cuda", torch.cuda.current_device())
+        blocks = (512, 1024, 2048)
+        pushed = {
+            f"push {block}": PushedSums(dist.group.WORLD, where, block=block) for block in blocks
+        }
+        for tokens, whole in wholes.items():
+            if pushed["push 512"].takes(whole):
+                note("small all-reduce", tokens, ways_to_sum(shared, whole, pushed))
     torch.cuda.synchronize()
     dist.destroy_process_group()
 

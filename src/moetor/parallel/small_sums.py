@@ -8,12 +8,17 @@ shared memory are those of `torch.distributed._symmetric_memory`.
 from __future__ import annotations
 
 import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moetor.kernels.triton.push_sum import push_sum
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Above this the library's own all-reduce is faster (docs/parallel.md).
@@ -24,8 +29,29 @@ _TRIALS = (8, 2048, 40 * 1024)
 _ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-22}
 
 
-class SmallSums:
-    """The small all-reduces of one group. Calls must follow one another, on one stream at a time.
+class SmallSums(ABC):
+    """The small all-reduces of one group. Calls must follow one another, on one stream at a time,
+    in the same order on all ranks.
+    """
+
+    @abstractmethod
+    def __call__(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks, the same bits on all of them; a new tensor."""
+
+    def takes(self, partial: Tensor) -> bool:
+        """Whether a tensor is of a size, dtype and layout that this adds up."""
+        size = partial.numel() * partial.element_size()
+        return (
+            0 < size <= MOST_BYTES
+            and size % _ALIGNED == 0
+            and partial.dtype in DTYPES
+            and partial.is_contiguous()
+            and partial.data_ptr() % _ALIGNED == 0
+        )
+
+
+class OneShotSums(SmallSums):
+    """A rank reads the others' parts: an operation of torch's.
 
     Args:
         group: ranks of one machine; every rank must make it.
@@ -42,25 +68,75 @@ class SmallSums:
             symmetric.rendezvous(buffer, group)
             self._buffers[dtype] = buffer
 
-    def takes(self, partial: Tensor) -> bool:
-        """Whether a tensor is of a size, dtype and layout that this adds up."""
-        size = partial.numel() * partial.element_size()
-        return (
-            0 < size <= MOST_BYTES
-            and size % _ALIGNED == 0
-            and partial.dtype in self._buffers
-            and partial.is_contiguous()
-            and partial.data_ptr() % _ALIGNED == 0
-        )
-
     def __call__(self, partial: Tensor) -> Tensor:
-        """The sum over the ranks, the same bits on all of them; a new tensor."""
+        """See `SmallSums`."""
         shared = self._buffers[partial.dtype][: partial.numel()].view(partial.shape)
         total = torch.empty_like(partial)
         torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, partial, "sum", self._name, total)
         return total
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """Of one dtype; see `push_sum`."""
+
+    places_R: tuple[Tensor, ...]
+    flags_R: tuple[Tensor, ...]
+    epochs_P: Tensor
+
+
+class PushedSums(SmallSums):
+    """A rank writes its part into the others' memory: `kernels.triton.push_sum`.
+
+    Args:
+        group: ranks of one machine; every rank must make it.
+        block: elements of a program.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, *, block: int = 2048
+    ) -> None:
+        self._rank, self._block = group.rank(), block
+        self._memory = {dtype: self._made(dtype, group, device) for dtype in DTYPES}
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # nobody writes flags before all have cleared them
+
+    def _made(self, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device) -> _Memory:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        ranks, most = group.size(), MOST_BYTES // dtype.itemsize
+        programs = -(-most // self._block)
+        places = symmetric.empty(2, ranks, most, dtype=dtype, device=device)
+        flags = symmetric.empty(programs, ranks, dtype=torch.int32, device=device)
+        held = [symmetric.rendezvous(tensor, group) for tensor in (places, flags)]
+        flags.zero_()
+        places_R, flags_R = (
+            tuple(
+                tensor if rank == self._rank else one.get_buffer(rank, tensor.shape, tensor.dtype)
+                for rank in range(ranks)
+            )
+            for tensor, one in zip((places, flags), held, strict=True)
+        )
+        epochs_P = torch.zeros(programs, dtype=torch.int32, device=device)
+        return _Memory(places_R, flags_R, epochs_P)
+
+    def __call__(self, partial: Tensor) -> Tensor:
+        """See `SmallSums`."""
+        held = self._memory[partial.dtype]
+        return push_sum(
+            partial,
+            held.places_R,
+            held.flags_R,
+            held.epochs_P,
+            rank=self._rank,
+            block=self._block,
+        )
+
+
+WAYS: dict[str, Callable[[dist.ProcessGroup, torch.device], SmallSums]] = {
+    "one_shot": OneShotSums,
+    "push": PushedSums,
+}
 _of: WeakKeyDictionary[dist.ProcessGroup, SmallSums] = WeakKeyDictionary()
 
 
@@ -69,7 +145,7 @@ def small_sums(group: dist.ProcessGroup) -> SmallSums | None:
     return _of.get(group)
 
 
-def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | None:
+def start_small_sums(way: str, group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Makes and tries what adds up a group's small tensors; why there is none, the same on every
     rank, or None.
     """
@@ -80,7 +156,7 @@ def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | No
         return reason
     made: SmallSums | None = None
     try:
-        made = SmallSums(group, device)
+        made = WAYS[way](group, device)
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"memory cannot be shared: {lines[0]}"
