@@ -78,6 +78,15 @@ class ParallelFlags:
             "experts",
         },
     )
+    all_reduce: Literal["auto", "backend", "one_shot"] = field(
+        default="auto",
+        metadata={
+            "group": PARALLEL,
+            "help": "how results are summed over tensor-parallel ranks: backend by NCCL or gloo; "
+            "one_shot small ones in one launch, between GPUs of one machine; auto so where it "
+            "gives the same sums",
+        },
+    )
     parallel_timeout: float = field(
         default=20.0,
         metadata={
@@ -106,6 +115,7 @@ class ParallelFlags:
             sequence_parallel=self.sequence_parallel,
             eplb=eplb,
             num_redundant_experts=self.num_redundant_experts,
+            all_reduce=self.all_reduce,
             timeout=self.parallel_timeout,
             **self._groups_flags(),
         )

@@ -99,6 +99,7 @@ class ParallelReport:
         return {
             "rank": self.groups.rank,
             "config": asdict(self.groups.config),
+            "no_small_sums": self.groups.no_small_sums,
             "blocks": [asdict(block) for block in self.blocks],
             "styles": dict(self.styles),
             "whole": list(self.whole),
@@ -111,6 +112,10 @@ class ParallelReport:
             f"rank {self.groups.rank} of {config.world_size}: tensor parallel "
             f"{config.tensor_parallel_size}, data parallel {config.data_parallel_size}"
         ]
+        if config.tensor_parallel_size > 1:
+            refused = self.groups.no_small_sums
+            how = "in one launch" if refused is None else f"as large ones are ({refused})"
+            lines.append(f"results of a few tokens are summed {how}")
         for block in self.blocks:
             shared = f", shared experts {block.shared}" if block.shared else ""
             reason = f" ({block.reason})" if block.reason else ""

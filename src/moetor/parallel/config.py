@@ -136,6 +136,11 @@ class ParallelConfig:
             raise ConfigError(
                 f"{me}: num_redundant_experts={self.num_redundant_experts} must not be negative"
             )
+        if self.all_reduce == "one_shot" and self.tensor_parallel_size == 1:
+            raise ConfigError(
+                f"{me}: all_reduce='one_shot' sums over the ranks of a tensor-parallel group; it "
+                "needs tensor_parallel_size of at least 2"
+            )
         self._check_experts()
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ConfigError(

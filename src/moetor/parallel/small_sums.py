@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetor.kernels.triton.push_sum import push_sum
+from moetor.kernels.triton.push_sum import push_sum, push_sum_refusal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Above this the library's own all-reduce is faster (docs/parallel.md).
@@ -78,11 +78,12 @@ class OneShotSums(SmallSums):
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Of one dtype; see `push_sum`."""
+    """Of one dtype; see `push_sum`. `shared` keeps the other ranks' memory within reach."""
 
     places_R: tuple[Tensor, ...]
     flags_R: tuple[Tensor, ...]
     epochs_P: Tensor
+    shared: list[Any]
 
 
 class PushedSums(SmallSums):
@@ -118,7 +119,7 @@ class PushedSums(SmallSums):
             for tensor, one in zip((places, flags), held, strict=True)
         )
         epochs_P = torch.zeros(programs, dtype=torch.int32, device=device)
-        return _Memory(places_R, flags_R, epochs_P)
+        return _Memory(places_R, flags_R, epochs_P, held)
 
     def __call__(self, partial: Tensor) -> Tensor:
         """See `SmallSums`."""
@@ -149,7 +150,7 @@ def start_small_sums(way: str, group: dist.ProcessGroup, device: torch.device) -
     """Makes and tries what adds up a group's small tensors; why there is none, the same on every
     rank, or None.
     """
-    reason = _first(_missing(device), group)
+    reason = _first(_missing(way, device), group)
     if reason is None and len(set(_told(platform.node(), group))) > 1:
         reason = "the ranks are on several machines"
     if reason is not None:
@@ -169,10 +170,11 @@ def start_small_sums(way: str, group: dist.ProcessGroup, device: torch.device) -
     return reason
 
 
-def _missing(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "that is for CUDA devices"
-    if not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy_out"):
+def _missing(way: str, device: torch.device) -> str | None:
+    reason = push_sum_refusal(device.type)
+    if reason is not None:
+        return f"summing in one launch {reason}"
+    if way == "one_shot" and not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy_out"):
         return f"torch {torch.__version__} has no symm_mem.one_shot_all_reduce_copy_out"
     return None
 
