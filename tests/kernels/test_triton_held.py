@@ -1,4 +1,4 @@
-"""The launch that finds a rank's own experts, under Triton's interpreter and in torch."""
+"""The launches that find a rank's own experts, and copies of experts, under the interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_under_the_interpreter(seed: int) -> None:
 
 
 def _check(seed: int) -> None:
-    from moetor.kernels.triton.held import held
+    from moetor.kernels.triton.held import copies_in_turn, held
 
     rng = torch.Generator().manual_seed(seed)
     for tokens, top_k, experts, slots in (
@@ -47,6 +47,11 @@ def _check(seed: int) -> None:
             wanted = table[ids.long()]
             assert torch.equal(ours.topk_ids, wanted)
             assert torch.equal(ours.topk_weights, torch.where(wanted < slots, weights, 0.0))
+            copies = torch.randint(0, 99, (experts + 1, 3), generator=rng, dtype=torch.int32)
+            counts = torch.randint(1, 4, (experts + 1,), generator=rng, dtype=torch.int32)
+            turns = torch.arange(tokens)[:, None] + torch.arange(top_k)
+            wanted = copies[ids.long(), turns % counts[ids.long()]]
+            assert torch.equal(copies_in_turn(given[1], copies, counts), wanted)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moetor.errors import ConfigError
 from moetor.kernels.routing import Routing
-from moetor.kernels.triton.held import held, held_refusal
+from moetor.kernels.triton.held import copies_in_turn, held, held_refusal
 
 
 def split_evenly(count: int, parts: int) -> list[int]:
@@ -197,6 +197,8 @@ class ExpertMap:
         if self.unique:
             return logical_TK
         copies_EC, counts_E, _ = self._on(logical_TK.device)
+        if _in_one_launch(logical_TK.device.type):
+            return copies_in_turn(logical_TK, copies_EC, counts_E)
         logical = logical_TK.long()
         tokens, top_k = logical.shape
         turn = torch.arange(tokens, device=logical.device, dtype=torch.int32).unsqueeze(1)

@@ -1,6 +1,6 @@
-"""Which of a token's experts a rank holds, in one launch instead of four.
+"""Which of a token's experts a rank holds, and which copies it takes, in one launch each.
 
-Shape letters: T tokens, K top_k, P physical experts.
+Shape letters: T tokens, K top_k, E logical experts, P physical ones, C copies of one at most.
 """
 
 from __future__ import annotations
@@ -49,3 +49,33 @@ def held(weights_TK: Tensor, ids_TK: Tensor, table: Tensor, num_slots: int) -> R
             BLOCK=_BLOCK,
         )
     return Routing(kept_TK, slots_TK)
+
+
+def copies_in_turn(ids_TK: Tensor, copies_EC: Tensor, counts_E: Tensor) -> Tensor:
+    """Physical ids int32 [T, K]: copy `(token + k) % counts[id]` of each expert.
+
+    Args:
+        ids_TK: int32 in [0, E], rows contiguous; E is a dropped slot.
+        copies_EC: int32 [E + 1, C].
+        counts_E: int32 [E + 1].
+    """
+    from moetor.kernels.triton import held_kernels
+
+    tokens, top_k = ids_TK.shape
+    found_TK = ids_TK.new_empty((tokens, top_k))
+    if tokens == 0:
+        return found_TK
+    with support.on_device_of(ids_TK):
+        held_kernels.copies_in_turn[(-(-tokens * top_k // _BLOCK),)](
+            ids_TK,
+            copies_EC,
+            counts_E,
+            found_TK,
+            tokens * top_k,
+            ids_TK.stride(0),
+            K=top_k,
+            E=copies_EC.shape[0] - 1,
+            C=copies_EC.shape[1],
+            BLOCK=_BLOCK,
+        )
+    return found_TK
