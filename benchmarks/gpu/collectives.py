@@ -24,7 +24,7 @@ from torch.distributed import _symmetric_memory as symmetric
 
 from moetor.bench.hardware import describe_run
 from moetor.parallel.groups import start_process_group
-from moetor.parallel.small_sums import PushedSums
+from moetor.parallel.small_sums import SmallSums
 
 CALLS = 20
 
@@ -43,7 +43,7 @@ class Shared:
 
 
 def ways_to_sum(
-    shared: Shared, part: Tensor, pushed: dict[str, PushedSums]
+    shared: Shared, part: Tensor, pushed: dict[str, SmallSums]
 ) -> dict[str, Callable[[], Tensor]]:
     """All-reduces of [T, H]."""
     view = shared.own[: part.numel()].view(part.shape)
@@ -227,7 +227,7 @@ def main() -> None:
         where = torch.device("cuda", torch.cuda.current_device())
         blocks = (512, 1024, 2048)
         pushed = {
-            f"push {block}": PushedSums(dist.group.WORLD, where, block=block) for block in blocks
+            f"push {block}": SmallSums(dist.group.WORLD, where, block=block) for block in blocks
         }
         for tokens, whole in wholes.items():
             if pushed["push 512"].takes(whole):

@@ -371,6 +371,7 @@ def build_layers(shape: LayerShape, folder: Path) -> dict[str, MoELayer]:
         save_loads(stats, shape.name, {"layer": loads})
         eplb = EplbConfig(statistics=str(stats), dynamic=False)
         layers["one GPU, zipf"] = layers["one GPU"]
+        ways["dp_allgather, zipf, moved"] = replace(SPREAD["dp_allgather"], eplb=eplb)
         ways["dp_allgather, zipf"] = SPREAD["dp_allgather"]
         ways["dp_allgather, zipf, eplb"] = replace(
             SPREAD["dp_allgather"], eplb=eplb, num_redundant_experts=8
@@ -379,7 +380,7 @@ def build_layers(shape: LayerShape, folder: Path) -> dict[str, MoELayer]:
         used = replace(runner, name="dual_batch", dual_batch_min_tokens=2)
         layer = layer_of(shape, weights, used if name == "dp_dual" else runner)
         groups = make_groups(config, "cuda")
-        loads_or_none = loads if "eplb" in name else None
+        loads_or_none = None if config.eplb is None else loads
         shard_layer(layer, groups, loads=loads_or_none)
         layers[name] = layer
         SPREAD_OF[name] = config

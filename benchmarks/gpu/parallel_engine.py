@@ -37,8 +37,6 @@ WAYS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "tp_off": ({**TP, "all_reduce": "backend"}, "off"),
     "tp_nccl": ({**TP, "all_reduce": "backend"}, "auto"),
     "tp": ({**TP, "all_reduce": "one_shot"}, "auto"),
-    "tp_push": ({**TP, "all_reduce": "push"}, "auto"),
-    "ep_push": ({**TP, **EP, "all_reduce": "push"}, "auto"),
     "ep_nccl": ({**TP, **EP, "all_reduce": "backend"}, "auto"),
     "ep": ({**TP, **EP, "all_reduce": "one_shot"}, "auto"),
     "dp_ep": ({"data_parallel_size": 2, **EP}, "auto"),

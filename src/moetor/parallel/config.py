@@ -10,7 +10,7 @@ from moetor.errors import ConfigError
 DispatcherName = Literal["auto", "allgather", "alltoall"]
 DispatchDtype = Literal["auto", "fp8"]
 BalancePolicy = Literal["auto", "global", "hierarchical"]
-AllReduceName = Literal["auto", "backend", "one_shot", "push"]
+AllReduceName = Literal["auto", "backend", "one_shot"]
 
 
 def _check_positive(owner: str, **values: float) -> None:
@@ -128,9 +128,9 @@ class ParallelConfig:
             )
         if self.dispatch_dtype not in ("auto", "fp8"):
             raise ConfigError(f"{me}: dispatch_dtype={self.dispatch_dtype!r} is not auto or fp8")
-        if self.all_reduce not in ("auto", "backend", "one_shot", "push"):
+        if self.all_reduce not in ("auto", "backend", "one_shot"):
             raise ConfigError(
-                f"{me}: all_reduce={self.all_reduce!r} is not one of auto, backend, one_shot, push"
+                f"{me}: all_reduce={self.all_reduce!r} is not one of auto, backend, one_shot"
             )
         if self.num_redundant_experts < 0:
             raise ConfigError(

@@ -177,12 +177,10 @@ def _start_small_sums(tensor: dist.ProcessGroup, config: ParallelConfig, kind: s
     if config.all_reduce == "backend":
         return "all_reduce='backend' was asked for"
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
-    way = "one_shot" if config.all_reduce == "auto" else config.all_reduce
-    reason = start_small_sums(way, tensor, torch.device(device))
-    if reason is not None and config.all_reduce != "auto":
+    reason = start_small_sums(tensor, torch.device(device))
+    if reason is not None and config.all_reduce == "one_shot":
         raise UnsupportedError(
-            f"all_reduce={config.all_reduce!r} is not possible here: {reason}; take 'backend' or "
-            "'auto'"
+            f"all_reduce='one_shot' is not possible here: {reason}; take 'backend' or 'auto'"
         )
     return reason
 

@@ -1,15 +1,13 @@
 """All-reduces of small tensors in one launch, through memory that the ranks of one machine share.
 
-A rank writes its part where the others can read it, waits for theirs, and adds them up: one trip
-over NVLink, where a ring or a tree makes several. For a few tokens this is what counts. Kernels and
-shared memory are those of `torch.distributed._symmetric_memory`.
+A rank writes its part into the others' memory, waits for theirs, and adds them up: one trip over
+NVLink. For a few tokens this is what counts (one-shot all-reduce). The memory is that of
+`torch.distributed._symmetric_memory`.
 """
 
 from __future__ import annotations
 
 import platform
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -29,53 +27,6 @@ _TRIALS = (8, 2048, 40 * 1024)
 _ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-22}
 
 
-class SmallSums(ABC):
-    """The small all-reduces of one group. Calls must follow one another, on one stream at a time,
-    in the same order on all ranks.
-    """
-
-    @abstractmethod
-    def __call__(self, partial: Tensor) -> Tensor:
-        """The sum over the ranks, the same bits on all of them; a new tensor."""
-
-    def takes(self, partial: Tensor) -> bool:
-        """Whether a tensor is of a size, dtype and layout that this adds up."""
-        size = partial.numel() * partial.element_size()
-        return (
-            0 < size <= MOST_BYTES
-            and size % _ALIGNED == 0
-            and partial.dtype in DTYPES
-            and partial.is_contiguous()
-            and partial.data_ptr() % _ALIGNED == 0
-        )
-
-
-class OneShotSums(SmallSums):
-    """A rank reads the others' parts: an operation of torch's.
-
-    Args:
-        group: ranks of one machine; every rank must make it.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        from torch.distributed import _symmetric_memory as symmetric
-
-        self._name = group.group_name
-        self._buffers: dict[torch.dtype, Tensor] = {}
-        for dtype in DTYPES:
-            count = MOST_BYTES // dtype.itemsize
-            buffer = symmetric.empty(count, dtype=dtype, device=device)
-            symmetric.rendezvous(buffer, group)
-            self._buffers[dtype] = buffer
-
-    def __call__(self, partial: Tensor) -> Tensor:
-        """See `SmallSums`."""
-        shared = self._buffers[partial.dtype][: partial.numel()].view(partial.shape)
-        total = torch.empty_like(partial)
-        torch.ops.symm_mem.one_shot_all_reduce_copy_out(shared, partial, "sum", self._name, total)
-        return total
-
-
 @dataclass(frozen=True, slots=True)
 class _Memory:
     """Of one dtype; see `push_sum`. `shared` keeps the other ranks' memory within reach."""
@@ -86,8 +37,9 @@ class _Memory:
     shared: list[Any]
 
 
-class PushedSums(SmallSums):
-    """A rank writes its part into the others' memory: `kernels.triton.push_sum`.
+class SmallSums:
+    """The small all-reduces of one group, by `kernels.triton.push_sum`. Calls must follow one
+    another, on one stream at a time, in the same order on all ranks.
 
     Args:
         group: ranks of one machine; every rank must make it.
@@ -121,8 +73,19 @@ class PushedSums(SmallSums):
         epochs_P = torch.zeros(programs, dtype=torch.int32, device=device)
         return _Memory(places_R, flags_R, epochs_P, held)
 
+    def takes(self, partial: Tensor) -> bool:
+        """Whether a tensor is of a size, dtype and layout that this adds up."""
+        size = partial.numel() * partial.element_size()
+        return (
+            0 < size <= MOST_BYTES
+            and size % _ALIGNED == 0
+            and partial.dtype in DTYPES
+            and partial.is_contiguous()
+            and partial.data_ptr() % _ALIGNED == 0
+        )
+
     def __call__(self, partial: Tensor) -> Tensor:
-        """See `SmallSums`."""
+        """The sum over the ranks, the same bits on all of them; a new tensor."""
         held = self._memory[partial.dtype]
         return push_sum(
             partial,
@@ -134,10 +97,6 @@ class PushedSums(SmallSums):
         )
 
 
-WAYS: dict[str, Callable[[dist.ProcessGroup, torch.device], SmallSums]] = {
-    "one_shot": OneShotSums,
-    "push": PushedSums,
-}
 _of: WeakKeyDictionary[dist.ProcessGroup, SmallSums] = WeakKeyDictionary()
 
 
@@ -146,18 +105,18 @@ def small_sums(group: dist.ProcessGroup) -> SmallSums | None:
     return _of.get(group)
 
 
-def start_small_sums(way: str, group: dist.ProcessGroup, device: torch.device) -> str | None:
+def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | None:
     """Makes and tries what adds up a group's small tensors; why there is none, the same on every
     rank, or None.
     """
-    reason = _first(_missing(way, device), group)
+    reason = _first(_missing(device), group)
     if reason is None and len(set(_told(platform.node(), group))) > 1:
         reason = "the ranks are on several machines"
     if reason is not None:
         return reason
     made: SmallSums | None = None
     try:
-        made = WAYS[way](group, device)
+        made = SmallSums(group, device)
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"memory cannot be shared: {lines[0]}"
@@ -170,17 +129,16 @@ def start_small_sums(way: str, group: dist.ProcessGroup, device: torch.device) -
     return reason
 
 
-def _missing(way: str, device: torch.device) -> str | None:
+def _missing(device: torch.device) -> str | None:
     reason = push_sum_refusal(device.type)
-    if reason is not None:
-        return f"summing in one launch {reason}"
-    if way == "one_shot" and not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy_out"):
-        return f"torch {torch.__version__} has no symm_mem.one_shot_all_reduce_copy_out"
-    return None
+    return None if reason is None else f"summing in one launch {reason}"
 
 
 def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Where a sum differs from the one of the group's own all-reduce, or between ranks."""
+    """Where a sum differs from the one of the group's own all-reduce, or between ranks. All ranks
+    try everything, whatever one of them finds.
+    """
+    wrong: list[str] = []
     generator = torch.Generator(device).manual_seed(group.rank())
     for dtype in DTYPES:
         for count in _TRIALS:
@@ -193,10 +151,10 @@ def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> s
             dist.all_reduce(everyone, group=group)
             allowed = group.size() * _ERROR[dtype] * float(whole.abs().max())
             if float((ours.double() - whole).abs().max()) > allowed:
-                return f"{count} elements of {dtype} gave another sum than the all-reduce"
+                wrong.append(f"{count} elements of {dtype} gave another sum than the all-reduce")
             if not torch.equal(everyone, bits * group.size()):
-                return f"{count} elements of {dtype} gave different bits on the ranks"
-    return None
+                wrong.append(f"{count} elements of {dtype} gave different bits on the ranks")
+    return wrong[0] if wrong else None
 
 
 def _first(reason: str | None, group: dist.ProcessGroup) -> str | None:

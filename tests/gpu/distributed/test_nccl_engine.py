@@ -35,7 +35,6 @@ SPREAD = {
         num_redundant_experts=2,
         **EP,
     ),
-    "tp_push": ParallelConfig(tensor_parallel_size=2, all_reduce="push"),
 }
 PROMPTS = ["ROMEO:", "To be, or not to be", "KING HENRY:\nOnce more unto the breach", "a", "LADY"]
 PARAMS = [

@@ -29,7 +29,6 @@ SPREAD = {
     "dp_allgather": ParallelConfig(dispatcher="allgather", **DP),
     "dp_alltoall": ParallelConfig(dispatcher="alltoall", **DP),
     "dp_redundant": ParallelConfig(num_redundant_experts=2, **DP),
-    "tp_push": ParallelConfig(tensor_parallel_size=2, all_reduce="push"),
 }
 SHARED = SharedExpertsConfig(intermediate_size=32, sigmoid_gate=True)
 SIZES: dict[str, Any] = {"hidden_size": 64, "experts": {"intermediate_size": 48}}
