@@ -39,6 +39,7 @@ def push_sum(
     from moetor.kernels.triton import push_sum_kernels
 
     total = torch.empty_like(part)
+    pdl = support.overlap(part)
     with support.on_device_of(part):
         push_sum_kernels.push_sum[(-(-part.numel() // block),)](
             part,
@@ -51,6 +52,8 @@ def push_sum(
             RANK=rank,
             RANKS=len(places_R),
             BLOCK=block,
+            PDL=pdl,
             num_warps=max(1, min(8, block // 256)),
+            **support.chained(pdl),
         )
     return total

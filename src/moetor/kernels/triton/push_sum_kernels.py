@@ -13,6 +13,8 @@ Shape letters: N elements, R ranks, P programs.
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
+from moetor.kernels.triton.device_code import chain
+
 
 @triton.jit
 def push_sum(
@@ -26,8 +28,10 @@ def push_sum(
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """total = the sum of part over ranks."""
+    chain(PDL)  # counts, too, are read behind the launches before
     program = tl.program_id(0)
     offsets = program * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
