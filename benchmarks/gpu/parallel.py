@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import _symmetric_memory as symmetric
 
 from moetor.bench.hardware import describe_run
 from moetor.bench.shapes import SHAPES, LayerShape
@@ -34,8 +33,6 @@ from moetor.kernels.base import ExpertWeights
 from moetor.kernels.routing import Routing
 from moetor.layer import MoELayer
 from moetor.layer.parts import LayerParts
-from moetor.layer.runner.base import Between, ExpertsOwner, add_identity
-from moetor.layer.runner.default import DefaultRunner, part_of
 from moetor.layer.sharding import shard_layer
 from moetor.parallel.allgather import AllGatherDispatcher
 from moetor.parallel.config import EplbConfig, ParallelConfig
@@ -47,8 +44,8 @@ CALLS = 4  # different inputs, one after the other in a graph
 ERROR = 0.03  # of the largest output, in bfloat16
 EP = {"data_parallel_size": 2, "enable_expert_parallel": True}
 SPREAD: dict[str, ParallelConfig] = {
-    "tp": ParallelConfig(tensor_parallel_size=2, all_reduce="backend"),
-    "tp, one shot": ParallelConfig(tensor_parallel_size=2, all_reduce="one_shot"),
+    "tp": ParallelConfig(tensor_parallel_size=2, collectives="backend"),
+    "tp, direct": ParallelConfig(tensor_parallel_size=2, collectives="direct"),
     "ep": ParallelConfig(tensor_parallel_size=2, enable_expert_parallel=True),
     "sp_ep": ParallelConfig(
         tensor_parallel_size=2, enable_expert_parallel=True, sequence_parallel=True
@@ -56,11 +53,7 @@ SPREAD: dict[str, ParallelConfig] = {
     "dp_allgather": ParallelConfig(**EP, dispatcher="allgather"),
     "dp_alltoall": ParallelConfig(**EP, dispatcher="alltoall"),
     "dp_alone": ParallelConfig(**EP, dispatcher="allgather"),
-    "dp_p2p": ParallelConfig(**EP, dispatcher="allgather"),
     "dp_dual": ParallelConfig(**EP, dispatcher="allgather"),
-    "dp_dual, urgent": ParallelConfig(**EP, dispatcher="allgather"),
-    "dp_dual, urgent, few": ParallelConfig(**EP, dispatcher="allgather"),
-    "dp_four, urgent": ParallelConfig(**EP, dispatcher="allgather"),
 }
 
 
@@ -96,106 +89,6 @@ class _Kept(Exchange):
 
     def returned(self) -> Tensor:
         return self.out[: self.routing.topk_ids.shape[0]]
-
-
-class Pushing(TokenDispatcher):
-    """All-gather and reduce-scatter by copies into the other ranks' memory. The barrier of the one
-    also says that what the other wrote has been read.
-    """
-
-    def __init__(self, like: TokenDispatcher, bytes_each: int) -> None:
-        super().__init__(like.group, like.experts)
-        self.size = bytes_each
-        shape = (3, dist.get_world_size(), bytes_each)
-        self.memory = symmetric.empty(*shape, dtype=torch.uint8, device="cuda")
-        self.handle = symmetric.rendezvous(self.memory, dist.group.WORLD)
-
-    def slot(self, kind: int, owner: int, sender: int, like: Tensor) -> Tensor:
-        """What `owner` gets of `sender`, in a tensor's shape."""
-        offset = (kind * dist.get_world_size() + sender) * self.size
-        shape, dtype = tuple(like.shape), like.dtype
-        return self.handle.get_buffer(owner, shape, dtype, offset // dtype.itemsize)
-
-    def begin(self, hidden_TH: Tensor, routing: Routing, rows: int) -> Exchange:
-        """See `Dispatcher.begin`."""
-        return _Pushed(self, hidden_TH, routing, rows)
-
-
-class _Pushed(Exchange):
-    def __init__(self, dispatcher: Pushing, hidden_TH: Tensor, routing: Routing, rows: int) -> None:
-        assert hidden_TH.shape[0] == rows, "equal parts alone"
-        assert hidden_TH.numel() * 2 == dispatcher.size, "the memory is for one size"
-        self.dispatcher, self.rows = dispatcher, rows
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        physical_TK = dispatcher.experts.physical(routing.topk_ids)
-        packed = torch.cat((routing.topk_weights.view(torch.int32), physical_TK), dim=1)
-        for step in range(self.ranks):
-            other = (self.rank + step) % self.ranks
-            dispatcher.slot(0, other, self.rank, hidden_TH).copy_(hidden_TH)
-            # All ranks' rows in one piece.
-            whole = packed.new_empty(self.ranks * rows, packed.shape[1])
-            given = dispatcher.slot(1, other, 0, whole)
-            given[self.rank * rows : (self.rank + 1) * rows].copy_(packed)
-        dispatcher.handle.barrier(channel=0)
-        whole_hidden = hidden_TH.new_empty(self.ranks * rows, hidden_TH.shape[1])
-        self.hidden = dispatcher.slot(0, self.rank, 0, whole_hidden)
-        self.packed = dispatcher.slot(1, self.rank, 0, whole)
-
-    def arrived(self) -> tuple[Tensor, Routing]:
-        top_k = self.packed.shape[1] // 2
-        weights = self.packed.view(torch.float32)[:, :top_k]
-        return self.hidden, self.dispatcher.experts.held(weights, self.packed[:, top_k:])
-
-    def send_back(self, out_NH: Tensor) -> None:
-        parts = out_NH.chunk(self.ranks)
-        for step in range(1, self.ranks):
-            other = (self.rank + step) % self.ranks
-            self.dispatcher.slot(2, other, self.rank, parts[0]).copy_(parts[other])
-        self.dispatcher.handle.barrier(channel=0)
-        self.total = parts[self.rank]
-        for step in range(1, self.ranks):
-            other = (self.rank + step) % self.ranks
-            self.total = self.total + self.dispatcher.slot(2, self.rank, other, parts[0])
-
-    def returned(self) -> Tensor:
-        return self.total
-
-
-class Parts(DefaultRunner):
-    """As `DualBatchRunner`, in any number of parts."""
-
-    def __init__(self, parts: int) -> None:
-        self.parts = parts
-
-    def run_experts(
-        self,
-        owner: ExpertsOwner,
-        hidden_TX: Tensor,
-        routing: Routing,
-        *,
-        between: Between | None = None,
-    ) -> Tensor:
-        """See `MoERunner.run_experts`."""
-        rows = owner.dispatcher.common_rows(hidden_TX)
-        each = -(-rows // self.parts)
-        bounds = [(start, min(start + each, rows)) for start in range(0, rows, each)]
-        parts = [(hidden_TX[a:b], part_of(routing, a, b), b - a) for a, b in bounds]
-        under_way = [owner.dispatcher.begin(*part) for part in parts]
-        for exchange in under_way:
-            exchange.send_back(owner.routed_experts.run(*exchange.arrived()))
-        returned = [
-            add_identity(exchange.returned(), hidden, part, owner.ranks)
-            for exchange, (hidden, part, _) in zip(under_way, parts, strict=True)
-        ]
-        return torch.cat(returned)
-
-
-def urgent_group(most_ctas: int | None) -> dist.ProcessGroup:
-    """All ranks, whose collectives go before other kernels that wait for a multiprocessor."""
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    if most_ctas is not None:
-        options.config.max_ctas = most_ctas
-    return dist.new_group(backend="nccl", pg_options=options)
 
 
 @dataclass
@@ -312,10 +205,8 @@ def measure(
         skewed = "zipf" in name
         if (skewed and tokens < 512) or (name.startswith("dp_") and tokens < 2):
             continue
-        if name.startswith(("dp_dual", "dp_four")) and tokens < 1024:
+        if name == "dp_dual" and tokens < 1024:
             continue
-        if name == "dp_p2p":
-            layer.dispatcher = Pushing(layer.dispatcher, bound * hidden[0].shape[1] * 2)
         logits = logits_for(shape, tokens, 1.0 if skewed else 0.0)
         joint = layer.parallel is not None and SPREAD_OF[name].joint
         x, y = (own(hidden, rank), own(logits, rank)) if joint else (hidden, logits)
@@ -385,13 +276,6 @@ def build_layers(shape: LayerShape, folder: Path) -> dict[str, MoELayer]:
         layers[name] = layer
         SPREAD_OF[name] = config
     layers["dp_alone"].dispatcher = Silent(layers["dp_alone"].dispatcher)
-    for name, parts, most in (
-        ("dp_dual, urgent", 2, None),
-        ("dp_dual, urgent, few", 2, 8),
-        ("dp_four, urgent", 4, None),
-    ):
-        layers[name].runner = Parts(parts)
-        layers[name].dispatcher.group = urgent_group(most)
     return layers
 
 

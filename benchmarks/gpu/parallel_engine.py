@@ -34,11 +34,11 @@ EP: dict[str, Any] = {"enable_expert_parallel": True}
 TP: dict[str, Any] = {"tensor_parallel_size": 2}
 WAYS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "one": (None, "auto"),
-    "tp_off": ({**TP, "all_reduce": "backend"}, "off"),
-    "tp_nccl": ({**TP, "all_reduce": "backend"}, "auto"),
-    "tp": ({**TP, "all_reduce": "one_shot"}, "auto"),
-    "ep_nccl": ({**TP, **EP, "all_reduce": "backend"}, "auto"),
-    "ep": ({**TP, **EP, "all_reduce": "one_shot"}, "auto"),
+    "tp_off": ({**TP, "collectives": "backend"}, "off"),
+    "tp_nccl": ({**TP, "collectives": "backend"}, "auto"),
+    "tp": ({**TP, "collectives": "direct"}, "auto"),
+    "ep_nccl": ({**TP, **EP, "collectives": "backend"}, "auto"),
+    "ep": ({**TP, **EP, "collectives": "direct"}, "auto"),
     "dp_ep": ({"data_parallel_size": 2, **EP}, "auto"),
 }
 CHECKED = 12
@@ -199,7 +199,7 @@ def main() -> None:
             rows[way]["start_s"] = time.monotonic() - start
             rows[way]["equal_tokens"] = checked(backends[way], expected)
             groups = getattr(backends[way]._engine.core, "groups", None)
-            sums = "" if groups is None else f"; small sums: {groups.no_small_sums or 'one shot'}"
+            sums = "" if groups is None else f"; small sums: {groups.not_direct or 'direct'}"
             say(
                 f"{way}: built in {rows[way]['start_s']:.1f} s, tokens equal to one GPU's "
                 f"{rows[way]['equal_tokens']}{sums}"

@@ -30,7 +30,7 @@ RANKS: dict[str, object] = {
     "--enable-eplb": False,
     "--eplb-stats": None,
     "--num-redundant-experts": 0,
-    "--all-reduce": "auto",
+    "--collectives": "auto",
     "--parallel-timeout": 20.0,
 }
 PROMPTS_RANKS: dict[str, object] = {

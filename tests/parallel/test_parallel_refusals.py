@@ -11,7 +11,7 @@ import torch
 from layer.layer_cases import build, draw_layer, make_config
 from moetor.errors import ConfigError, InputError, MoetorError, ParallelError, UnsupportedError
 from moetor.layer.sharding import shard_layer
-from moetor.parallel.config import AllReduceName, EplbConfig, ParallelConfig
+from moetor.parallel.config import CollectivesName, EplbConfig, ParallelConfig
 from moetor.parallel.dispatch import agreed_rows
 from moetor.parallel.groups import agree, make_groups
 from moetor.parallel.placement import ExpertPlacement
@@ -33,8 +33,8 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"data_parallel_size": 2, "dispatch_dtype": "int3"}, "is not auto or fp8"),
     ({"max_tokens_per_rank": 8}, "every rank has every token"),
     ({"num_redundant_experts": -1}, "must not be negative"),
-    ({"all_reduce": "ring"}, "is not one of auto, backend, one_shot"),
-    ({"all_reduce": "one_shot"}, "needs tensor_parallel_size of at least 2"),
+    ({"collectives": "ring"}, "is not one of auto, backend, direct"),
+    ({"collectives": "direct"}, "needs tensor_parallel_size of at least 2"),
 ]
 
 
@@ -107,17 +107,17 @@ def test_a_grid_that_does_not_fit(two: Pool) -> None:
         two.run(_other_grid)
 
 
-def _one_shot(rank: int, all_reduce: AllReduceName) -> str | None:
-    return make_groups(ParallelConfig(tensor_parallel_size=2, all_reduce=all_reduce)).no_small_sums
+def _direct(rank: int, collectives: CollectivesName) -> str | None:
+    return make_groups(ParallelConfig(tensor_parallel_size=2, collectives=collectives)).not_direct
 
 
-def test_small_sums_are_for_gpus(two: Pool) -> None:
-    with pytest.raises(RankError, match=r"'one_shot' is not possible here: .* not on cpu; take"):
-        two.run(_one_shot, "one_shot")
-    for reason in two.run(_one_shot, "auto"):
+def test_direct_collectives_are_for_gpus(two: Pool) -> None:
+    with pytest.raises(RankError, match=r"'direct' is not possible here: .* not on cpu; take"):
+        two.run(_direct, "direct")
+    for reason in two.run(_direct, "auto"):
         assert "not on cpu" in reason
-    for reason in two.run(_one_shot, "backend"):
-        assert reason == "all_reduce='backend' was asked for"
+    for reason in two.run(_direct, "backend"):
+        assert reason == "collectives='backend' was asked for"
 
 
 def _disagree(rank: int) -> None:

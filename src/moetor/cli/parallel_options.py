@@ -78,13 +78,12 @@ class ParallelFlags:
             "experts",
         },
     )
-    all_reduce: Literal["auto", "backend", "one_shot"] = field(
+    collectives: Literal["auto", "backend", "direct"] = field(
         default="auto",
         metadata={
             "group": PARALLEL,
-            "help": "how results are summed over tensor-parallel ranks: backend by NCCL or gloo; "
-            "one_shot small ones in one launch, between GPUs of one machine; auto so where it "
-            "gives the same sums",
+            "help": "backend leaves all to NCCL or gloo; direct sums small results in one launch, "
+            "between GPUs of one machine; auto does so where it gives the same sums",
         },
     )
     parallel_timeout: float = field(
@@ -115,7 +114,7 @@ class ParallelFlags:
             sequence_parallel=self.sequence_parallel,
             eplb=eplb,
             num_redundant_experts=self.num_redundant_experts,
-            all_reduce=self.all_reduce,
+            collectives=self.collectives,
             timeout=self.parallel_timeout,
             **self._groups_flags(),
         )

@@ -99,7 +99,7 @@ class ParallelReport:
         return {
             "rank": self.groups.rank,
             "config": asdict(self.groups.config),
-            "no_small_sums": self.groups.no_small_sums,
+            "not_direct": self.groups.not_direct,
             "blocks": [asdict(block) for block in self.blocks],
             "styles": dict(self.styles),
             "whole": list(self.whole),
@@ -113,7 +113,7 @@ class ParallelReport:
             f"{config.tensor_parallel_size}, data parallel {config.data_parallel_size}"
         ]
         if config.tensor_parallel_size > 1:
-            refused = self.groups.no_small_sums
+            refused = self.groups.not_direct
             how = "in one launch" if refused is None else f"as large ones are ({refused})"
             lines.append(f"results of a few tokens are summed {how}")
         for block in self.blocks:

@@ -10,7 +10,7 @@ from moetor.errors import ConfigError
 DispatcherName = Literal["auto", "allgather", "alltoall"]
 DispatchDtype = Literal["auto", "fp8"]
 BalancePolicy = Literal["auto", "global", "hierarchical"]
-AllReduceName = Literal["auto", "backend", "one_shot"]
+CollectivesName = Literal["auto", "backend", "direct"]
 
 
 def _check_positive(owner: str, **values: float) -> None:
@@ -95,9 +95,9 @@ class ParallelConfig:
             dispatcher. None: counts are exchanged at every call.
         eplb: move and copy experts between ranks by their load; None for a fixed placement.
         num_redundant_experts: further slots per layer, for copies of busy experts.
-        all_reduce: how results of a tensor-parallel group are summed: `backend` by NCCL or gloo;
-            `one_shot` for up to 512 KiB in one launch, through memory that GPUs of one machine
-            share; `auto` the latter where trying at the start shows that it gives the same sums.
+        collectives: `backend` leaves them to NCCL or gloo. `direct` sums up to 512 KiB over the
+            ranks of a tensor-parallel group in one launch, through memory that GPUs of one machine
+            share. `auto` is `direct` where trying at the start shows that it gives the same sums.
         timeout: seconds after which a rank that waits for another one gives up.
     """
 
@@ -111,7 +111,7 @@ class ParallelConfig:
     max_tokens_per_rank: int | None = None
     eplb: EplbConfig | None = None
     num_redundant_experts: int = 0
-    all_reduce: AllReduceName = "auto"
+    collectives: CollectivesName = "auto"
     timeout: float = 20.0
 
     def __post_init__(self) -> None:
@@ -128,17 +128,17 @@ class ParallelConfig:
             )
         if self.dispatch_dtype not in ("auto", "fp8"):
             raise ConfigError(f"{me}: dispatch_dtype={self.dispatch_dtype!r} is not auto or fp8")
-        if self.all_reduce not in ("auto", "backend", "one_shot"):
+        if self.collectives not in ("auto", "backend", "direct"):
             raise ConfigError(
-                f"{me}: all_reduce={self.all_reduce!r} is not one of auto, backend, one_shot"
+                f"{me}: collectives={self.collectives!r} is not one of auto, backend, direct"
             )
         if self.num_redundant_experts < 0:
             raise ConfigError(
                 f"{me}: num_redundant_experts={self.num_redundant_experts} must not be negative"
             )
-        if self.all_reduce == "one_shot" and self.tensor_parallel_size == 1:
+        if self.collectives == "direct" and self.tensor_parallel_size == 1:
             raise ConfigError(
-                f"{me}: all_reduce='one_shot' sums over the ranks of a tensor-parallel group; it "
+                f"{me}: collectives='direct' sums over the ranks of a tensor-parallel group; it "
                 "needs tensor_parallel_size of at least 2"
             )
         self._check_experts()

@@ -37,8 +37,7 @@ class ParallelGroups:
             model's collectives.
         data: the ranks at the same place of the other tensor-parallel groups.
         mesh: the same as a mesh with the dimensions `dp` and `tp`.
-        no_small_sums: why small results are summed as large ones are; None where they are summed in
-            one launch.
+        not_direct: why collectives are not direct; None where they are.
     """
 
     config: ParallelConfig
@@ -48,7 +47,7 @@ class ParallelGroups:
     aside: dist.ProcessGroup
     data: dist.ProcessGroup
     mesh: DeviceMesh
-    no_small_sums: str | None
+    not_direct: str | None
 
     @property
     def tensor_rank(self) -> int:
@@ -154,7 +153,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
     mesh = DeviceMesh.from_group(
         [data, tensor], kind, mesh=torch.tensor(grid), mesh_dim_names=("dp", "tp")
     )
-    no_small_sums = _start_small_sums(tensor, config, kind)
+    not_direct = _start_small_sums(tensor, config, kind)
     made = ParallelGroups(
         config=config,
         rank=rank,
@@ -163,7 +162,7 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
         aside=_mine(grid, rank, options),
         data=data,
         mesh=mesh,
-        no_small_sums=no_small_sums,
+        not_direct=not_direct,
     )
     assert dist.group.WORLD is not None, "the ranks have joined"
     _made[config, kind] = dist.group.WORLD, made
@@ -174,13 +173,13 @@ def _start_small_sums(tensor: dist.ProcessGroup, config: ParallelConfig, kind: s
     """Why there is no short way for small sums, the same on all ranks; None where there is one."""
     if config.tensor_parallel_size == 1:
         return "nothing is summed over ranks"
-    if config.all_reduce == "backend":
-        return "all_reduce='backend' was asked for"
+    if config.collectives == "backend":
+        return "collectives='backend' was asked for"
     device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
     reason = start_small_sums(tensor, torch.device(device))
-    if reason is not None and config.all_reduce == "one_shot":
+    if reason is not None and config.collectives == "direct":
         raise UnsupportedError(
-            f"all_reduce='one_shot' is not possible here: {reason}; take 'backend' or 'auto'"
+            f"collectives='direct' is not possible here: {reason}; take 'backend' or 'auto'"
         )
     return reason
 

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 
 EP: dict[str, Any] = {"enable_expert_parallel": True}
 SPREAD = {
-    "tp": ParallelConfig(tensor_parallel_size=2, all_reduce="backend"),
-    "tp_one_shot": ParallelConfig(tensor_parallel_size=2, all_reduce="one_shot"),
+    "tp": ParallelConfig(tensor_parallel_size=2, collectives="backend"),
+    "tp_direct": ParallelConfig(tensor_parallel_size=2, collectives="direct"),
     "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
     "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
     "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 EP = {"enable_expert_parallel": True}
 DP = {"data_parallel_size": 2, "max_tokens_per_rank": 9, **EP}
 SPREAD = {
-    "tp": ParallelConfig(tensor_parallel_size=2, all_reduce="backend"),
-    "tp_one_shot": ParallelConfig(tensor_parallel_size=2, all_reduce="one_shot"),
+    "tp": ParallelConfig(tensor_parallel_size=2, collectives="backend"),
+    "tp_direct": ParallelConfig(tensor_parallel_size=2, collectives="direct"),
     "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
     "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
     "dp_allgather": ParallelConfig(dispatcher="allgather", **DP),
