@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from interpreted import needs_triton, run_interpreted
 
 BLOCK, MOST = 16, 64
