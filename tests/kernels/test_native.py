@@ -91,6 +91,7 @@ CASES = (
         for t in (False, True)
     ),
     Case(name="long axes", T=7, H=2900, I=1500, dtype=BF16),
+    Case(name="up waits for a long gate", T=3, E=16, K=8, H=40, I=1100, dtype=BF16),
     Case(name="long columns", T=7, H=2900, I=1500, dtype=BF16, form=GPT_OSS, activation=CLAMPED),
     Case(name="several spans of the second product", T=3, H=40, I=9001, dtype=BF16),
     Case(name="several groups of tokens", T=60, K=1, E=1, H=9000, I=33, dtype=BF16),

@@ -38,8 +38,15 @@ FORMS = (
     Case(name="rows", T=40, H=70, I=40, dtype=BF16),
     Case(name="columns", T=40, H=70, I=40, dtype=BF16, form=GPT_OSS, activation=CLAMPED),
     Case(name="rows f32", T=40, H=1030, I=40),
+    Case(name="long rows, few tokens", T=5, E=16, K=8, H=40, I=1100, dtype=BF16),
     Case(name="rows f16 long", T=40, H=2500, I=40, dtype=F16, form={"has_bias": True}),
 )
+
+
+@needs_library
+def test_more_threads_than_shares_of_the_work() -> None:
+    call = make_call(Case(name="", T=40, H=70, I=40, dtype=BF16))
+    assert torch.equal(run(call, threads=70), run(call, threads=1))
 
 
 @needs_library

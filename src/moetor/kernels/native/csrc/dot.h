@@ -25,9 +25,9 @@ struct Ahead {
   int64_t period, phase;
 };
 
-// tile[n][r] = the sum over the lanes of sum[r][n].
+// tile[n][r] = the sum over the lanes of sum[r][n]. A call would keep the sums in memory.
 template <class V, int R, int N>
-inline void store_sums(typename V::Reg (&sum)[R][N], float* tile) {
+inline __attribute__((always_inline)) void store_sums(typename V::Reg (&sum)[R][N], float* tile) {
   constexpr int kTokensAtOnce = 4 / R;  // sum4 adds up four: one token's rows, or two rows of two tokens
 #pragma GCC unroll 16
   for (int n = 0; n < N; n += kTokensAtOnce) {

@@ -1,12 +1,13 @@
 // One call, as each thread runs it: first products and activations, then second products and the weighted sum.
 //
-// Tasks come from one counter in a fixed order, and a thread takes its next task before it starts the current one, so
-// that the weights of the next are fetched while the current is computed, across the barrier between the phases too.
-// Which thread runs a task never shows in the result: each output is computed wholly within one task.
+// Tasks are taken in shares (`shares.h`), and a thread takes its next task before it starts the current one, so that the
+// weights of the next are fetched while the current is computed, across the barrier between the phases too. Which thread
+// runs a task never shows in the result: each output is computed wholly within one task.
 #pragma once
 
 #include "activation.h"
 #include "columns.h"
+#include "shares.h"
 
 extern "C" {
 // Of the OpenMP runtime that torch has already loaded: one pool of threads for both.
@@ -18,6 +19,8 @@ int omp_get_num_threads(void);
 namespace {
 
 constexpr int64_t kTaskBytes = 512 * 1024;  // weights of one first-phase task: they stay in the second-level cache
+constexpr int64_t kRunBytes = 1024 * 1024;  // weights of an expert's second product that a thread reads on end, at most
+constexpr int64_t kRunRows = 1024;  // rows of a first product whose sums wait for those of the other half
 constexpr int64_t kSpan = 4096;  // the second product sums its reduction axis in spans of this: rounding, and caches
 
 // L: how inputs are laid out.
@@ -27,24 +30,14 @@ class Experts {
   using Input = typename L::Input;
   Experts(const MoetorExperts& args, const Plan& plan)
       : a(args), p(plan), ldx_(L::width(args.hidden_size)), ldh_(L::width(args.intermediate_size)) {
-    const int64_t I = a.intermediate_size, H = a.hidden_size, threads = max64(1, a.threads);
-    const int64_t active = max64(1, p.num_active);
-    const bool busy = p.num_slots >= 8 * active;  // enough tokens an expert to be bound by arithmetic
+    h_in_rows_ = a.down_columns;
     parts_ = a.gated ? 2 : 1;
-    up_together_ = a.gate_up_columns ? kTogether : tokens_together(H * kInputSize, V::kMaxTokens);
-    down_together_ = a.down_columns ? kTogether : tokens_together(min64(I, kSpan) * kInputSize, V::kMaxTokens);
-    const int64_t panel_bytes = parts_ * kPanel * H * static_cast<int64_t>(sizeof(D));
-    up_width_ = a.gate_up_columns ? kStripColumns / parts_
-                                  : kPanel * max64(1, kTaskBytes / panel_bytes);
-    const int64_t evenly = ceil_div(I, ceil_div(4 * threads, active));  // few experts: enough tasks for all threads
-    up_width_ = round_up(min64(up_width_, evenly), kPanel);
-    chunks_ = ceil_div(I, up_width_);
-    up_tasks_ = 0;
-    for (int64_t n = 0; n < p.num_active; ++n) up_tasks_ += groups_of(n) * chunks_;
-    const int64_t slices = threads * (a.down_columns ? 2 : busy ? 4 : 16);
-    down_width_ = round_up(ceil_div(H, slices), kPanel);
-    if (a.down_columns) down_width_ = min64(down_width_, kStripColumns);
-    down_tasks_ = ceil_div(H, down_width_);
+    up_together_ = a.gate_up_columns ? kTogether : tokens_together(a.hidden_size * kInputSize, V::kMaxTokens);
+    down_together_ =
+        a.down_columns ? kTogether : tokens_together(min64(a.intermediate_size, kSpan) * kInputSize, V::kMaxTokens);
+    cut_up(max64(1, a.threads));
+    cut_down(max64(1, a.threads));
+    shares_.cut(up_tasks_, down_tasks_, max64(1, a.threads));
   }
 
   // Runs in every thread of a team.
@@ -52,18 +45,18 @@ class Experts {
     const int team = omp_get_num_threads();
     Cursor at;
     at.thread = omp_get_thread_num();
-    int64_t task = take();
+    int64_t task = take(at);
     seek(at, task);
     while (task < up_tasks_) {
       const UpTask now = at.task;
-      task = take();
+      task = take(at);
       seek(at, task);
       a.gate_up_columns ? up_columns(now, at) : up_rows(now, at);
     }
     if (team > 1) GOMP_barrier();
     while (task < up_tasks_ + down_tasks_) {
       const int64_t now = task - up_tasks_;
-      task = take();
+      task = take(at);
       seek(at, task);
       down(now, [&](int64_t n, int64_t begin, int64_t end) {
         const Weights after = n + 1 < p.num_active ? down_weights(p.active[n + 1], begin) : at.next;
@@ -97,7 +90,42 @@ class Experts {
     int size(int64_t block) const { return static_cast<int>(first(block + 1) - first(block)); }
   };
 
-  int64_t take() { return __atomic_fetch_add(&next_task_, 1, __ATOMIC_RELAXED); }
+  // Cuts the first products of each expert into equal chunks.
+  void cut_up(int64_t threads) {
+    const int64_t I = a.intermediate_size, active = max64(1, p.num_active);
+    bool runs = !a.gate_up_columns && !a.interleaved;
+    for (int64_t n = 0; n < p.num_active; ++n) runs = runs && slots_of(p.active[n]) <= V::kMaxTokens;
+    const int64_t panel_bytes = parts_ * kPanel * a.hidden_size * static_cast<int64_t>(sizeof(D));
+    const int64_t most = a.gate_up_columns ? kStripColumns / parts_
+                         : runs            ? kRunRows
+                                           : kPanel * max64(1, kTaskBytes / panel_bytes);
+    const int64_t evenly = ceil_div(I, ceil_div(4 * threads, active));  // few experts: enough tasks for all threads
+    up_width_ = round_up(min64(most, evenly), kPanel);
+    chunks_ = ceil_div(I, up_width_);
+    if (runs) {  // few tasks: as many for each thread
+      while (active * chunks_ % threads != 0) ++chunks_;
+      up_width_ = round_up(ceil_div(I, chunks_), kPanel);
+      chunks_ = ceil_div(I, up_width_);
+    }
+    up_tasks_ = 0;
+    for (int64_t n = 0; n < p.num_active; ++n) up_tasks_ += groups_of(n) * chunks_;
+  }
+
+  // Cuts the output's columns into slices. Bound by reading, they are wide: a slice of an expert's weights is read on end.
+  void cut_down(int64_t threads) {
+    const int64_t H = a.hidden_size;
+    const bool busy = p.num_slots >= 8 * max64(1, p.num_active);  // enough tokens an expert to be bound by arithmetic
+    down_width_ = ceil_div(H, threads * (a.down_columns ? 2 : busy ? 4 : 16));
+    if (!busy && !a.down_columns) {
+      const int64_t row_bytes = a.down_stride * static_cast<int64_t>(a.weights == kPlain ? sizeof(D) : 1);
+      down_width_ = max64(down_width_, min64(ceil_div(H, 2 * threads), kRunBytes / max64(1, row_bytes)));
+    }
+    down_width_ = round_up(down_width_, kPanel);
+    if (a.down_columns) down_width_ = min64(down_width_, kStripColumns);
+    down_tasks_ = ceil_div(H, down_width_);
+  }
+
+  int64_t take(const Cursor& at) { return shares_.take(at.thread); }
   int64_t slots_of(int64_t expert) const { return p.offsets[expert + 1] - p.offsets[expert]; }
   // Slots of one expert are cut into groups at the borders of blocks.
   int64_t groups_of(int64_t active) const {
@@ -121,7 +149,7 @@ class Experts {
     return {base + row * (a.down_columns ? 1 : a.down_stride), a.down_stride};
   }
 
-  // Moves a thread's cursor to `task`, which is never behind it.
+  // Moves a thread's cursor to `task`.
   void seek(Cursor& at, int64_t task) const {
     at.next = {static_cast<const D*>(a.down), 0};
     if (task >= up_tasks_) {
@@ -129,6 +157,7 @@ class Experts {
         at.next = down_weights(p.active[0], (task - up_tasks_) * down_width_);
       return;
     }
+    if (task < at.before) at.active = at.before = 0;
     while (task >= at.before + groups_of(at.active) * chunks_) at.before += groups_of(at.active++) * chunks_;
     const int64_t expert = p.active[at.active], slots = slots_of(expert);
     const int64_t group = (task - at.before) / chunks_, begin = (task - at.before) % chunks_ * up_width_;
@@ -204,11 +233,48 @@ class Experts {
                    : L::put(block, tokens, token, i, gate, count, 1.0f);
   }
 
+  // The same for a panel of a block of `tokens` slots from `first` on.
+  void finish_panel(float* gate, float* up, int64_t expert, int64_t first, int tokens, int64_t i, int rows) const {
+    Input* h = activations(expert, first);
+    for (int n = 0; n < tokens; ++n)
+      finish_up(gate + n * kTile, up + n * kTile, expert, i, rows, h_in_rows_ ? h + n * ldh_ : h,
+                h_in_rows_ ? 1 : tokens, h_in_rows_ ? 0 : n);
+  }
+
+  // Whether a task reads its rows of the gate on end, and then those of up: where one block of tokens passes over them.
+  bool in_runs(const UpTask& task) const {
+    return task.bottom - task.top == 1 && task.end - task.begin <= kRunRows && !a.interleaved;
+  }
+  // Such a task, by product(part, i, rows, sums of a panel).
+  template <class Product>
+  void finish_runs(const UpTask& task, const Product& product) const {
+    alignas(64) float gate[ceil_div(kRunRows, kPanel)][V::kMaxTokens * kTile], up[V::kMaxTokens * kTile] = {};
+    for (int part = 0; part < parts_; ++part)
+      for (int64_t i = task.begin; i < task.end; i += kPanel) {
+        const int rows = static_cast<int>(min64(kPanel, task.end - i));
+        float* const first = gate[(i - task.begin) / kPanel];
+        if (part == 0 && rows < kPanel) memset(first, 0, sizeof(gate[0]));
+        product(part, i, rows, part == 0 ? first : up);
+        if (part + 1 == parts_)
+          finish_panel(first, up, task.expert, task.first, static_cast<int>(task.tokens), i, rows);
+      }
+  }
+
   void up_rows(const UpTask& task, Cursor& at) const {
     const Blocks blocks(slots_of(task.expert));
     const int64_t to_up = (a.interleaved ? 1 : a.intermediate_size) * a.gate_up_stride;
     alignas(64) float tile[2][V::kMaxTokens * kTile] = {};
     const Input* packed = pack(task, blocks, at);
+    if (in_runs(task)) {
+      return finish_runs(task, [&](int part, int64_t i, int rows, float* sums) {
+        const bool more = i + kPanel < task.end;
+        const Weights here = up_weights(task.expert, i), begin = up_weights(task.expert, task.begin);
+        Weights next = more ? up_weights(task.expert, i + kPanel) : part + 1 < parts_ ? begin : at.next;
+        if (more || part + 1 < parts_) next.at += (more ? part : 1) * to_up;
+        dot_panel_of<V, D>(blocks.size(task.top), here.at + part * to_up, here.stride, rows, a.hidden_size, packed, sums,
+                           {next.at, next.stride, 1, 0});
+      });
+    }
     for (int64_t i = task.begin; i < task.end; i += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, task.end - i));
       const bool more = i + kPanel < task.end;
@@ -225,11 +291,7 @@ class Experts {
           dot_panel_of<V, D>(tokens, here.at + part * to_up, here.stride, rows, a.hidden_size,
                              packed + (first - task.first) * ldx_, tile[part], ahead);
         }
-        Input* h = activations(task.expert, first);
-        const bool in_rows = a.down_columns;
-        for (int n = 0; n < tokens; ++n)
-          finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows, in_rows ? h + n * ldh_ : h,
-                    in_rows ? 1 : tokens, in_rows ? 0 : n);
+        finish_panel(tile[0], tile[1], task.expert, first, tokens, i, rows);
       }
     }
   }
@@ -339,10 +401,11 @@ class Experts {
   const MoetorExperts& a;
   const Plan& p;
   const int64_t ldx_, ldh_;  // elements from one token's inputs to the next's
+  bool h_in_rows_;  // the activations lie in rows, not in blocks
   int64_t parts_, up_together_, down_together_;
   int64_t up_width_, chunks_, up_tasks_;  // activations of one task; tasks per group of slots; tasks
   int64_t down_width_, down_tasks_;
-  int64_t next_task_ = 0;
+  Shares shares_;
 };
 
 }  // namespace

@@ -19,7 +19,7 @@ constexpr int64_t kInputsTogether = 1 << 20;  // bytes of their inputs: half of 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Bytes of a row of `size` inputs that are bytes: 64 for its scale and its sum, and whole vectors.
 inline int64_t rounded_width(int64_t size) { return 64 + round_up(size, 64); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 

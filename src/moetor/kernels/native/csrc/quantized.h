@@ -19,18 +19,18 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
   using Base::p;
 
  public:
-  using Base::Base;
+  QuantizedExperts(const MoetorExperts& args, const Plan& plan) : Base(args, plan) { this->h_in_rows_ = C::kBytes; }
 
   // Runs in every thread of a team.
   void run() {
     const int team = omp_get_num_threads();
     Cursor at;
     at.thread = omp_get_thread_num();
-    int64_t task = this->take();
+    int64_t task = this->take(at);
     this->seek(at, task);
     while (task < this->up_tasks_) {
       const UpTask now = at.task;
-      task = this->take();
+      task = this->take(at);
       this->seek(at, task);
       up(now, at, task);
     }
@@ -41,7 +41,7 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
     }
     while (task < this->up_tasks_ + this->down_tasks_) {
       const int64_t now = task - this->up_tasks_;
-      task = this->take();
+      task = this->take(at);
       this->down(now, [&](int64_t n, int64_t begin, int64_t end) {
         add(p.active[n], begin, end, at.thread,
             n + 1 < p.num_active ? Place{second_product(), p.active[n + 1], begin} : start_of(at, task, 0));
@@ -209,6 +209,15 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
     alignas(64) float tile[2][V::kMaxTokens * kTile] = {};
     const Input* packed = inputs(task, blocks, at);
     const int64_t width = C::width(a.hidden_size);
+    if (this->in_runs(task)) {
+      return this->finish_runs(task, [&](int part, int64_t i, int rows, float* sums) {
+        const int64_t before = part * a.intermediate_size;
+        const Place up{m, task.expert, a.intermediate_size + task.begin};
+        const CodeRows w = code_rows(m, task.expert, before + i, rows, before + task.end,
+                                     part + 1 < this->parts_ ? up : start_of(at, next_task, 0), 1, at.thread, part);
+        dot(w, nullptr, static_cast<int>(task.tokens), rows, a.hidden_size, packed, sums);
+      });
+    }
     for (int64_t i = task.begin; i < task.end; i += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, task.end - i));
       CodeRows parts[2]{};
@@ -225,10 +234,7 @@ class QuantizedExperts : public Experts<V, D, typename Codes<V, kind>::Layout> {
         const Input* x = packed + (first - task.first) * width;
         for (int part = 0; part < this->parts_; ++part)
           dot(parts[part], wide[part], tokens, rows, a.hidden_size, x, tile[part]);
-        auto* h = this->activations(task.expert, first);
-        for (int n = 0; n < tokens; ++n)
-          this->finish_up(tile[0] + n * kTile, tile[1] + n * kTile, task.expert, i, rows,
-                          C::kBytes ? h + n * this->ldh_ : h, C::kBytes ? 1 : tokens, C::kBytes ? 0 : n);
+        this->finish_panel(tile[0], tile[1], task.expert, first, tokens, i, rows);
       }
     }
   }
