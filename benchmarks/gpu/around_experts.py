@@ -34,6 +34,7 @@ from moetor.kernels.attention import paged_attention as attention_in_torch
 from moetor.kernels.dense import CacheSlots, Norm, RotaryForm
 from moetor.kernels.triton import attention, support
 from moetor.kernels.triton import dense as launches
+from moetor.kernels.triton import rows as products
 
 DTYPE = torch.bfloat16
 HIDDEN, HEADS, KV_HEADS, WIDTH, BLOCK = 2048, 32, 4, 128, 16
@@ -83,18 +84,18 @@ def product_cases(batches: list[int]) -> Iterator[Case]:
             x = normal(rows, depth)
             oracle = x.float() @ weights[0].float().T
             found = [Variant(name="torch", call=lambda i, x=x, w=weights: F.linear(x, w[i]))]
-            if rows <= dense.FEW_ROWS:
-                chosen = launches.rows_plan(outputs, depth, rows, 2, gated=False)
+            if rows <= 8:
+                chosen = products.rows_plan(outputs, depth, rows, 2, gated=False)
                 plans = {chosen}
                 tiles = ((1, 2048, 4), (2, 2048, 4), (4, 512, 4), (8, 512, 8), (4, 1024, 8))
                 for tile in tiles if rows == 1 else tiles[1:3]:
-                    plans.add(launches.RowsPlan(*tile, 1))
+                    plans.add(products.RowsPlan(*tile, 1, chosen.rows))
                 for plan in sorted(plans, key=str):
                     label = f"ours {plan.outputs}x{plan.depth} w{plan.warps}"
                     found.append(
                         Variant(
                             name=label + (" *" if plan == chosen else ""),
-                            call=lambda i, x=x, w=weights, p=plan: launches.few_rows(
+                            call=lambda i, x=x, w=weights, p=plan: products.few_rows(
                                 x, w[i], None, None, p
                             ),
                         )
@@ -279,46 +280,21 @@ def chain_case(sequences: int, context: int) -> Case:
         return dense.linear(normed, weights["gate"][i])
 
     slots = [one["block_table"][:, -1].long() * BLOCK + (context - 1) % BLOCK for one in given]
-    own = launches.overlap, launches.rows_plan
+    own = support.overlap
 
     def without(i: int) -> Tensor:
-        launches.overlap = lambda tensor: False
+        support.overlap = lambda tensor: False
         try:
             return call(i)
         finally:
-            launches.overlap = own[0]
+            support.overlap = own
 
-    def with_tiles(plan: launches.RowsPlan) -> Call:
-        def planned(outputs: int, *size: int, gated: bool) -> launches.RowsPlan:
-            small = outputs <= launches.FEW_OUTPUTS
-            return own[1](outputs, *size, gated=gated) if small else plan
-
-        def tried(i: int) -> Tensor:
-            launches.rows_plan = planned
-            try:
-                return call(i)
-            finally:
-                launches.rows_plan = own[1]
-
-        return tried
-
-    tiles = [launches.RowsPlan(4, 2048, 4, 1, ahead) for ahead in (False, True)]
-    tiles += [launches.RowsPlan(4, 1024, 8, 1, ahead) for ahead in (False, True)]
-    tiles += [launches.RowsPlan(4, 1024, 4, 1, True), launches.RowsPlan(2, 2048, 4, 1, True)]
-    others = [
-        Variant(
-            name=f"ours {p.outputs}x{p.depth} w{p.warps}" + (" ahead" if p.ahead else ""),
-            call=with_tiles(p),
-        )
-        for p in tiles
-        if sequences == 1
-    ]
     read = 2.0 * sum(size[0] * size[1] for name, size in PRODUCTS.items() if name != "head")
     read += 2 * sequences * context * KV_HEADS * WIDTH * 2
     return Case(
         name=f"chain S={sequences} L={context}", sets=sets, read=read,
         variants=[Variant(name="ours", call=call),
-                  Variant(name="ours, only attention overlaps", call=without), *others],
+                  Variant(name="ours, only attention overlaps", call=without)],
     )  # fmt: skip
 
 

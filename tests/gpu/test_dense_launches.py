@@ -95,7 +95,7 @@ def test_launches(dtype: torch.dtype, rng: torch.Generator) -> None:
         for normed in (False, True):
             check_rotate(launches.rotate, form, normed, dtype, rng, "cuda")
     check_cache(launches.write_to_cache, dtype, rng, "cuda")
-    for rows in (1, 2, 3, 8):
+    for rows in (1, 2, 3, 8, 19):
         check_few_rows(rows_launches.few_rows, rows, dtype, rng, "cuda")
         check_few_rows(rows_launches.few_rows, rows, dtype, rng, "cuda", (130, 2048))
     check_activation(launches.gated_activation, dtype, rng, "cuda", 1500)

@@ -173,7 +173,7 @@ def check_few_rows(
     x = random(rows, depth, dtype=dtype, rng=rng, device=device)
     weight = random(outputs, depth, dtype=dtype, rng=rng, device=device) / depth**0.5
     bias = random(outputs, dtype=dtype, rng=rng, device=device)
-    plans = [plan, RowsPlan(4, 16, 4, 1)] if depth < 100 else [plan]
+    plans = [plan, RowsPlan(4, 16, 4, 1, 2)] if depth < 100 else [plan]
     for tried in plans:
         product = x.double() @ weight.double().T
         assert_near(few_rows(x, weight, None, None, tried), product, dtype)

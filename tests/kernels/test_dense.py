@@ -104,9 +104,9 @@ def test_tiles_of_few_rows(gated: bool, itemsize: int) -> None:
 
     for outputs in (8, 128, 2048, 5120, 151936):
         for depth in (64, 2048, 2880, 7168):
-            for rows in (1, 2, 4, 8):
+            for rows in (1, 2, 4, 8, 32):
                 plan = rows_plan(outputs, depth, rows, itemsize, gated=gated)
-                held = plan.outputs * plan.depth * rows * (2 if gated else 1)
+                held = plan.outputs * plan.depth * plan.rows * (2 if gated else 1)
                 assert held <= 8192
                 assert plan.depth & (plan.depth - 1) == 0
 
@@ -131,7 +131,7 @@ def main(seed: int) -> None:
             for normed in (False, True):
                 check_rotate(launches.rotate, form, normed, dtype, rng)
         check_cache(launches.write_to_cache, dtype, rng)
-        for rows in (1, 3, 8):
+        for rows in (1, 3, 8, 11):
             check_few_rows(rows_launches.few_rows, rows, dtype, rng)
         check_activation(launches.gated_activation, dtype, rng)
 

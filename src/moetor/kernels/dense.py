@@ -25,11 +25,7 @@ from moetor.kernels import rows_apart
 from moetor.kernels.activations import activate
 from moetor.kernels.native import dense as native
 from moetor.kernels.triton import support
-from moetor.kernels.triton.rows import FEW_OUTPUTS
-
-# A product with one row, and one with few outputs and few rows (a router's), are bound by latency,
-# which torch's own products do not hide; beyond that these are nearer to the memory's rate.
-FEW_ROWS = 8
+from moetor.kernels.triton.rows import most_rows
 
 
 @functools.cache
@@ -237,7 +233,7 @@ def _few(x: Tensor, outputs: int, in_torch: bool) -> bool:
     if not _launches(x, in_torch) or rows_apart.wanted():
         return False
     rows = x.numel() // max(1, x.shape[-1])
-    return 0 < rows <= (FEW_ROWS if outputs <= FEW_OUTPUTS else 1)
+    return 0 < rows <= most_rows(outputs, x.shape[-1])
 
 
 def gated_linear(

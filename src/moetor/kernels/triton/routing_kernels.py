@@ -10,6 +10,9 @@ import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 from moetor.kernels.triton.device_code import chain, soft_cap
 
+# Below the key of every number.
+TAKEN = tl.constexpr(-(2**31))
+
 
 @triton.jit
 def _log1p(x):
@@ -35,10 +38,18 @@ def _score(x, inside, SCORING: tl.constexpr):
 
 
 @triton.jit
-def _best(values, free, places, END: tl.constexpr):
-    """The first place of the largest value among the free ones; END where none is free."""
-    top = tl.max(tl.where(free, values, -float("inf")), axis=0)
-    return tl.min(tl.where(free & (values == top), places, END), axis=0)
+def _in_order(x):
+    """int32 numbers in the order of the float32 numbers `x`, above -2^31: the largest of a warp's
+    integers is one instruction, where floats take ten.
+    """
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # the sum turns -0 into 0
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _best(keys, places, END: tl.constexpr):
+    """The first place of the largest key."""
+    return tl.min(tl.where(keys == tl.max(keys, axis=0), places, END), axis=0)
 
 
 @triton.jit
@@ -64,10 +75,10 @@ def _limit_groups(
         first = tl.min(place, axis=1)
         rest = tl.where(n[None, :] == first[:, None], -float("inf"), values)
         best = best + tl.max(rest, axis=1)
-    free = group < GROUPS
+    keys = tl.where(group < GROUPS, _in_order(best), TAKEN)
     for _ in tl.static_range(KEPT):
-        free = free & (group != _best(best, free, group, GP))
-    dropped = free[:, None] & member
+        keys = tl.where(group == _best(keys, group, GP), TAKEN, keys)
+    dropped = (keys != TAKEN)[:, None] & member
     hit = tl.sum(dropped.to(tl.int32), axis=0) > 0
     return tl.where(hit, 0.0 if MASK_ZERO else -float("inf"), choice)
 
@@ -126,14 +137,12 @@ def route_tokens(
         choice = _limit_groups(choice, inside, n, N, NP, GROUPS, GP, KEPT, TOP2, MASK_ZERO)
     slot = tl.arange(0, KP)
     ids = tl.zeros((KP,), tl.int32)
-    kept = tl.zeros((KP,), tl.float32)
-    free = inside
+    keys = tl.where(inside, _in_order(choice), TAKEN)
     for k in range(K):
-        expert = _best(choice, free, n, NP)
-        free = free & (n != expert)
-        score = tl.sum(tl.where(n == expert, scores, 0.0), axis=0)
+        expert = _best(keys, n, NP)
+        keys = tl.where(n == expert, TAKEN, keys)
         ids = tl.where(slot == k, expert, ids)
-        kept = tl.where(slot == k, score, kept)
+    kept = tl.gather(scores, ids, 0)
     real = slot < K
     weight = _score(kept, real, SCORING) if AFTER else kept
     weight = tl.where(real, weight, 0.0)

@@ -15,6 +15,10 @@ from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import activation_constants, next_power_of_2
 
 FEW_OUTPUTS = 512
+# Of a weight that stays near while a few rows after the other are multiplied with it: 128 x 2048,
+# for which this was measured on an H200.
+_NEAR = 2**18
+_NEAR_ROWS = 2
 _MANY_OUTPUTS = 32768
 
 
@@ -26,17 +30,29 @@ class RowsPlan:
         outputs: BN.
         depth: BK, of a step.
         warps, stages: of a program.
+        rows: BT.
     """
 
     outputs: int
     depth: int
     warps: int
     stages: int
+    rows: int
+
+
+def most_rows(outputs: int, depth: int) -> int:
+    """Up to how many rows vector sums are the faster ones: a product with one row, and one with few
+    outputs and few rows (a router's), are bound by latency, which torch's own do not hide."""
+    if outputs > FEW_OUTPUTS:
+        return 1
+    return 32 if outputs * depth <= _NEAR else 8
 
 
 def rows_plan(outputs: int, depth: int, rows: int, itemsize: int, *, gated: bool) -> RowsPlan:
     """Tiles for `rows` rows: enough programs for every multiprocessor, and 16 bytes a load."""
-    held = next_power_of_2(rows) * (2 if gated else 1)
+    near = outputs * depth <= _NEAR
+    together = min(next_power_of_2(rows), _NEAR_ROWS if near else 8)
+    held = together * (2 if gated else 1)
     most = 4096 // itemsize
     if outputs <= FEW_OUTPUTS:
         block, step, warps = (2 if held <= 2 else 1), most, 4
@@ -50,7 +66,7 @@ def rows_plan(outputs: int, depth: int, rows: int, itemsize: int, *, gated: bool
             step //= 2
         else:
             block //= 2
-    return RowsPlan(outputs=block, depth=step, warps=warps, stages=1)
+    return RowsPlan(outputs=block, depth=step, warps=warps, stages=1, rows=together)
 
 
 def few_rows(
@@ -64,7 +80,7 @@ def few_rows(
     """`x @ weight.T + bias` by vector sums; with an activation, of gate and up in one.
 
     Args:
-        x: [..., H] of few rows.
+        x: [..., H]; weights are read once for every `plan.rows` rows.
         weight: [N, H], or [2 I, H] with an activation.
         plan: tiles; None chooses.
         dtype: of the result; None for that of `x`.
@@ -81,16 +97,16 @@ def few_rows(
     plan = plan or rows_plan(outputs, depth, rows.shape[0], x.element_size(), gated=gated)
     pdl = support.overlap(x) and early
     with support.on_device_of(x):
-        rows_kernels.few_rows[(-(-outputs // plan.outputs),)](
+        rows_kernels.few_rows[(-(-outputs // plan.outputs), -(-rows.shape[0] // plan.rows))](
             rows,
             weight,
             support.flat(bias, x),
             out,
+            rows.shape[0],
             outputs * weight.stride(0),
             rows.stride(0),
             weight.stride(0),
-            T=rows.shape[0],
-            TP=next_power_of_2(rows.shape[0]),
+            BT=plan.rows,
             N=outputs,
             H=depth,
             HAS_BIAS=bias is not None,

@@ -1,6 +1,6 @@
 """Products of a few rows with a weight that is read once, by vector sums.
 
-Shape letters: T tokens, H hidden, N outputs; BN and BK of a tile.
+Shape letters: H hidden, N outputs; BT rows, BN and BK of a tile.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -15,17 +15,17 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, unuse
 from moetor.kernels.triton.device_code import activate_gated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def few_rows(
     x,
     weight,
     bias,
     out,
+    rows,
     up_offset,
     stride_x,
     stride_n,
-    T: tl.constexpr,
-    TP: tl.constexpr,
+    BT: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -36,7 +36,7 @@ def few_rows(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[T, BN columns] = x @ weight.T + bias in float32 vector sums, weights read once.
+    """out[BT rows, BN columns] = x @ weight.T + bias in float32 vector sums.
 
     With GATED, activation(gate) * up of the rows n and n + up_offset / stride_n of the weight.
     The first weights are on their way before the launch before has ended.
@@ -45,12 +45,14 @@ def few_rows(
         gdc_launch_dependents()
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    t = tl.arange(0, TP)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    # A row alone is there.
+    real = (t < rows) | (BT == 1)
     pointers = weight + n.to(tl.int64)[:, None] * stride_n + k[None, :]
-    inputs = x + t[:, None] * stride_x + k[None, :]
+    inputs = x + t.to(tl.int64)[:, None] * stride_x + k[None, :]
     EVEN: tl.constexpr = H % BK == 0 and N % BN == 0
-    acc = tl.zeros((TP, BN, BK), tl.float32)
-    acc_up = tl.zeros((TP, BN, BK), tl.float32)
+    acc = tl.zeros((BT, BN, BK), tl.float32)
+    acc_up = tl.zeros((BT, BN, BK), tl.float32)
     for k0 in tl.range(0, H, BK, num_stages=STAGES):
         if EVEN:
             w = tl.load(pointers + k0, eviction_policy="evict_first")
@@ -63,7 +65,7 @@ def few_rows(
                 v = tl.load(pointers + k0 + up_offset, mask=inside, other=0.0)
         if PDL and k0 == 0:
             gdc_wait()
-        row = tl.load(inputs + k0, mask=(t[:, None] < T) & (k[None, :] < H - k0), other=0.0)
+        row = tl.load(inputs + k0, mask=real[:, None] & (k[None, :] < H - k0), other=0.0)
         row32 = row.to(tl.float32)[:, None, :]
         acc += w.to(tl.float32)[None, :, :] * row32
         if GATED:
@@ -76,5 +78,6 @@ def few_rows(
         if HAS_BIAS:
             z += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         y = activate_gated(y, z, ACT)
-    inside = (t[:, None] < T) & (n[None, :] < N)
-    tl.store(out + t[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=inside)
+    inside = real[:, None] & (n[None, :] < N)
+    to = out + t.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(to, y.to(out.dtype.element_ty), mask=inside)

@@ -13,7 +13,7 @@ from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import next_power_of_2
 
 _CHUNK = 128  # slots ranked at once: a [128, 128] comparison is 128 registers a thread
-_DIRECT = 1024  # up to here every program counts all slots for itself
+_DIRECT = 1024  # up to here every program counts and ranks all slots for itself
 
 
 class RowTiles(NamedTuple):
@@ -76,23 +76,29 @@ def make_row_tiles(topk_ids_TK: Tensor, num_experts: int, rows: int, *, pdl: boo
     parts = (tiles * rows, _aligned(slots), _aligned(tiles), _aligned(1))
     order, place, expert, used = topk_ids_TK.new_empty((sum(parts),)).split(parts)
     made = RowTiles(order, place[:slots].view(topk_ids_TK.shape), expert[:tiles], used[:1])
-    direct = slots <= _DIRECT
-    chunk = min(_CHUNK, max(32, next_power_of_2(slots)))
-    blocks = -(-slots // chunk)
-    padded = next_power_of_2(num_experts + 1)
-    sizes = {"E": num_experts, "EP": padded, "CHUNK": chunk, "PDL": pdl, "num_warps": 4}
-    counts = totals = used
-    if not direct:
-        counts = topk_ids_TK.new_empty((blocks + 1, padded))
-        totals = counts[blocks]
-        sort_kernels.count_slots[(blocks,)](
-            topk_ids_TK, counts, slots, **sizes, **support.chained(pdl)
-        )
-        columns = min(16, padded)
-        sort_kernels.scan_counts[(padded // columns,)](
-            counts, totals, blocks, EP=padded, BE=columns, ROWS=256, PDL=pdl, num_warps=8,
+    sizes = {"E": num_experts, "EP": next_power_of_2(num_experts + 1), "PDL": pdl, "num_warps": 4}
+    if slots <= _DIRECT:
+        sort_kernels.place_few_slots[(num_experts,)](
+            topk_ids_TK,
+            *made,
+            slots,
+            SP=max(32, next_power_of_2(slots)),
+            BM=rows,
+            **sizes,
             **support.chained(pdl),
-        )  # fmt: skip
+        )
+        return made
+    blocks, padded = -(-slots // _CHUNK), sizes["EP"]
+    counts = topk_ids_TK.new_empty((blocks + 1, padded))
+    totals = counts[blocks]
+    sort_kernels.count_slots[(blocks,)](
+        topk_ids_TK, counts, slots, CHUNK=_CHUNK, **sizes, **support.chained(pdl)
+    )
+    columns = min(16, padded)
+    sort_kernels.scan_counts[(padded // columns,)](
+        counts, totals, blocks, EP=padded, BE=columns, ROWS=256, PDL=pdl, num_warps=8,
+        **support.chained(pdl),
+    )  # fmt: skip
     sort_kernels.place_slots[(max(blocks, num_experts),)](
         topk_ids_TK,
         counts,
@@ -101,7 +107,7 @@ def make_row_tiles(topk_ids_TK: Tensor, num_experts: int, rows: int, *, pdl: boo
         slots,
         blocks,
         BM=rows,
-        DIRECT=direct,
+        CHUNK=_CHUNK,
         **sizes,
         **support.chained(pdl),
     )

@@ -58,6 +58,53 @@ def scan_counts(
     tl.store(totals + e, total, mask=e < EP)
 
 
+@triton.jit
+def _describe_tiles(order, tile_expert, expert, start, count, slots, BM: tl.constexpr):
+    """The tiles from number `start` on are those of an expert with `count` slots: padding rows, and
+    whose they are."""
+    number = (count + BM - 1) // BM
+    pad = count + tl.arange(0, BM)
+    tl.store(order + start * BM + pad, tl.zeros_like(pad) + slots, mask=pad < number * BM)
+    t = tl.arange(0, 128)
+    while number > 0:
+        tl.store(tile_expert + start + t, tl.zeros_like(t) + expert, mask=t < number)
+        start += 128
+        number -= 128
+
+
+@triton.jit(do_not_specialize=["slots"])
+def place_few_slots(
+    ids,
+    order,
+    place,
+    tile_expert,
+    used,
+    slots,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    SP: tl.constexpr,
+    BM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program p counts all slots, at most SP, and places those of expert p in token order."""
+    chain(PDL)
+    expert = tl.program_id(0)
+    s = tl.arange(0, SP)
+    e = tl.arange(0, EP)
+    found = _experts_of(ids, s, slots, E)
+    total = tl.where(e < E, tl.histogram(found, EP), 0)
+    tiles = (total + BM - 1) // BM
+    start = tl.sum(tl.where(e < expert, tiles, 0), axis=0)
+    mine = (found == expert).to(tl.int32)
+    at = start * BM + tl.cumsum(mine, axis=0) - 1
+    tl.store(order + at, s, mask=mine > 0)
+    tl.store(place + s, at, mask=mine > 0)
+    _describe_tiles(order, tile_expert, expert, start, tl.sum(mine, axis=0), slots, BM)
+    if expert == 0:
+        tl.store(used, tl.sum(tiles, axis=0))
+        tl.store(place + s, tl.zeros_like(s) - 1, mask=(found == E) & (s < slots))
+
+
 @triton.jit(do_not_specialize=["slots", "blocks"])
 def place_slots(
     ids,
@@ -73,30 +120,16 @@ def place_slots(
     EP: tl.constexpr,
     BM: tl.constexpr,
     CHUNK: tl.constexpr,
-    DIRECT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program p places the slots of block p in token order, and describes the tiles of expert p.
-
-    With DIRECT every program counts all slots for itself; otherwise `scan_counts` has done so.
-    """
+    """Program p places the slots of block p in token order, and describes the tiles of expert p, by
+    what `scan_counts` has counted."""
     chain(PDL)
     pid = tl.program_id(0)
     e = tl.arange(0, EP)
     lane = tl.arange(0, CHUNK)
-    if DIRECT:
-        total = tl.zeros((EP,), tl.int32)
-        before = tl.zeros((EP,), tl.int32)
-        b = 0
-        while b < blocks:
-            here = tl.histogram(_experts_of(ids, b * CHUNK + lane, slots, E), EP)
-            total += here
-            before += tl.where(b < pid, here, 0)
-            b += 1
-    else:
-        total = tl.load(totals + e)
-        before = tl.load(counts + pid * EP + e, mask=(pid < blocks) & (e < EP), other=0)
-    total = tl.where(e < E, total, 0)
+    total = tl.where(e < E, tl.load(totals + e), 0)
+    before = tl.load(counts + pid * EP + e, mask=(pid < blocks) & (e < EP), other=0)
     tiles = (total + BM - 1) // BM
     first = tl.cumsum(tiles, axis=0) - tiles
     if pid < blocks:
@@ -111,13 +144,6 @@ def place_slots(
         mine = e == pid
         count = tl.sum(tl.where(mine, total, 0), axis=0)
         start = tl.sum(tl.where(mine, first, 0), axis=0)
-        number = (count + BM - 1) // BM
-        pad = count + tl.arange(0, BM)
-        tl.store(order + start * BM + pad, tl.zeros_like(pad) + slots, mask=pad < number * BM)
-        t = tl.arange(0, 128)
-        while number > 0:
-            tl.store(tile_expert + start + t, tl.zeros_like(t) + pid, mask=t < number)
-            start += 128
-            number -= 128
+        _describe_tiles(order, tile_expert, pid, start, count, slots, BM)
     if pid == 0:
         tl.store(used, tl.sum(tiles, axis=0))
