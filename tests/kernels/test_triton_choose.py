@@ -126,6 +126,21 @@ def test_row_tiles_grow_with_the_rows_of_an_expert() -> None:
     assert rows == [16, 16, 32, 64, 128, 128]
 
 
+def test_first_products_walk_where_experts_are_wide_and_have_many_rows() -> None:
+    wide = ExpertsConfig(num_experts=8, hidden_size=4096, intermediate_size=14336)
+    narrow = ExpertsConfig(num_experts=8, hidden_size=4096, intermediate_size=1024)
+    # Gate and up columns of one tile lie apart in each row of the storage.
+    apart = replace(wide, transposed=True)
+    for config, tokens, walks in (
+        (wide, 1024, False), (wide, 2048, True), (narrow, 16384, False), (apart, 16384, False),
+    ):  # fmt: skip
+        plan = large_plan(config, 2, tokens, 2, DEVICES[3])
+        assert (plan.up.persistent > 0) == walks
+        assert plan.up.halves != walks
+        assert plan.down.persistent > 0
+        assert not plan.down.halves
+
+
 def test_the_small_path_takes_few_tokens_that_share_little() -> None:
     fine = ExpertsConfig(num_experts=128, hidden_size=2048, intermediate_size=768)
     coarse = ExpertsConfig(num_experts=8, hidden_size=4096, intermediate_size=14336)

@@ -96,6 +96,7 @@ CASES = [
     Case((9, 0), COARSE, 16384, {}),
     Case((9, 0), COARSE, 16384, UNGATED | {"has_bias": True}),
     Case((9, 0), (8, 2, 4096, 1536), 1024, STORED),
+    Case((9, 0), (8, 2, 4096, 768), 1024, {"has_bias": True, "weight_on_input": True}),
     Case((9, 0), ODD, 300, {}),
     Case((8, 0), COARSE, 16384, {}),
     Case((8, 6), COARSE, 16384, STORED),

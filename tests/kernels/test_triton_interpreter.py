@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve()
     reason="Triton is not installed (pip install triton)",
 )
 @pytest.mark.parametrize(
-    "path", ["small", "large", "descriptors", "walking", "random", "map", "routing"]
+    "path", ["small", "large", "descriptors", "paired", "walking", "random", "map", "routing"]
 )
 def test_under_the_interpreter(path: str, seed: int) -> None:
     done = subprocess.run(
@@ -50,7 +50,11 @@ def _cases(path: str) -> Iterator[tuple[str, object]]:
     for case in FORMS + EDGES:
         if path != "small" or small_form(case.config) is None:
             config = case.config
-            if path in ("descriptors", "walking"):  # they need rows of a multiple of 16 bytes
+            if path in (
+                "descriptors",
+                "paired",
+                "walking",
+            ):  # they need rows of a multiple of 16 bytes
                 config = replace(config, hidden_size=16, intermediate_size=24)
             if case.tokens > 10:  # a loop over programs in Python: keep it short
                 config = replace(config, hidden_size=4, intermediate_size=4)
@@ -83,13 +87,14 @@ def _run(path: str, drawn: object, config: object, dtype: torch.dtype) -> Tensor
             )
         return run_small(*inputs, plan)
     tile = choose.Tile(
-        rows=16,
+        rows=128 if path == "paired" else 16,
         columns=16,
         depth=16,
         warps=1,
         stages=1,
         group=2,
-        tma=path in ("descriptors", "walking"),
+        tma=path in ("descriptors", "paired", "walking"),
+        halves=path == "paired",
     )
     plan = choose.LargePlan(up=tile, down=tile)
     if path == "walking":
@@ -154,7 +159,7 @@ def _check_random(seed: int) -> None:
             drawn.hidden, drawn.topk_weights, drawn.topk_ids,
             ExpertWeights(**drawn.tensors._asdict()), config,
         )  # fmt: skip
-        rows = chance.choice((16, 32, 64))
+        rows = chance.choice((16, 32, 64, 128))
         plans = [choose.LargePlan(up=tile(rows), down=tile(rows))]
         if choose.small_form(config) is None and case.tokens <= 5:
             parts = chance.choice((1, 3, 8)) if transposed else 0

@@ -304,12 +304,15 @@ def large_plan(
         # Programs that walk over tiles load the next one's operands under the last one's store.
         # A short depth or few tiles make that store a large part: two programs a multiprocessor.
         short = config.intermediate_size < 1536
-        down = _walking(down, 128, device, narrow=short or mean < 512)
+        if short or mean < 512:
+            down = replace(down, columns=128, warps=4, stages=3, persistent=2 * device.sms)
+        else:
+            down = replace(down, persistent=device.sms)
         # The first product walks over rows copied before: worth it where H + I are written and read
         # once for many products.
-        if not short and not (config.gated and config.transposed and not config.interleaved):
-            up = _walking(replace(up, halves=False), 128 // halves, device, narrow=mean < 512)
-            up = _at_most(up, config.intermediate_size, config.hidden_size)
+        apart = config.gated and config.transposed and not config.interleaved
+        if mean >= 512 and not short and not apart:
+            up = replace(up, halves=False, persistent=device.sms)
     down = _at_most(down, config.hidden_size, config.intermediate_size)
     return LargePlan(
         up=fit(
@@ -326,13 +329,6 @@ def large_plan(
         ),
         pdl=device.capability[0] >= 9,
     )
-
-
-def _walking(tile: Tile, columns: int, device: Device, *, narrow: bool) -> Tile:
-    """`tile` for programs that walk: one a multiprocessor, or two with narrower tiles."""
-    if narrow:
-        return replace(tile, columns=columns, warps=4, stages=3, persistent=2 * device.sms)
-    return replace(tile, persistent=device.sms)
 
 
 def tma_allowed(

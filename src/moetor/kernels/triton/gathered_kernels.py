@@ -10,8 +10,8 @@ rows, BN columns and BK depth of a tile.
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
-from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
-from moetor.kernels.triton.large_kernels import swizzle
+from moetor.kernels.triton.device_code import chain
+from moetor.kernels.triton.large_kernels import finish, swizzle
 
 
 @triton.jit(do_not_specialize=["tokens", "slots"])
@@ -110,27 +110,7 @@ def walk_up(
         if WEIGHT_ON_INPUT:
             # W (w x) = w (W x): the weight is applied to the float32 sum.
             acc = acc * tl.load(topk_weights + slot, mask=real, other=0.0)[:, None]
-        if HAS_BIAS:
-            n = tl.arange(0, WIDTH)
-            if GATED and not INTERLEAVED:
-                column = block * BN + n % BN
-                at = column + n // BN * I
-                last = I
-            else:
-                column = block * WIDTH + n
-                at = column
-                last = 2 * I if GATED else I
-            J: tl.constexpr = 2 * I if GATED else I
-            here = bias + expert.to(tl.int64) * J + at
-            acc += tl.load(here, mask=column < last, other=0.0).to(tl.float32)[None, :]
-        if INTERLEAVED:
-            gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
-            out = activate_gated(gate, up, ACT)
-        elif GATED:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
-            out = activate_gated(gate, up, ACT)
-        else:
-            out = activate_ungated(acc, ACT)
+        out = finish(acc, bias, expert, block, I, GATED, INTERLEAVED, HAS_BIAS, ACT, BM, BN)
         if HAS_BIAS:
             out = tl.where(real[:, None], out, 0.0)
         act.store([tile * BM, block * BN], out.to(act.dtype))

@@ -60,6 +60,47 @@ def _load_b(
 
 
 @triton.jit
+def finish(
+    acc,
+    bias,
+    expert,
+    block,
+    I: tl.constexpr,  # noqa: E741
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """activation(acc + bias), [BM, BN]. Gate and up columns of `acc` are one operand's: all of gate
+    ahead of all of up, or side by side with INTERLEAVED."""
+    WIDTH: tl.constexpr = 2 * BN if GATED else BN
+    J: tl.constexpr = 2 * I if GATED else I
+    if HAS_BIAS:
+        n = tl.arange(0, WIDTH)
+        if GATED and not INTERLEAVED:
+            column = block * BN + n % BN
+            at = column + n // BN * I
+            last = I
+        else:
+            column = block * WIDTH + n
+            at = column
+            last = J
+        here = bias + expert.to(tl.int64) * J + at
+        acc += tl.load(here, mask=column < last, other=0.0).to(tl.float32)[None, :]
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
+        out = activate_gated(gate, up, ACT)
+    elif GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
+        out = activate_gated(gate, up, ACT)
+    else:
+        out = activate_ungated(acc, ACT)
+    return out
+
+
+@triton.jit
 def _up_tile(
     hidden,
     topk_weights,
@@ -85,6 +126,7 @@ def _up_tile(
     WEIGHT_ON_INPUT: tl.constexpr,
     ACT: tl.constexpr,
     TMA: tl.constexpr,
+    PAIRED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -94,10 +136,10 @@ def _up_tile(
     slot = tl.load(order + row)
     real = slot < slots
     slot = tl.where(real, slot, 0)
-    COLUMNS: tl.constexpr = 2 * BN if INTERLEAVED else BN
+    COLUMNS: tl.constexpr = 2 * BN if INTERLEAVED or PAIRED else BN
     LAST: tl.constexpr = 2 * I if INTERLEAVED else I
     J: tl.constexpr = 2 * I if GATED else I
-    TWO: tl.constexpr = GATED and not INTERLEAVED
+    TWO: tl.constexpr = GATED and not INTERLEAVED and not PAIRED
     EVEN: tl.constexpr = H % BK == 0 and LAST % COLUMNS == 0
     k = tl.arange(0, BK)
     n = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -132,7 +174,10 @@ def _up_tile(
             a = tl.load(inputs + k0, mask=real[:, None], other=0.0)
         else:
             a = tl.load(inputs + k0, mask=real[:, None] & (k[None, :] < H - k0), other=0.0)
-        b = _load_b(weight, pointers, step, first, at, k, k0, LAST, H, EVEN, TMA, TRANSPOSED)
+        if PAIRED:
+            b = weight.load([2 * expert, block * BN, k0]).reshape(COLUMNS, BK).T
+        else:
+            b = _load_b(weight, pointers, step, first, at, k, k0, LAST, H, EVEN, TMA, TRANSPOSED)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         if TWO:
             c = _load_b(
@@ -143,18 +188,14 @@ def _up_tile(
         scale = tl.load(topk_weights + slot)[:, None]
         acc = acc * scale
         acc_up = acc_up * scale
-    if HAS_BIAS:
-        at_bias = bias + expert.to(tl.int64) * J + n
-        acc += tl.load(at_bias, mask=n < LAST, other=0.0).to(tl.float32)[None, :]
-        if TWO:
-            acc_up += tl.load(at_bias + I, mask=n < LAST, other=0.0).to(tl.float32)[None, :]
-    if INTERLEAVED:
-        gate, up = tl.split(tl.reshape(acc, (BM, BN, 2)))
-        out = activate_gated(gate, up, ACT)
-    elif GATED:
+    if TWO:
+        if HAS_BIAS:
+            at_bias = bias + expert.to(tl.int64) * J + n
+            acc += tl.load(at_bias, mask=n < I, other=0.0).to(tl.float32)[None, :]
+            acc_up += tl.load(at_bias + I, mask=n < I, other=0.0).to(tl.float32)[None, :]
         out = activate_gated(acc, acc_up, ACT)
     else:
-        out = activate_ungated(acc, ACT)
+        out = finish(acc, bias, expert, block, I, GATED, INTERLEAVED, HAS_BIAS, ACT, BM, BN)
     if HAS_BIAS:
         out = tl.where(real[:, None], out, 0.0)
     i = block * BN + tl.arange(0, BN)
@@ -190,6 +231,7 @@ def large_up(
     WEIGHT_ON_INPUT: tl.constexpr,
     ACT: tl.constexpr,
     TMA: tl.constexpr,
+    PAIRED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -199,7 +241,8 @@ def large_up(
 ):
     """act[row, BN columns] = activation(hidden[token of row] @ W1[expert].T).
 
-    With HALVES, a tile whose upper half is padding computes its lower half alone.
+    With HALVES, a tile whose upper half is padding computes its lower half alone. With PAIRED, a
+    box holds a tile's gate and up columns, [2, BN, BK], and they are one operand of one product.
     """
     chain(PDL)
     BLOCKS: tl.constexpr = (I + BN - 1) // BN
@@ -212,13 +255,13 @@ def large_up(
         _up_tile(
             hidden, topk_weights, weight, bias, act, order, slots, expert, tile * BM, block,
             up_offset, stride_e, stride_n, stride_k, K, H, I, GATED, INTERLEAVED, TRANSPOSED,
-            HAS_BIAS, WEIGHT_ON_INPUT, ACT, TMA, BM // 2, BN, BK,
+            HAS_BIAS, WEIGHT_ON_INPUT, ACT, TMA, PAIRED, BM // 2, BN, BK,
         )  # fmt: skip
     else:
         _up_tile(
             hidden, topk_weights, weight, bias, act, order, slots, expert, tile * BM, block,
             up_offset, stride_e, stride_n, stride_k, K, H, I, GATED, INTERLEAVED, TRANSPOSED,
-            HAS_BIAS, WEIGHT_ON_INPUT, ACT, TMA, BM, BN, BK,
+            HAS_BIAS, WEIGHT_ON_INPUT, ACT, TMA, PAIRED, BM, BN, BK,
         )  # fmt: skip
 
 
