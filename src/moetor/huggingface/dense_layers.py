@@ -7,17 +7,43 @@ from them must give what the layer gave.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moetor.huggingface.dense_norms import NormForward
 from moetor.huggingface.dense_observe import Call, Observation, bind, parameter_defaults
+from moetor.huggingface.dense_spread import SummedForward
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.trial import tolerance
 from moetor.kernels import dense
+from moetor.kernels.dense import Norm
+from moetor.layer import MoELayer
+from moetor.parallel.small_sums import SmallSums, small_sums
+
+
+@dataclass(frozen=True, slots=True)
+class LastSum:
+    """A sum over ranks, which the launch of the norm after it can make for few rows.
+
+    Attributes:
+        owner: makes the sum itself unless its `sums` is false.
+    """
+
+    owner: SummedForward | MoELayer
+    group: dist.ProcessGroup
+
+    def left_to(self, hidden: Tensor) -> SmallSums | None:
+        """What sums and norms tensors of this one's shape in a launch; None where nothing does."""
+        if torch.compiler.is_compiling():
+            return None
+        found = small_sums(self.group)
+        return found if found is not None and found.takes_rows(hidden) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +57,7 @@ class LayerForm:
         defaults: of the layer's arguments.
         mlp: MLP or MoE block.
         answers_tuple: whether the layer answers with a tuple of one.
+        mixer_sum, mlp_sum: what sums ranks' results as the last thing in mixer and MLP.
     """
 
     first: nn.Module
@@ -41,6 +68,8 @@ class LayerForm:
     defaults: dict[str, Any]
     mlp: nn.Module
     answers_tuple: bool
+    mixer_sum: LastSum | None
+    mlp_sum: LastSum | None
 
 
 class LayerForward:
@@ -64,17 +93,39 @@ class LayerForward:
             return type(self.layer).forward(self.layer, *args, **kwargs)
         own = form.defaults | given
         named = {name: own[name] for name in form.passed}
-        mixed = form.mixer(**{form.hidden_name: form.first(residual)}, **named, **extra)
+        normed_first = form.first(residual)
+        with _unsummed(form.mixer_sum, residual) as add_rms_norm:
+            mixed = form.mixer(**{form.hidden_name: normed_first}, **named, **extra)
         mixed = mixed[0] if isinstance(mixed, tuple) else mixed
-        normed, residual = dense.add_rms_norm(mixed, residual, form.second.norm)
-        out = form.mlp(normed)
+        normed, residual = add_rms_norm(mixed, residual, form.second.norm)
+        last = None if self.follower is None else form.mlp_sum
+        with _unsummed(last, residual) as add_rms_norm:
+            out = form.mlp(normed)
         out = (out[0] if isinstance(out, tuple) else out).view(residual.shape)
         if self.follower is None:
             total = residual + out
         else:
-            ready, total = dense.add_rms_norm(out, residual, self.follower.norm)
+            ready, total = add_rms_norm(out, residual, self.follower.norm)
             self.follower.ready = (total, ready)
         return (total,) if form.answers_tuple else total
+
+
+AddNorm = Callable[[Tensor, Tensor, Norm], tuple[Tensor, Tensor]]
+"""x, residual, norm -> the norm of x + residual, and that sum."""
+
+
+@contextmanager
+def _unsummed(last: LastSum | None, hidden: Tensor) -> Iterator[AddNorm]:
+    """The call inside gives a rank's own results where what this yields can sum them."""
+    sums = None if last is None else last.left_to(hidden)
+    if last is None or sums is None:
+        yield dense.add_rms_norm
+        return
+    last.owner.sums = False
+    try:
+        yield sums.add_rms_norm
+    finally:
+        last.owner.sums = True
 
 
 def recognise_layer(
@@ -122,8 +173,22 @@ def recognise_layer(
         defaults=parameter_defaults(type(call.module)),
         mlp=mlp.module,
         answers_tuple=isinstance(call.output, tuple),
+        mixer_sum=_last_sum(mixer, observed),
+        mlp_sum=_last_sum(mlp, observed),
     )
     return LayerForward(call.module, form)
+
+
+def _last_sum(part: Call, observed: Observation) -> LastSum | None:
+    """What makes a part's answer as a sum over ranks."""
+    if isinstance(part.module, MoELayer):
+        group = part.module.last_sum
+        return None if group is None else LastSum(part.module, group)
+    for child in observed.children(part.path):
+        made = child.module.__dict__.get("forward")
+        if isinstance(made, SummedForward) and child.output is part.first_output:
+            return LastSum(made, made.group) if made.module.bias is None else None
+    return None
 
 
 def _called_with(children: list[Call], tensor: Any) -> Call | None:

@@ -81,10 +81,14 @@ class SummedForward:
     Args:
         module: its weight is the rank's [N, H / R].
         splits: whether it is called with all of H, and takes its own part.
+
+    Attributes:
+        sums: false while a caller without use for a bias sums the ranks' results itself.
     """
 
     def __init__(self, module: nn.Linear, group: dist.ProcessGroup, *, splits: bool) -> None:
         self.module, self.group, self.splits = module, group, splits
+        self.sums = True
 
     def __call__(self, input: Tensor) -> Tensor:
         """[..., N] for [..., H / R], or for [..., H]."""
@@ -93,7 +97,10 @@ class SummedForward:
         if self.splits:
             first = self.group.rank() * -(-self.module.in_features // self.group.size())
             input = input[..., first : first + weight.shape[1]].contiguous()
-        total = all_reduce(dense.linear(input, weight), self.group)
+        part = dense.linear(input, weight)
+        if not self.sums:
+            return part
+        total = all_reduce(part, self.group)
         return total if bias is None else total + bias
 
 

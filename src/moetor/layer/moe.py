@@ -54,6 +54,9 @@ class MoELayer(nn.Module):
         dispatcher: how tokens reach their experts.
         device, dtype: of parameters that are made here.
 
+    Attributes:
+        sums: false while a caller sums the ranks' results itself, where `last_sum` allows it.
+
     Raises:
         ConfigError: parts that contradict the configuration.
         KernelRefusedError: the kernel that was named refuses.
@@ -78,6 +81,7 @@ class MoELayer(nn.Module):
         self.names = names or ChildNames()
         self.process_group = process_group
         self.dispatcher = dispatcher or LocalDispatcher()
+        self.sums = True
         self.token_split: TokenSplit | None = None
         self.parallel: LayerLayout | None = None
         self.inner_size = config.experts.hidden_size
@@ -203,6 +207,14 @@ class MoELayer(nn.Module):
         if self.process_group is None or not self.config.runner.reduce_results:
             return 1
         return dist.get_world_size(self.process_group)
+
+    @property
+    def last_sum(self) -> dist.ProcessGroup | None:
+        """The group over which the layer sums as the last thing it does; None where it does not."""
+        last = self.output_transform is None and self.token_split is None
+        partial = self.shared is None or not self.shared.replicated
+        reduces = self.config.runner.reduce_results
+        return self.process_group if last and partial and reduces else None
 
     @property
     def input_transform(self) -> Callable[[Tensor], Tensor] | None:

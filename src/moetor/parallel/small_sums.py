@@ -8,7 +8,6 @@ NVLink. For a few tokens this is what counts (one-shot all-reduce). The memory i
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,25 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetor.kernels.triton.push_sum import push_sum, push_sum_refusal
+from moetor.kernels import dense
+from moetor.kernels.dense import Norm
+from moetor.kernels.triton.push_sum import (
+    SharedMemory,
+    push_sum,
+    push_sum_norm,
+    push_sum_refusal,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Above this the library's own all-reduce is faster (docs/parallel.md).
 MOST_BYTES = 512 * 2**10
+MOST_ROWS = 128
 _ALIGNED = 16
-# Elements of the tensors that are tried: one vector, one row, and all.
-_TRIALS = (8, 2048, 40 * 1024)
-_ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-22}
-
-
-@dataclass(frozen=True, slots=True)
-class _Memory:
-    """Of one dtype; see `push_sum`. `shared` keeps the other ranks' memory within reach."""
-
-    places_R: tuple[Tensor, ...]
-    flags_R: tuple[Tensor, ...]
-    epochs_P: Tensor
-    shared: list[Any]
+# Rows and their width, of tensors that are tried.
+_TRIALS = ((1, 8), (1, 2048), (MOST_ROWS, 1000))
+_ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
 
 class SmallSums:
@@ -49,29 +46,31 @@ class SmallSums:
     def __init__(
         self, group: dist.ProcessGroup, device: torch.device, *, block: int = 2048
     ) -> None:
-        self._rank, self._block = group.rank(), block
-        self._memory = {dtype: self._made(dtype, group, device) for dtype in DTYPES}
+        self._group, self._device, self._block = group, device, block
+        self._shared: list[Any] = []  # keeps the other ranks' memory within reach
+        self._sums, self._norms = (
+            {dtype: self._memory(dtype, programs) for dtype in DTYPES}
+            for programs in (-(-MOST_BYTES // (2 * block)), MOST_ROWS)
+        )
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody writes flags before all have cleared them
 
-    def _made(self, dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device) -> _Memory:
+    def _memory(self, dtype: torch.dtype, programs: int) -> SharedMemory:
+        ranks, most = self._group.size(), MOST_BYTES // dtype.itemsize
+        places_R = self._everyones((2, ranks, most), dtype)
+        flags_R = self._everyones((programs, ranks), torch.int32)
+        epochs_P = torch.zeros(programs, dtype=torch.int32, device=self._device)
+        return SharedMemory(places_R, flags_R, epochs_P, self._group.rank())
+
+    def _everyones(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A tensor of every rank, this one's zero."""
         from torch.distributed import _symmetric_memory as symmetric
 
-        ranks, most = group.size(), MOST_BYTES // dtype.itemsize
-        programs = -(-most // self._block)
-        places = symmetric.empty(2, ranks, most, dtype=dtype, device=device)
-        flags = symmetric.empty(programs, ranks, dtype=torch.int32, device=device)
-        held = [symmetric.rendezvous(tensor, group) for tensor in (places, flags)]
-        flags.zero_()
-        places_R, flags_R = (
-            tuple(
-                tensor if rank == self._rank else one.get_buffer(rank, tensor.shape, tensor.dtype)
-                for rank in range(ranks)
-            )
-            for tensor, one in zip((places, flags), held, strict=True)
-        )
-        epochs_P = torch.zeros(programs, dtype=torch.int32, device=device)
-        return _Memory(places_R, flags_R, epochs_P, held)
+        own = symmetric.empty(*shape, dtype=dtype, device=self._device)
+        handle = symmetric.rendezvous(own, self._group)
+        self._shared += [own, handle]
+        own.zero_()
+        return tuple(handle.get_buffer(rank, shape, dtype) for rank in range(self._group.size()))
 
     def takes(self, partial: Tensor) -> bool:
         """Whether a tensor is of a size, dtype and layout that this adds up."""
@@ -84,17 +83,24 @@ class SmallSums:
             and partial.data_ptr() % _ALIGNED == 0
         )
 
+    def takes_rows(self, hidden: Tensor) -> bool:
+        """Whether `add_rms_norm` is for tensors of this one's shape and dtype."""
+        size, rows = hidden.numel() * hidden.element_size(), hidden.numel() // hidden.shape[-1]
+        return (
+            0 < size <= MOST_BYTES
+            and rows <= MOST_ROWS
+            and hidden.shape[-1] * hidden.element_size() % _ALIGNED == 0
+            and hidden.dtype in DTYPES
+        )
+
     def __call__(self, partial: Tensor) -> Tensor:
         """The sum over the ranks, the same bits on all of them; a new tensor."""
-        held = self._memory[partial.dtype]
-        return push_sum(
-            partial,
-            held.places_R,
-            held.flags_R,
-            held.epochs_P,
-            rank=self._rank,
-            block=self._block,
-        )
+        return push_sum(partial, self._sums[partial.dtype], self._block)
+
+    def add_rms_norm(self, partial: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """As `dense.add_rms_norm` of the sum over the ranks; in a launch."""
+        memory = self._norms[partial.dtype]
+        return push_sum_norm(partial.contiguous(), residual.contiguous(), norm, memory)
 
 
 _of: WeakKeyDictionary[dist.ProcessGroup, SmallSums] = WeakKeyDictionary()
@@ -135,25 +141,38 @@ def _missing(device: torch.device) -> str | None:
 
 
 def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Where a sum differs from the one of the group's own all-reduce, or between ranks. All ranks
+    """Where a result differs from that of the group's own all-reduce, or between ranks. All ranks
     try everything, whatever one of them finds.
     """
     wrong: list[str] = []
     generator = torch.Generator(device).manual_seed(group.rank())
+    alike = torch.Generator(device).manual_seed(group.size())
+
+    def compare(what: str, ours: Tensor, wanted: Tensor) -> None:
+        bits = ours.flatten().view(torch.uint8).long()
+        everyone = bits.clone()
+        dist.all_reduce(everyone, group=group)
+        allowed = group.size() * _ERROR[ours.dtype] * float(wanted.abs().max())
+        if float((ours.double() - wanted).abs().max()) > allowed:
+            wrong.append(f"{what} is not that of the all-reduce")
+        if not torch.equal(everyone, bits * group.size()):
+            wrong.append(f"{what} has other bits on another rank")
+
     for dtype in DTYPES:
-        for count in _TRIALS:
-            part = torch.randn(count, device=device, generator=generator).to(dtype)
+        for rows, width in _TRIALS:
+            part = torch.randn(rows, width, device=device, generator=generator).to(dtype)
+            residual = torch.randn(rows, width, device=device, generator=alike).to(dtype)
             whole = part.double()
             dist.all_reduce(whole, group=group)
-            ours = sums(part)
-            bits = ours.view(torch.uint8).long()
-            everyone = bits.clone()
-            dist.all_reduce(everyone, group=group)
-            allowed = group.size() * _ERROR[dtype] * float(whole.abs().max())
-            if float((ours.double() - whole).abs().max()) > allowed:
-                wrong.append(f"{count} elements of {dtype} gave another sum than the all-reduce")
-            if not torch.equal(everyone, bits * group.size()):
-                wrong.append(f"{count} elements of {dtype} gave different bits on the ranks")
+            what = f"of {rows} x {width} {dtype} the sum"
+            compare(what, sums(part), whole)
+            normed, total = sums.add_rms_norm(part, residual, Norm(None, 1e-6))
+            compare(what + " with a residual", total, whole + residual.double())
+            compare(
+                what + "'s norm",
+                normed,
+                dense.rms_norm((whole + residual.double()), Norm(None, 1e-6), in_torch=True),
+            )
     return wrong[0] if wrong else None
 
 

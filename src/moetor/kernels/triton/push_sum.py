@@ -2,15 +2,22 @@
 
 It is added up in float32, in the order of ranks: all of them get the same bits.
 
-Shape letters: N elements, R ranks, P programs, M elements that a place has room for.
+Shape letters: H hidden, R ranks, P programs, M elements that a place has room for.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moetor.kernels.triton import support
+from moetor.kernels.triton.choose import next_power_of_2
+
+if TYPE_CHECKING:
+    from moetor.kernels.dense import Norm
 
 
 def push_sum_refusal(device: str) -> str | None:
@@ -18,42 +25,78 @@ def push_sum_refusal(device: str) -> str | None:
     return support.device_refusal(device)
 
 
-def push_sum(
-    part: Tensor,
-    places_R: tuple[Tensor, ...],
-    flags_R: tuple[Tensor, ...],
-    epochs_P: Tensor,
-    *,
-    rank: int,
-    block: int,
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """What ranks exchange through, for one dtype. Programs of one memory always have the same
+    elements: a place may be written again when its own program's flag says so.
+
+    Attributes:
+        places_R: [2, R, M] in the memory of every rank.
+        flags_R: int32 [P, R] in the memory of every rank, zero at first.
+        epochs_P: int32 [P], zero at first; this rank's count of calls of every program.
+        rank: this one's number.
+    """
+
+    places_R: tuple[Tensor, ...]
+    flags_R: tuple[Tensor, ...]
+    epochs_P: Tensor
+    rank: int
+
+
+def push_sum(part: Tensor, memory: SharedMemory, block: int) -> Tensor:
     """The sum of all ranks' parts, a new tensor.
 
     Args:
-        part: contiguous, N elements; every rank calls with as many, in the same order of calls.
-        places_R: [2, R, M] of part's dtype in the memory of every rank, M at least N.
-        flags_R: int32 [P, R] in the memory of every rank, zero at first; P at least N / block.
-        epochs_P: int32 [P], zero at first; this rank's count of calls of every program.
-        block: elements of a program, a power of two.
+        part: contiguous, at most M elements; every rank calls with as many, in the same order.
+        block: elements of a program, a power of two; for a memory always the same.
     """
+    return _launch(part, memory, block, None, None)[0]
+
+
+def push_sum_norm(
+    part: Tensor, residual: Tensor, norm: Norm, memory: SharedMemory
+) -> tuple[Tensor, Tensor]:
+    """The norm of the ranks' sum + residual [..., H], and that sum; a row is a program.
+
+    Args:
+        part, residual: contiguous, at most P rows of M elements in all.
+        norm: the same on all ranks.
+    """
+    total, normed = _launch(part, memory, part.shape[-1], residual, norm)
+    return normed, total
+
+
+def _launch(
+    part: Tensor, memory: SharedMemory, row: int, residual: Tensor | None, norm: Norm | None
+) -> tuple[Tensor, Tensor]:
     from moetor.kernels.triton import push_sum_kernels
 
     total = torch.empty_like(part)
-    pdl = support.overlap(part)
+    normed = total if norm is None else torch.empty_like(part)
+    weight = None if norm is None else norm.weight
+    block, pdl = next_power_of_2(row), support.overlap(part)
     with support.on_device_of(part):
-        push_sum_kernels.push_sum[(-(-part.numel() // block),)](
+        push_sum_kernels.push_sum[(-(-part.numel() // row),)](
             part,
             total,
-            places_R,
-            flags_R,
-            epochs_P,
+            part if residual is None else residual,
+            support.flat(weight, part),
+            normed,
+            memory.places_R,
+            memory.flags_R,
+            memory.epochs_P,
             part.numel(),
-            places_R[rank].shape[-1],
-            RANK=rank,
-            RANKS=len(places_R),
+            memory.places_R[memory.rank].shape[-1],
+            0.0 if norm is None else float(norm.eps),
+            RANK=memory.rank,
+            RANKS=len(memory.places_R),
+            ROW=row,
             BLOCK=block,
+            NORM=norm is not None,
+            HAS_WEIGHT=weight is not None,
+            OFFSET=0.0 if norm is None else float(norm.offset),
             PDL=pdl,
             num_warps=max(1, min(8, block // 256)),
             **support.chained(pdl),
         )
-    return total
+    return total, normed

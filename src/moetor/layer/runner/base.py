@@ -230,7 +230,8 @@ class MoERunner(ABC):
         Args:
             tokens: of the call, before they were split over ranks.
         """
-        group = layer.process_group if layer.config.runner.reduce_results else None
+        reduces = layer.config.runner.reduce_results and layer.sums
+        group = layer.process_group if reduces else None
         partial = layer.shared is not None and not layer.shared.replicated
         routed_TX = routed_TX[:, : layer.inner_size]
         latent = layer.output_transform
