@@ -34,7 +34,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens_per_rank": 8}, "every rank has every token"),
     ({"num_redundant_experts": -1}, "must not be negative"),
     ({"collectives": "ring"}, "is not one of auto, backend, direct"),
-    ({"collectives": "direct"}, "needs tensor_parallel_size of at least 2"),
+    ({"collectives": "direct"}, "needs tensor_parallel_size of at least 2, or data"),
 ]
 
 

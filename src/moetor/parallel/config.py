@@ -95,9 +95,10 @@ class ParallelConfig:
             dispatcher. None: counts are exchanged at every call.
         eplb: move and copy experts between ranks by their load; None for a fixed placement.
         num_redundant_experts: further slots per layer, for copies of busy experts.
-        collectives: `backend` leaves them to NCCL or gloo. `direct` sums up to 512 KiB over the
-            ranks of a tensor-parallel group in one launch, through memory that GPUs of one machine
-            share. `auto` is `direct` where trying at the start shows that it gives the same sums.
+        collectives: `backend` leaves them to NCCL or gloo. `direct` has a launch write into memory
+            that GPUs of one machine share: it sums up to 1 MiB over the ranks of a tensor-parallel
+            group, and takes tokens to experts and back for the dispatcher `allgather`. `auto` is
+            `direct` where trying at the start shows that it gives the same.
         timeout: seconds after which a rank that waits for another one gives up.
     """
 
@@ -136,10 +137,12 @@ class ParallelConfig:
             raise ConfigError(
                 f"{me}: num_redundant_experts={self.num_redundant_experts} must not be negative"
             )
-        if self.collectives == "direct" and self.tensor_parallel_size == 1:
+        exchanges = self.tensor_parallel_size > 1 or self.dispatches
+        if self.collectives == "direct" and not exchanges:
             raise ConfigError(
-                f"{me}: collectives='direct' sums over the ranks of a tensor-parallel group; it "
-                "needs tensor_parallel_size of at least 2"
+                f"{me}: collectives='direct' concerns sums over ranks and tokens that travel; it "
+                "needs tensor_parallel_size of at least 2, or data parallelism with "
+                "enable_expert_parallel=True"
             )
         self._check_experts()
         if self.sequence_parallel and self.tensor_parallel_size == 1:

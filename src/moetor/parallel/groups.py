@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moetor.errors import ConfigError, ParallelError, UnsupportedError
 from moetor.parallel.config import ParallelConfig, possible_grids
+from moetor.parallel.direct_rows import start_direct_rows
 from moetor.parallel.launch import local_rank
 from moetor.parallel.small_sums import start_small_sums
 
@@ -153,30 +154,44 @@ def make_groups(config: ParallelConfig, device: torch.device | str = "cpu") -> P
     mesh = DeviceMesh.from_group(
         [data, tensor], kind, mesh=torch.tensor(grid), mesh_dim_names=("dp", "tp")
     )
-    not_direct = _start_small_sums(tensor, config, kind)
+    world = _mine([list(range(world_size))], rank, options)
+    # Where tokens travel: see `layout`.
+    joint = world if config.sequence_parallel else data
+    tokens = None if not config.dispatches else joint if config.joint else tensor
     made = ParallelGroups(
         config=config,
         rank=rank,
-        world=_mine([list(range(world_size))], rank, options),
+        world=world,
         tensor=tensor,
         aside=_mine(grid, rank, options),
         data=data,
         mesh=mesh,
-        not_direct=not_direct,
+        not_direct=_start_direct(tensor, tokens, config, kind),
     )
     assert dist.group.WORLD is not None, "the ranks have joined"
     _made[config, kind] = dist.group.WORLD, made
     return made
 
 
-def _start_small_sums(tensor: dist.ProcessGroup, config: ParallelConfig, kind: str) -> str | None:
-    """Why there is no short way for small sums, the same on all ranks; None where there is one."""
-    if config.tensor_parallel_size == 1:
-        return "nothing is summed over ranks"
+def _start_direct(
+    tensor: dist.ProcessGroup, tokens: dist.ProcessGroup | None, config: ParallelConfig, kind: str
+) -> str | None:
+    """Why collectives are not direct, the same on all ranks; None where they are.
+
+    Args:
+        tensor: whose ranks' results are summed.
+        tokens: between whose ranks tokens travel, if they do.
+    """
+    if config.tensor_parallel_size == 1 and tokens is None:
+        return "ranks exchange nothing"
     if config.collectives == "backend":
         return "collectives='backend' was asked for"
-    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else "cpu"
-    reason = start_small_sums(tensor, torch.device(device))
+    device = torch.device("cpu" if kind == "cpu" else f"cuda:{torch.cuda.current_device()}")
+    reason = None
+    if config.tensor_parallel_size > 1:
+        reason = start_small_sums(tensor, device)
+    if tokens is not None:
+        reason = start_direct_rows(tokens, device) or reason
     if reason is not None and config.collectives == "direct":
         raise UnsupportedError(
             f"collectives='direct' is not possible here: {reason}; take 'backend' or 'auto'"

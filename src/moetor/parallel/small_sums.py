@@ -26,12 +26,46 @@ from moetor.kernels.triton.push_sum import (
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Above this the library's own all-reduce is faster (docs/parallel.md).
-MOST_BYTES = 512 * 2**10
-MOST_ROWS = 128
+MOST_BYTES = 2**20
+MOST_ROWS = 256
 _ALIGNED = 16
 # Rows and their width, of tensors that are tried.
 _TRIALS = ((1, 8), (1, 2048), (MOST_ROWS, 1000))
-_ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
+ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
+
+
+class SharedTensors:
+    """Memory that all ranks of a group can write to.
+
+    Args:
+        group: ranks of one machine; every rank must ask for the same.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._held: list[Any] = []  # keeps the other ranks' memory within reach
+
+    def memory(self, shape: tuple[int, ...], dtype: torch.dtype, programs: int) -> SharedMemory:
+        """Places of this shape, with flags and counts of so many programs."""
+        places_R = self._everyones(shape, dtype)
+        flags_R = self._everyones((programs, self._group.size()), torch.int32)
+        epochs_P = torch.zeros(programs, dtype=torch.int32, device=self._device)
+        return SharedMemory(places_R, flags_R, epochs_P, self._group.rank())
+
+    def meet(self) -> None:
+        """To be called before memory is used: nobody writes flags before all have cleared them."""
+        torch.cuda.synchronize(self._device)
+        dist.barrier(self._group)
+
+    def _everyones(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A tensor of every rank, this one's zero."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        own = symmetric.empty(*shape, dtype=dtype, device=self._device)
+        handle = symmetric.rendezvous(own, self._group)
+        self._held += [own, handle]
+        own.zero_()
+        return tuple(handle.get_buffer(rank, shape, dtype) for rank in range(self._group.size()))
 
 
 class SmallSums:
@@ -41,42 +75,33 @@ class SmallSums:
     Args:
         group: ranks of one machine; every rank must make it.
         block: elements of a program.
+        most_bytes: of a tensor.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, device: torch.device, *, block: int = 2048
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        block: int = 2048,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
-        self._group, self._device, self._block = group, device, block
-        self._shared: list[Any] = []  # keeps the other ranks' memory within reach
+        self._block, self._most_bytes = block, most_bytes
+        shared = self._shared = SharedTensors(group, device)
         self._sums, self._norms = (
-            {dtype: self._memory(dtype, programs) for dtype in DTYPES}
-            for programs in (-(-MOST_BYTES // (2 * block)), MOST_ROWS)
+            {
+                dtype: shared.memory((2, group.size(), most_bytes // dtype.itemsize), dtype, count)
+                for dtype in DTYPES
+            }
+            for count in (-(-most_bytes // (2 * block)), MOST_ROWS)
         )
-        torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody writes flags before all have cleared them
-
-    def _memory(self, dtype: torch.dtype, programs: int) -> SharedMemory:
-        ranks, most = self._group.size(), MOST_BYTES // dtype.itemsize
-        places_R = self._everyones((2, ranks, most), dtype)
-        flags_R = self._everyones((programs, ranks), torch.int32)
-        epochs_P = torch.zeros(programs, dtype=torch.int32, device=self._device)
-        return SharedMemory(places_R, flags_R, epochs_P, self._group.rank())
-
-    def _everyones(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """A tensor of every rank, this one's zero."""
-        from torch.distributed import _symmetric_memory as symmetric
-
-        own = symmetric.empty(*shape, dtype=dtype, device=self._device)
-        handle = symmetric.rendezvous(own, self._group)
-        self._shared += [own, handle]
-        own.zero_()
-        return tuple(handle.get_buffer(rank, shape, dtype) for rank in range(self._group.size()))
+        shared.meet()
 
     def takes(self, partial: Tensor) -> bool:
         """Whether a tensor is of a size, dtype and layout that this adds up."""
         size = partial.numel() * partial.element_size()
         return (
-            0 < size <= MOST_BYTES
+            0 < size <= self._most_bytes
             and size % _ALIGNED == 0
             and partial.dtype in DTYPES
             and partial.is_contiguous()
@@ -87,7 +112,7 @@ class SmallSums:
         """Whether `add_rms_norm` is for tensors of this one's shape and dtype."""
         size, rows = hidden.numel() * hidden.element_size(), hidden.numel() // hidden.shape[-1]
         return (
-            0 < size <= MOST_BYTES
+            0 < size <= self._most_bytes
             and rows <= MOST_ROWS
             and hidden.shape[-1] * hidden.element_size() % _ALIGNED == 0
             and hidden.dtype in DTYPES
@@ -115,9 +140,7 @@ def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | No
     """Makes and tries what adds up a group's small tensors; why there is none, the same on every
     rank, or None.
     """
-    reason = _first(_missing(device), group)
-    if reason is None and len(set(_told(platform.node(), group))) > 1:
-        reason = "the ranks are on several machines"
+    reason = why_not_shared(group, device)
     if reason is not None:
         return reason
     made: SmallSums | None = None
@@ -126,18 +149,22 @@ def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | No
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"memory cannot be shared: {lines[0]}"
-    reason = _first(reason, group)
+    reason = first_reason(reason, group)
     if made is None or reason is not None:
         return reason
-    reason = _first(_wrong(made, group, device), group)
+    reason = first_reason(_wrong(made, group, device), group)
     if reason is None:
         _of[group] = made
     return reason
 
 
-def _missing(device: torch.device) -> str | None:
-    reason = push_sum_refusal(device.type)
-    return None if reason is None else f"summing in one launch {reason}"
+def why_not_shared(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Why ranks have no memory in common, the same on every rank, or None."""
+    refused = push_sum_refusal(device.type)
+    reason = first_reason(None if refused is None else f"a direct collective {refused}", group)
+    if reason is None and len(set(_told(platform.node(), group))) > 1:
+        reason = "the ranks are on several machines"
+    return reason
 
 
 def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -152,7 +179,7 @@ def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> s
         bits = ours.flatten().view(torch.uint8).long()
         everyone = bits.clone()
         dist.all_reduce(everyone, group=group)
-        allowed = group.size() * _ERROR[ours.dtype] * float(wanted.abs().max())
+        allowed = group.size() * ERROR[ours.dtype] * float(wanted.abs().max())
         if float((ours.double() - wanted).abs().max()) > allowed:
             wrong.append(f"{what} is not that of the all-reduce")
         if not torch.equal(everyone, bits * group.size()):
@@ -176,7 +203,7 @@ def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> s
     return wrong[0] if wrong else None
 
 
-def _first(reason: str | None, group: dist.ProcessGroup) -> str | None:
+def first_reason(reason: str | None, group: dist.ProcessGroup) -> str | None:
     """The reason of the first rank that has one, on all ranks."""
     return next((told for told in _told(reason, group) if told is not None), None)
 

@@ -1,5 +1,6 @@
-"""Sums over ranks that the launch of the norm after them makes. On a CPU gloo stands in for what
-GPUs do through shared memory: what is left to it, and that nothing is summed twice or not at all.
+"""Direct collectives: sums over ranks that the launch of the norm after them makes, and tokens that
+travel in turns. On a CPU gloo stands in for what GPUs do through shared memory: what is left to it,
+and that nothing is summed twice or not at all.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import moetor
+from layer.layer_cases import build, draw_layer, make_config
 from moetor.huggingface.trial import relative_error
 from moetor.kernels import dense
 from moetor.kernels.dense import Norm
-from moetor.parallel import small_sums
+from moetor.layer.sharding import shard_layer
+from moetor.parallel import direct_rows, small_sums
+from moetor.parallel.direct_rows import DirectRows
 from moetor.parallel.groups import make_groups
 from moetor.tools.tiny import logits_of, tiny_inputs, tiny_model
 from parallel.families import MODES
@@ -80,3 +84,56 @@ def test_norms_make_the_sums(name: str, mode: str, two: Pool) -> None:
         assert large <= 1e-5
         assert made == 2 * layers
         assert sums - made <= 1, "the embedding alone"
+
+
+class NotedRows(DirectRows):
+    """Rows by gloo, which notes what it did."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._busy, self.noted = group, False, ""
+
+    def _reserve(self, there: int, back: int) -> bool:
+        return True
+
+    def gather(self, rows_NH: Tensor, routing_NK: Tensor) -> tuple[Tensor, Tensor]:
+        self._busy, self.noted = True, self.noted + "g"
+        return self._all(rows_NH), self._all(routing_NK)
+
+    def _all(self, rows: Tensor) -> Tensor:
+        found = [torch.empty_like(rows) for _ in range(self._group.size())]
+        dist.all_gather(found, rows.contiguous(), group=self._group)
+        return torch.cat(found)
+
+    def scatter(self, parts_NH: Tensor) -> Tensor:
+        self._busy, self.noted = False, self.noted + "s"
+        total = parts_NH.clone()
+        dist.all_reduce(total, group=self._group)
+        return total.chunk(self._group.size())[self._group.rank()]
+
+
+def exchange_noted(rank: int, runner: dict[str, Any], mode: str) -> tuple[float, str]:
+    """In a worker: the error of a layer, and what went directly."""
+    config = make_config(runner=runner, experts={"intermediate_size": 48}, hidden_size=64)
+    tensors = draw_layer(config, torch.float32, torch.Generator().manual_seed(5))
+    whole, layer = build(config, tensors), build(config, tensors)
+    groups = make_groups(MODES[mode])
+    shard_layer(layer, groups)
+    group = layer.dispatcher.group
+    direct_rows._of[group] = noted = NotedRows(group)
+    # One rank has fewer tokens, where ranks have tokens of their own.
+    count = (8, 5)[groups.data_rank]
+    rng = torch.Generator().manual_seed(7 + groups.data_rank)
+    hidden = torch.randn((count, 64), generator=rng)
+    try:
+        return relative_error(layer(hidden), whole(hidden)), noted.noted
+    finally:
+        del direct_rows._of[group]
+
+
+# There is one place for rows: of two halves under way, the second goes by the backend.
+@pytest.mark.parametrize("mode", ["dp_ep", "sp"])
+@pytest.mark.parametrize("runner", [{}, {"name": "dual_batch", "dual_batch_min_tokens": 2}])
+def test_rows_travel_in_turns(runner: dict[str, Any], mode: str, two: Pool) -> None:
+    for error, noted in two.run(exchange_noted, runner, mode):
+        assert error <= 1e-5
+        assert noted == "gs"
