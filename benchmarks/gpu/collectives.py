@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.distributed import _symmetric_memory as symmetric
 
 from moetor.bench.hardware import describe_run
+from moetor.kernels import dense
+from moetor.kernels.dense import Norm
+from moetor.parallel.direct_rows import DirectRows
 from moetor.parallel.groups import start_process_group
-from moetor.parallel.small_sums import SmallSums
+from moetor.parallel.small_sums import MOST_ROWS, SmallSums
 
 CALLS = 20
 
@@ -37,15 +40,11 @@ class Shared:
         self.handle = symmetric.rendezvous(self.own, dist.group.WORLD)
         self.name = dist.group.WORLD.group_name
 
-    def of(self, rank: int, like: Tensor, offset: int = 0) -> Tensor:
-        """A rank's memory in a tensor's shape."""
-        return self.handle.get_buffer(rank, tuple(like.shape), like.dtype, offset)
-
 
 def ways_to_sum(
-    shared: Shared, part: Tensor, pushed: dict[str, SmallSums]
+    shared: Shared, part: Tensor, made: dict[str, SmallSums]
 ) -> dict[str, Callable[[], Tensor]]:
-    """All-reduces of [T, H]."""
+    """All-reduces of [T, H] into new tensors; NCCL's own is in place, behind a clone."""
     view = shared.own[: part.numel()].view(part.shape)
     ops, name = torch.ops.symm_mem, shared.name
 
@@ -66,79 +65,50 @@ def ways_to_sum(
     def clone() -> Tensor:
         return part.clone()
 
-    ways = {"nccl": nccl, "one shot": one_shot, "two shots": two_shot, "clone alone": clone}
-    for name, sums in pushed.items():
-        if sums.takes(part):
-            ways[name] = partial(sums, part)
-    return ways
+    ways = {"nccl": nccl, "torch one shot": one_shot, "torch two shots": two_shot, "clone": clone}
+    direct = {way: partial(sums, part) for way, sums in made.items() if sums.takes(part)}
+    return ways | direct
 
 
-def ways_to_gather(shared: Shared, part: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """All-gathers of [T / R, H]."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+def ways_to_norm(part: Tensor, sums: SmallSums) -> dict[str, Callable[[], Tensor]]:
+    """All-reduces of [T, H], then the residual's addition and a norm."""
+    residual = torch.ones_like(part)
+    norm = Norm(torch.ones(part.shape[1], device="cuda", dtype=part.dtype), 1e-6)
 
     def nccl() -> Tensor:
-        both = part.new_empty(ranks * part.shape[0], part.shape[1])
+        total = part.clone()
+        dist.all_reduce(total)
+        return dense.add_rms_norm(total, residual, norm)[0]
+
+    def two() -> Tensor:
+        return dense.add_rms_norm(sums(part), residual, norm)[0]
+
+    def one() -> Tensor:
+        return sums.add_rms_norm(part, residual, norm)[0]
+
+    return {"nccl": nccl, "direct, two launches": two, "direct, one": one}
+
+
+def ways_to_exchange(whole: Tensor, rows: DirectRows) -> dict[str, Callable[[], Tensor]]:
+    """All-gathers of [T / R, H] and routing, then a reduce-scatter of [T, H]."""
+    ranks = dist.get_world_size()
+    part = whole[: whole.shape[0] // ranks].contiguous()
+    routing = torch.zeros(len(part), 16, device="cuda", dtype=torch.int32)
+
+    def nccl() -> Tensor:
+        both, routings = torch.empty_like(whole), routing.new_empty(ranks * len(part), 16)
         dist.all_gather_into_tensor(both, part)
-        return both
-
-    def pull() -> Tensor:
-        shared.of(rank, part).copy_(part)
-        both = part.new_empty(ranks, *part.shape)
-        both[rank].copy_(part)
-        shared.handle.barrier(channel=0)
-        for step in range(1, ranks):
-            other = (rank + step) % ranks
-            both[other].copy_(shared.of(other, part))
-        shared.handle.barrier(channel=0)
-        return both.flatten(0, 1)
-
-    def push() -> Tensor:
-        for step in range(ranks):
-            other = (rank + step) % ranks
-            shared.of(other, part, rank * part.numel()).copy_(part)
-        shared.handle.barrier(channel=0)
-        both = shared.of(rank, part.new_empty(ranks * part.shape[0], part.shape[1])).clone()
-        shared.handle.barrier(channel=0)
-        return both
-
-    return {"nccl": nccl, "pull": pull, "push": push}
-
-
-def ways_to_scatter(shared: Shared, whole: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Reduce-scatters of [T, H]."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    parts = whole.chunk(ranks)
-
-    def nccl() -> Tensor:
-        own = torch.empty_like(parts[rank])
-        dist.reduce_scatter_tensor(own, whole)
+        dist.all_gather_into_tensor(routings, routing)
+        own = torch.empty_like(part)
+        dist.reduce_scatter_tensor(own, both)
         return own
 
-    def push() -> Tensor:
-        size = parts[0].numel()
-        for step in range(1, ranks):
-            other = (rank + step) % ranks
-            shared.of(other, parts[0], rank * size).copy_(parts[other])
-        shared.handle.barrier(channel=0)
-        total = parts[rank]
-        for step in range(1, ranks):
-            other = (rank + step) % ranks
-            total = total + shared.of(rank, parts[0], other * size)
-        shared.handle.barrier(channel=0)
-        return total
+    def direct() -> Tensor:
+        assert rows.takes(part, routing, part), "so much has room"
+        both, _ = rows.gather(part, routing)
+        return rows.scatter(both)
 
-    def pull() -> Tensor:
-        shared.of(rank, whole).copy_(whole)
-        shared.handle.barrier(channel=0)
-        total = parts[rank]
-        for step in range(1, ranks):
-            other = (rank + step) % ranks
-            total = total + shared.of(other, parts[0], rank * parts[0].numel())
-        shared.handle.barrier(channel=0)
-        return total
-
-    return {"nccl": nccl, "push": push, "pull": pull}
+    return {"nccl": nccl, "direct": direct}
 
 
 def capture(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
@@ -192,7 +162,6 @@ def main() -> None:
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--push", action="store_true", help="also sums by our own kernel")
     parser.add_argument("--json", default="collectives.json")
     args = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -217,21 +186,18 @@ def main() -> None:
         tokens: torch.randn(tokens, args.hidden, device="cuda", generator=rng).bfloat16()
         for tokens in sizes
     }
-    ranks = dist.get_world_size()
+    where = torch.device("cuda", torch.cuda.current_device())
+    direct = {
+        f"direct, {block}": SmallSums(dist.group.WORLD, where, block=block, most_bytes=4 * 2**20)
+        for block in (1024, 2048)
+    }
+    rows = DirectRows(dist.group.WORLD, where)
     for tokens, whole in wholes.items():
-        note("all-reduce", tokens, ways_to_sum(shared, whole, {}))
-        if tokens % ranks == 0:
-            note("all-gather", tokens, ways_to_gather(shared, whole[: tokens // ranks]))
-            note("reduce-scatter", tokens, ways_to_scatter(shared, whole))
-    if args.push:
-        where = torch.device("cuda", torch.cuda.current_device())
-        blocks = (512, 1024, 2048)
-        pushed = {
-            f"push {block}": SmallSums(dist.group.WORLD, where, block=block) for block in blocks
-        }
-        for tokens, whole in wholes.items():
-            if pushed["push 512"].takes(whole):
-                note("small all-reduce", tokens, ways_to_sum(shared, whole, pushed))
+        note("all-reduce", tokens, ways_to_sum(shared, whole, direct))
+        if tokens <= MOST_ROWS:
+            note("all-reduce, residual, norm", tokens, ways_to_norm(whole, direct["direct, 2048"]))
+        if tokens % dist.get_world_size() == 0:
+            note("gather and scatter", tokens, ways_to_exchange(whole, rows))
     torch.cuda.synchronize()
     dist.destroy_process_group()
 

@@ -42,18 +42,22 @@ from moetor.parallel.groups import make_groups, start_process_group
 
 CALLS = 4  # different inputs, one after the other in a graph
 ERROR = 0.03  # of the largest output, in bfloat16
-EP = {"data_parallel_size": 2, "enable_expert_parallel": True}
+NCCL: dict[str, Any] = {"collectives": "backend"}
+DIRECT: dict[str, Any] = {"collectives": "direct"}
+TP: dict[str, Any] = {"tensor_parallel_size": 2}
+EP: dict[str, Any] = {"enable_expert_parallel": True}
+DP: dict[str, Any] = {"data_parallel_size": 2, **EP}
 SPREAD: dict[str, ParallelConfig] = {
-    "tp": ParallelConfig(tensor_parallel_size=2, collectives="backend"),
-    "tp, direct": ParallelConfig(tensor_parallel_size=2, collectives="direct"),
-    "ep": ParallelConfig(tensor_parallel_size=2, enable_expert_parallel=True),
-    "sp_ep": ParallelConfig(
-        tensor_parallel_size=2, enable_expert_parallel=True, sequence_parallel=True
-    ),
-    "dp_allgather": ParallelConfig(**EP, dispatcher="allgather"),
-    "dp_alltoall": ParallelConfig(**EP, dispatcher="alltoall"),
-    "dp_alone": ParallelConfig(**EP, dispatcher="allgather"),
-    "dp_dual": ParallelConfig(**EP, dispatcher="allgather"),
+    "tp": ParallelConfig(**TP, **NCCL),
+    "tp, direct": ParallelConfig(**TP, **DIRECT),
+    "ep": ParallelConfig(**TP, **EP, **NCCL),
+    "sp_ep": ParallelConfig(**TP, **EP, sequence_parallel=True, **NCCL),
+    "sp_ep, direct": ParallelConfig(**TP, **EP, sequence_parallel=True, **DIRECT),
+    "dp_alone": ParallelConfig(**DP, dispatcher="allgather", **NCCL),
+    "dp_allgather": ParallelConfig(**DP, dispatcher="allgather", **NCCL),
+    "dp_allgather, direct": ParallelConfig(**DP, dispatcher="allgather", **DIRECT),
+    "dp_alltoall": ParallelConfig(**DP, dispatcher="alltoall", **NCCL),
+    "dp_dual": ParallelConfig(**DP, dispatcher="allgather", **NCCL),
 }
 
 
@@ -250,7 +254,7 @@ def measure(
 SPREAD_OF: dict[str, ParallelConfig] = {}
 
 
-def build_layers(shape: LayerShape, folder: Path) -> dict[str, MoELayer]:
+def build_layers(shape: LayerShape, folder: Path, only: list[str]) -> dict[str, MoELayer]:
     """The layer on one GPU, and spread in every way."""
     weights = make_weights(shape, 1, torch.bfloat16, "cuda", 0)[0]
     runner = RunnerConfig(kernel="triton")
@@ -262,12 +266,15 @@ def build_layers(shape: LayerShape, folder: Path) -> dict[str, MoELayer]:
         save_loads(stats, shape.name, {"layer": loads})
         eplb = EplbConfig(statistics=str(stats), dynamic=False)
         layers["one GPU, zipf"] = layers["one GPU"]
-        ways["dp_allgather, zipf, moved"] = replace(SPREAD["dp_allgather"], eplb=eplb)
-        ways["dp_allgather, zipf"] = SPREAD["dp_allgather"]
-        ways["dp_allgather, zipf, eplb"] = replace(
-            SPREAD["dp_allgather"], eplb=eplb, num_redundant_experts=8
-        )
+        direct = SPREAD["dp_allgather, direct"]
+        ways["dp_direct, zipf"] = direct
+        for extra in (0, 2, 8):
+            ways[f"dp_direct, zipf, eplb {extra}"] = replace(
+                direct, eplb=eplb, num_redundant_experts=extra
+            )
     for name, config in ways.items():
+        if only and name not in only:
+            continue
         used = replace(runner, name="dual_batch", dual_batch_min_tokens=2)
         layer = layer_of(shape, weights, used if name == "dp_dual" else runner)
         groups = make_groups(config, "cuda")
@@ -275,7 +282,8 @@ def build_layers(shape: LayerShape, folder: Path) -> dict[str, MoELayer]:
         shard_layer(layer, groups, loads=loads_or_none)
         layers[name] = layer
         SPREAD_OF[name] = config
-    layers["dp_alone"].dispatcher = Silent(layers["dp_alone"].dispatcher)
+    if "dp_alone" in layers:
+        layers["dp_alone"].dispatcher = Silent(layers["dp_alone"].dispatcher)
     return layers
 
 
@@ -293,6 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="qwen3-30b-a3b,mixtral-8x7b")
     parser.add_argument("--tokens", default="1,16,128,1024,4096,16384")
+    parser.add_argument("--ways", default="", help="these alone, with semicolons between")
     parser.add_argument("--seconds", type=float, default=600, help="no new row after so long")
     parser.add_argument("--samples", type=int, default=9)
     parser.add_argument("--json", default="parallel.json")
@@ -305,7 +314,8 @@ def main() -> None:
     start = time.monotonic()
     with torch.no_grad():
         for name in args.shapes.split(","):
-            layers = build_layers(SHAPES[name], Path(args.json).absolute().parent)
+            only = [way for way in args.ways.split(";") if way]
+            layers = build_layers(SHAPES[name], Path(args.json).absolute().parent, only)
             for tokens in map(int, args.tokens.split(",")):
                 spent = torch.tensor([time.monotonic() - start])
                 dist.all_reduce(spent, op=dist.ReduceOp.MAX, group=host)

@@ -32,14 +32,17 @@ from moetor.parallel.groups import join_ranks
 
 EP: dict[str, Any] = {"enable_expert_parallel": True}
 TP: dict[str, Any] = {"tensor_parallel_size": 2}
+NCCL: dict[str, Any] = {"collectives": "backend"}
+DIRECT: dict[str, Any] = {"collectives": "direct"}
 WAYS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "one": (None, "auto"),
-    "tp_off": ({**TP, "collectives": "backend"}, "off"),
-    "tp_nccl": ({**TP, "collectives": "backend"}, "auto"),
-    "tp": ({**TP, "collectives": "direct"}, "auto"),
-    "ep_nccl": ({**TP, **EP, "collectives": "backend"}, "auto"),
-    "ep": ({**TP, **EP, "collectives": "direct"}, "auto"),
-    "dp_ep": ({"data_parallel_size": 2, **EP}, "auto"),
+    "tp_off": ({**TP, **NCCL}, "off"),
+    "tp_nccl": ({**TP, **NCCL}, "auto"),
+    "tp": ({**TP, **DIRECT}, "auto"),
+    "ep_nccl": ({**TP, **EP, **NCCL}, "auto"),
+    "ep": ({**TP, **EP, **DIRECT}, "auto"),
+    "dp_ep_nccl": ({"data_parallel_size": 2, **EP, **NCCL}, "auto"),
+    "dp_ep": ({"data_parallel_size": 2, **EP, **DIRECT}, "auto"),
 }
 CHECKED = 12
 
@@ -199,7 +202,7 @@ def main() -> None:
             rows[way]["start_s"] = time.monotonic() - start
             rows[way]["equal_tokens"] = checked(backends[way], expected)
             groups = getattr(backends[way]._engine.core, "groups", None)
-            sums = "" if groups is None else f"; small sums: {groups.not_direct or 'direct'}"
+            sums = "" if groups is None else f"; collectives: {groups.not_direct or 'direct'}"
             say(
                 f"{way}: built in {rows[way]['start_s']:.1f} s, tokens equal to one GPU's "
                 f"{rows[way]['equal_tokens']}{sums}"

@@ -23,7 +23,8 @@ EP: dict[str, Any] = {"enable_expert_parallel": True}
 SPREAD = {
     "tp": ParallelConfig(tensor_parallel_size=2, collectives="backend"),
     "tp_direct": ParallelConfig(tensor_parallel_size=2, collectives="direct"),
-    "dp_ep": ParallelConfig(data_parallel_size=2, **EP),
+    "dp_ep": ParallelConfig(data_parallel_size=2, collectives="backend", **EP),
+    "dp_ep_direct": ParallelConfig(data_parallel_size=2, collectives="direct", **EP),
     "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
     "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
     "dp": ParallelConfig(data_parallel_size=2),

@@ -19,14 +19,18 @@ from moetor.parallel.groups import make_groups, start_process_group
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-EP = {"enable_expert_parallel": True}
-DP = {"data_parallel_size": 2, "max_tokens_per_rank": 9, **EP}
+EP: dict[str, Any] = {"enable_expert_parallel": True}
+DP: dict[str, Any] = {"data_parallel_size": 2, "max_tokens_per_rank": 9, **EP}
+BACKEND: dict[str, Any] = {"collectives": "backend"}
+DIRECT: dict[str, Any] = {"collectives": "direct"}
 SPREAD = {
-    "tp": ParallelConfig(tensor_parallel_size=2, collectives="backend"),
-    "tp_direct": ParallelConfig(tensor_parallel_size=2, collectives="direct"),
+    "tp": ParallelConfig(tensor_parallel_size=2, **BACKEND),
+    "tp_direct": ParallelConfig(tensor_parallel_size=2, **DIRECT),
     "tp_ep": ParallelConfig(tensor_parallel_size=2, **EP),
-    "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP),
-    "dp_allgather": ParallelConfig(dispatcher="allgather", **DP),
+    "sp": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP, **BACKEND),
+    "sp_direct": ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, **EP, **DIRECT),
+    "dp_allgather": ParallelConfig(dispatcher="allgather", **DP, **BACKEND),
+    "dp_direct": ParallelConfig(dispatcher="allgather", **DP, **DIRECT),
     "dp_alltoall": ParallelConfig(dispatcher="alltoall", **DP),
     "dp_redundant": ParallelConfig(num_redundant_experts=2, **DP),
 }
