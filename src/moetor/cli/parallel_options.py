@@ -82,8 +82,9 @@ class ParallelFlags:
         default="auto",
         metadata={
             "group": PARALLEL,
-            "help": "backend leaves all to NCCL or gloo; direct sums small results in one launch, "
-            "between GPUs of one machine; auto does so where it gives the same sums",
+            "help": "backend leaves all to NCCL or gloo; direct sums small results, and takes "
+            "tokens to experts and back, in one launch each between GPUs of one machine; auto does "
+            "so where it gives the same",
         },
     )
     parallel_timeout: float = field(

@@ -112,10 +112,8 @@ class ParallelReport:
             f"rank {self.groups.rank} of {config.world_size}: tensor parallel "
             f"{config.tensor_parallel_size}, data parallel {config.data_parallel_size}"
         ]
-        if config.tensor_parallel_size > 1:
-            refused = self.groups.not_direct
-            how = "in one launch" if refused is None else f"as large ones are ({refused})"
-            lines.append(f"results of a few tokens are summed {how}")
+        refused = self.groups.not_direct
+        lines.append(f"collectives: {'direct' if refused is None else f'the backend ({refused})'}")
         for block in self.blocks:
             shared = f", shared experts {block.shared}" if block.shared else ""
             reason = f" ({block.reason})" if block.reason else ""
