@@ -38,11 +38,12 @@ WAYS: dict[str, tuple[dict[str, Any] | None, str]] = {
     "one": (None, "auto"),
     "tp_off": ({**TP, **NCCL}, "off"),
     "tp_nccl": ({**TP, **NCCL}, "auto"),
-    "tp": ({**TP, **DIRECT}, "auto"),
-    "ep_nccl": ({**TP, **EP, **NCCL}, "auto"),
-    "ep": ({**TP, **EP, **DIRECT}, "auto"),
-    "dp_ep_nccl": ({"data_parallel_size": 2, **EP, **NCCL}, "auto"),
-    "dp_ep": ({"data_parallel_size": 2, **EP, **DIRECT}, "auto"),
+    "tp": (TP, "auto"),
+    "tp_direct": ({**TP, **DIRECT}, "auto"),
+    "ep": ({**TP, **EP}, "auto"),
+    "ep_direct": ({**TP, **EP, **DIRECT}, "auto"),
+    "dp_ep": ({"data_parallel_size": 2, **EP}, "auto"),
+    "dp_ep_direct": ({"data_parallel_size": 2, **EP, **DIRECT}, "auto"),
 }
 CHECKED = 12
 
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=0, help="fewer than the model has")
-    parser.add_argument("--ways", default="one,tp_off,tp_nccl,tp,ep")
+    parser.add_argument("--ways", default="one,tp,tp_nccl,ep,tp_off")
     parser.add_argument("--sizes", default="1,32,256")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=48)
@@ -155,8 +156,8 @@ def main() -> None:
     replay.graph_sizes = lambda most: [size for size in wanted if size <= most]  # type: ignore
     replay.StepGraphs.capture_prompts = lambda *given: None  # type: ignore
     record: dict[str, Any] = {
-        "command": "torchrun --nproc-per-node 2 benchmarks/gpu/parallel_engine.py --out DIR",
         **describe_run(given.device, torch.get_num_threads()),
+        "command": "torchrun --nproc-per-node 2 benchmarks/gpu/parallel_engine.py --out DIR",
         "layers": settings.num_hidden_layers,
         "prompt_tokens": given.prompt,
         "generated_tokens": given.new,

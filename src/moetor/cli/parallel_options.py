@@ -83,8 +83,8 @@ class ParallelFlags:
         metadata={
             "group": PARALLEL,
             "help": "backend leaves all to NCCL or gloo; direct sums small results, and takes "
-            "tokens to experts and back, in one launch each between GPUs of one machine; auto does "
-            "so where it gives the same",
+            "tokens to experts and back, in one launch each between GPUs of one machine; auto "
+            "sums small results so, where it gives the same",
         },
     )
     parallel_timeout: float = field(

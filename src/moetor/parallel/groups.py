@@ -187,11 +187,14 @@ def _start_direct(
     if config.collectives == "backend":
         return "collectives='backend' was asked for"
     device = torch.device("cpu" if kind == "cpu" else f"cuda:{torch.cuda.current_device()}")
+    everything = config.collectives == "direct"
     reason = None
     if config.tensor_parallel_size > 1:
-        reason = start_small_sums(tensor, device)
-    if tokens is not None:
-        reason = start_direct_rows(tokens, device) or reason
+        reason = start_small_sums(tensor, device, everything=everything)
+    if tokens is not None and everything:
+        reason = reason or start_direct_rows(tokens, device)
+    elif config.tensor_parallel_size == 1:
+        reason = "tokens travel so where collectives='direct' is asked for"
     if reason is not None and config.collectives == "direct":
         raise UnsupportedError(
             f"collectives='direct' is not possible here: {reason}; take 'backend' or 'auto'"

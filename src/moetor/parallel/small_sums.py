@@ -25,12 +25,11 @@ from moetor.kernels.triton.push_sum import (
 )
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Above this the library's own all-reduce is faster (docs/parallel.md).
-MOST_BYTES = 2**20
+MEASURED_BYTES, MOST_BYTES = 512 * 2**10, 2**20
 MOST_ROWS = 256
 _ALIGNED = 16
 # Rows and their width, of tensors that are tried.
-_TRIALS = ((1, 8), (1, 2048), (MOST_ROWS, 1000))
+_TRIALS = ((1, 8), (1, 2048), (128, 1000))
 ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
 
@@ -76,6 +75,7 @@ class SmallSums:
         group: ranks of one machine; every rank must make it.
         block: elements of a program.
         most_bytes: of a tensor.
+        norms: whether it also adds residuals and norms.
     """
 
     def __init__(
@@ -85,15 +85,16 @@ class SmallSums:
         *,
         block: int = 2048,
         most_bytes: int = MOST_BYTES,
+        norms: bool = True,
     ) -> None:
-        self._block, self._most_bytes = block, most_bytes
+        self._block, self._most_bytes, self.norms = block, most_bytes, norms
         shared = self._shared = SharedTensors(group, device)
         self._sums, self._norms = (
             {
                 dtype: shared.memory((2, group.size(), most_bytes // dtype.itemsize), dtype, count)
-                for dtype in DTYPES
+                for dtype in (DTYPES if wanted else ())
             }
-            for count in (-(-most_bytes // (2 * block)), MOST_ROWS)
+            for count, wanted in ((-(-most_bytes // (2 * block)), True), (MOST_ROWS, norms))
         )
         shared.meet()
 
@@ -112,7 +113,8 @@ class SmallSums:
         """Whether `add_rms_norm` is for tensors of this one's shape and dtype."""
         size, rows = hidden.numel() * hidden.element_size(), hidden.numel() // hidden.shape[-1]
         return (
-            0 < size <= self._most_bytes
+            self.norms
+            and 0 < size <= self._most_bytes
             and rows <= MOST_ROWS
             and hidden.shape[-1] * hidden.element_size() % _ALIGNED == 0
             and hidden.dtype in DTYPES
@@ -136,16 +138,22 @@ def small_sums(group: dist.ProcessGroup) -> SmallSums | None:
     return _of.get(group)
 
 
-def start_small_sums(group: dist.ProcessGroup, device: torch.device) -> str | None:
+def start_small_sums(
+    group: dist.ProcessGroup, device: torch.device, *, everything: bool
+) -> str | None:
     """Makes and tries what adds up a group's small tensors; why there is none, the same on every
     rank, or None.
+
+    Args:
+        everything: also what has not been measured: more than 512 KiB, and norms.
     """
     reason = why_not_shared(group, device)
     if reason is not None:
         return reason
     made: SmallSums | None = None
     try:
-        made = SmallSums(group, device)
+        most = MOST_BYTES if everything else MEASURED_BYTES
+        made = SmallSums(group, device, most_bytes=most, norms=everything)
     except (RuntimeError, ValueError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"memory cannot be shared: {lines[0]}"
@@ -193,6 +201,8 @@ def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> s
             dist.all_reduce(whole, group=group)
             what = f"of {rows} x {width} {dtype} the sum"
             compare(what, sums(part), whole)
+            if not sums.norms:
+                continue
             normed, total = sums.add_rms_norm(part, residual, Norm(None, 1e-6))
             compare(what + " with a residual", total, whole + residual.double())
             compare(

@@ -14,25 +14,7 @@ import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
 from moetor.kernels.triton.device_code import chain
-
-
-@triton.jit
-def _meet(flags_R, epochs_P, program, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Says that this rank's program has stored its blocks, and waits until all ranks' have."""
-    epoch = tl.load(epochs_P + program) + 1
-    # The flag is set by one thread, behind what all of them have stored.
-    tl.debug_barrier()
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            flag = flags_R[rank] + program * RANKS + RANK
-            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            flag = flags_R[RANK] + program * RANKS + rank
-            # By difference, for counts begin anew after 2^32.
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
-    tl.store(epochs_P + program, epoch)
+from moetor.kernels.triton.push_sum_kernels import meet
 
 
 @triton.jit
@@ -64,7 +46,7 @@ def push_gather(
         to = RANKS * rows_size + RANK * routing_size + at
         for rank in tl.static_range(RANKS):
             tl.store(places_R[rank] + to, words, at < routing_size)
-    _meet(flags_R, epochs_P, program, RANK, RANKS)
+    meet(flags_R, epochs_P, program, RANK, RANKS)
 
 
 @triton.jit
@@ -90,7 +72,7 @@ def push_scatter(
             if rank != RANK:
                 part = tl.load(parts + rank * size + at, at < size)
                 tl.store(places_R[rank] + RANK * size + at, part, at < size)
-    _meet(flags_R, epochs_P, program, RANK, RANKS)
+    meet(flags_R, epochs_P, program, RANK, RANKS)
     for block in range(program, tl.cdiv(size, BLOCK), programs):
         at = block * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)

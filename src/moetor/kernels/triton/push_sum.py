@@ -50,7 +50,27 @@ def push_sum(part: Tensor, memory: SharedMemory, block: int) -> Tensor:
         part: contiguous, at most M elements; every rank calls with as many, in the same order.
         block: elements of a program, a power of two; for a memory always the same.
     """
-    return _launch(part, memory, block, None, None)[0]
+    from moetor.kernels.triton import push_sum_kernels
+
+    total = torch.empty_like(part)
+    pdl = support.overlap(part)
+    with support.on_device_of(part):
+        push_sum_kernels.push_sum[(-(-part.numel() // block),)](
+            part,
+            total,
+            memory.places_R,
+            memory.flags_R,
+            memory.epochs_P,
+            part.numel(),
+            memory.places_R[memory.rank].shape[-1],
+            RANK=memory.rank,
+            RANKS=len(memory.places_R),
+            BLOCK=block,
+            PDL=pdl,
+            num_warps=_warps(block),
+            **support.chained(pdl),
+        )
+    return total
 
 
 def push_sum_norm(
@@ -62,41 +82,35 @@ def push_sum_norm(
         part, residual: contiguous, at most P rows of M elements in all.
         norm: the same on all ranks.
     """
-    total, normed = _launch(part, memory, part.shape[-1], residual, norm)
-    return normed, total
-
-
-def _launch(
-    part: Tensor, memory: SharedMemory, row: int, residual: Tensor | None, norm: Norm | None
-) -> tuple[Tensor, Tensor]:
     from moetor.kernels.triton import push_sum_kernels
 
-    total = torch.empty_like(part)
-    normed = total if norm is None else torch.empty_like(part)
-    weight = None if norm is None else norm.weight
-    block, pdl = next_power_of_2(row), support.overlap(part)
+    total, normed = torch.empty_like(part), torch.empty_like(part)
+    width, pdl = part.shape[-1], support.overlap(part)
+    block = next_power_of_2(width)
     with support.on_device_of(part):
-        push_sum_kernels.push_sum[(-(-part.numel() // row),)](
+        push_sum_kernels.push_sum_norm[(part.numel() // width,)](
             part,
+            residual,
+            support.flat(norm.weight, part),
             total,
-            part if residual is None else residual,
-            support.flat(weight, part),
             normed,
             memory.places_R,
             memory.flags_R,
             memory.epochs_P,
-            part.numel(),
             memory.places_R[memory.rank].shape[-1],
-            0.0 if norm is None else float(norm.eps),
+            float(norm.eps),
             RANK=memory.rank,
             RANKS=len(memory.places_R),
-            ROW=row,
+            H=width,
             BLOCK=block,
-            NORM=norm is not None,
-            HAS_WEIGHT=weight is not None,
-            OFFSET=0.0 if norm is None else float(norm.offset),
+            HAS_WEIGHT=norm.weight is not None,
+            OFFSET=float(norm.offset),
             PDL=pdl,
-            num_warps=max(1, min(8, block // 256)),
+            num_warps=_warps(block),
             **support.chained(pdl),
         )
-    return total, normed
+    return normed, total
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 256))

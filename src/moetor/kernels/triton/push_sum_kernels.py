@@ -18,35 +18,26 @@ from moetor.kernels.triton.device_code import chain
 
 @triton.jit
 def push_sum(
-    part,
-    total_out,
-    residual,
-    weight,
-    normed_out,
+    part_N,
+    total_N,
     places_R,
     flags_R,
     epochs_P,
     size,
     place_size,
-    eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
-    ROW: tl.constexpr,
     BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    OFFSET: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """total = the sum of part over ranks; with NORM also + residual, and the norm of that."""
+    """total = the sum of part over ranks."""
     chain(PDL)  # counts, too, are read behind the launches before
     program = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    offsets = program * ROW + at
-    mask = (at < ROW) & (offsets < size)
+    offsets = program * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
     epoch = tl.load(epochs_P + program) + 1
     place = (epoch & 1) * RANKS
-    own = tl.load(part + offsets, mask, other=0.0)
+    own = tl.load(part_N + offsets, mask)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             tl.store(places_R[rank] + (place + RANK) * place_size + offsets, own, mask)
@@ -56,29 +47,86 @@ def push_sum(
         if rank != RANK:
             flag = flags_R[rank] + program * RANKS + RANK
             tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
-    total = tl.zeros((BLOCK,), tl.float32)
-    if NORM:  # while the others' rows are under way
-        total += tl.load(residual + offsets, mask, other=0.0).to(tl.float32)
-        if HAS_WEIGHT:
-            scale = tl.load(weight + at, at < ROW, other=0.0).to(tl.float32) + OFFSET
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             flag = flags_R[RANK] + program * RANKS + rank
             # By difference, for counts begin anew after 2^32.
             while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
                 pass
+    total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += own.to(tl.float32)
         else:
             row = places_R[RANK] + (place + rank) * place_size + offsets
-            total += tl.load(row, mask, other=0.0, volatile=True).to(tl.float32)
-    rounded = total.to(own.dtype)
-    tl.store(total_out + offsets, rounded, mask)
+            total += tl.load(row, mask, volatile=True).to(tl.float32)
+    tl.store(total_N + offsets, total.to(own.dtype), mask)
     tl.store(epochs_P + program, epoch)
-    if NORM:
-        y = rounded.to(tl.float32)
-        y = y * tl.rsqrt(tl.sum(y * y, axis=0) / ROW + eps)
-        if HAS_WEIGHT:
-            y = y * scale
-        tl.store(normed_out + offsets, y.to(own.dtype), mask)
+
+
+@triton.jit
+def meet(flags_R, epochs_P, program, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Says that this rank's program has stored its blocks, and waits until all ranks' have."""
+    epoch = tl.load(epochs_P + program) + 1
+    # The flag is set by one thread, behind what all of them have stored.
+    tl.debug_barrier()
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flag = flags_R[rank] + program * RANKS + RANK
+            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flag = flags_R[RANK] + program * RANKS + rank
+            # By difference, for counts begin anew after 2^32.
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+                pass
+    tl.store(epochs_P + program, epoch)
+
+
+@triton.jit
+def push_sum_norm(
+    part,
+    residual,
+    weight,
+    total_out,
+    normed_out,
+    places_R,
+    flags_R,
+    epochs_P,
+    place_size,
+    eps,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """total = residual + the sum of part over ranks, rounded as it is stored, and its norm; a
+    program has one row.
+    """
+    chain(PDL)
+    program = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    offsets = program * H + at
+    place = ((tl.load(epochs_P + program) + 1) & 1) * RANKS
+    own = tl.load(part + offsets, at < H, other=0.0)
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            tl.store(places_R[rank] + (place + RANK) * place_size + offsets, own, at < H)
+    total = tl.load(residual + offsets, at < H, other=0.0).to(tl.float32)
+    meet(flags_R, epochs_P, program, RANK, RANKS)
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            total += own.to(tl.float32)
+        else:
+            row = places_R[RANK] + (place + rank) * place_size + offsets
+            total += tl.load(row, at < H, other=0.0, volatile=True).to(tl.float32)
+    rounded = total.to(own.dtype)
+    tl.store(total_out + offsets, rounded, at < H)
+    y = rounded.to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / H + eps)
+    if HAS_WEIGHT:
+        y = y * (tl.load(weight + at, at < H, other=0.0).to(tl.float32) + OFFSET)
+    tl.store(normed_out + offsets, y.to(own.dtype), at < H)
