@@ -278,6 +278,15 @@ def test_no_candidate_exceeds_the_shared_memory(name: str, shared: int) -> None:
                 assert tile.shared_bytes(width=width, itemsize=2, first=first) <= shared
 
 
+def test_a_product_without_roles_is_tried_and_changed() -> None:
+    config, device = SHAPES["olmoe"].experts, replace(H100, roles=True)
+    plan = choose.large_plan(config, 8, 4096, 2, device)
+    found = dict(large_candidates(plan, device, gated=True, itemsize=2))
+    assert plan.down.roles
+    assert next(iter(found)) == "no roles"
+    assert not any(other.down.roles for other in found.values())
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
 def test_descriptors_are_tried_where_gpus_have_them(capability: tuple[int, int]) -> None:
     config, device = SHAPES["mixtral-8x7b"].experts, replace(H100, capability=capability)

@@ -14,7 +14,7 @@ from moetor.config import Activation, ExpertsConfig
 from moetor.errors import InputError, KernelRefusedError
 from moetor.kernels.base import ExpertsKernel, ExpertWeights
 from moetor.kernels.reference import ReferenceKernel
-from moetor.kernels.triton import choose
+from moetor.kernels.triton import choose, support
 from moetor.kernels.triton.fused import TritonKernel
 from moetor.kernels.triton.large import run_large
 from moetor.kernels.triton.large_kernel import TritonLargeKernel
@@ -264,11 +264,40 @@ def test_first_products_that_walk(
 
 
 @pytest.mark.skipif(
+    REFUSED is None and not support.gpu(0).roles,
+    reason="warps with roles need compute capability 9.0 and a Triton that has them",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=by_name)
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 50, 400, 3000])
+def test_second_products_by_warps_with_roles(
+    tokens: int, stages: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Columns and depths that no tile divides, tiles whose upper half is padding, few tiles."""
+    torch.manual_seed(seed)
+    config = ExpertsConfig(num_experts=6, hidden_size=520, intermediate_size=392)
+    inputs = Inputs(config, 2, tokens, dtype, drop=0.05)
+    up = choose.Tile(rows=128, columns=64, depth=64, warps=4, stages=2)
+    rows, columns, depth = choose.ROLE_TILE
+    down = choose.Tile(
+        rows=rows, columns=columns, depth=depth, warps=8, stages=stages, tma=True, persistent=132,
+        halves=True, roles=True,
+    )  # fmt: skip
+    arguments = (inputs.hidden, inputs.routing, inputs.ids, inputs.weights, config)
+    plan = choose.LargePlan(up=up, down=down, pdl=True)
+    poison()
+    out = run_large(*arguments, plan)
+    inputs.check(out)
+    poison()
+    assert torch.equal(run_large(*arguments, plan), out)
+
+
+@pytest.mark.skipif(
     REFUSED is None and torch.cuda.get_device_capability()[0] < 9,
     reason="programmatic dependent launch needs compute capability 9.0",
 )
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tokens", [1, 4, 40, 700])
+@pytest.mark.parametrize("tokens", [1, 4, 40, 700, 1100])
 def test_chained_launches(tokens: int, transposed: bool, seed: int) -> None:
     """Each launch starts before the one ahead of it has ended, and reads what that one wrote."""
     torch.manual_seed(seed)

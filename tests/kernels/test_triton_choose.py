@@ -32,7 +32,7 @@ DEVICES = [
     Device(sms=108, shared=163 * KB, capability=(8, 0)),
     Device(sms=82, shared=99 * KB, capability=(8, 6)),
     Device(sms=128, shared=99 * KB, capability=(8, 9)),
-    Device(sms=132, shared=227 * KB, capability=(9, 0)),
+    Device(sms=132, shared=227 * KB, capability=(9, 0), roles=True),
     Device(sms=148, shared=227 * KB, capability=(10, 0)),
     Device(sms=170, shared=99 * KB, capability=(12, 0)),
 ]
@@ -138,7 +138,29 @@ def test_first_products_walk_where_experts_are_wide_and_have_many_rows() -> None
         assert (plan.up.persistent > 0) == walks
         assert plan.up.halves != walks
         assert plan.down.persistent > 0
-        assert not plan.down.halves
+        assert plan.down.halves == plan.down.roles
+
+
+def test_warps_have_roles_where_the_depth_is_short_and_experts_fill_a_tile() -> None:
+    fine = ExpertsConfig(num_experts=64, hidden_size=2048, intermediate_size=1024)
+    others = [
+        replace(fine, intermediate_size=1536),
+        replace(fine, transposed=True),
+        replace(fine, has_bias=True),
+        replace(fine, hidden_size=128),  # a tile has 256 columns
+    ]
+    assert large_plan(fine, 8, 1024, 2, DEVICES[3]).down.roles
+    assert not large_plan(fine, 8, 1023, 2, DEVICES[3]).down.roles
+    assert not large_plan(fine, 8, None, 2, DEVICES[3]).down.roles
+    assert not large_plan(fine, 8, 16384, 4, DEVICES[3]).down.roles
+    for config in others:
+        assert not large_plan(config, 8, 16384, 2, DEVICES[3]).down.roles
+    for device in (*DEVICES[:3], *DEVICES[4:], replace(DEVICES[3], roles=False)):
+        assert not large_plan(fine, 8, 16384, 2, device).down.roles
+    tile = large_plan(fine, 8, 1024, 2, DEVICES[3]).down
+    plain = tile.without_roles()
+    assert (plain.roles, plain.persistent, plain.halves) == (False, 0, True)
+    assert plain.without_roles() is plain
 
 
 def test_the_small_path_takes_few_tokens_that_share_little() -> None:

@@ -61,6 +61,9 @@ def _large_changes(plan: LargePlan, device: Device) -> Iterator[tuple[str, Large
         up, down = replace(plan.up, **changes), replace(plan.down, **changes)
         return replace(plan, up=up, down=down)
 
+    if plan.down.roles:
+        plan = replace(plan, down=plan.down.without_roles())
+        yield "no roles", plan
     rows = plan.up.rows
     for other in (rows // 2, rows * 2):
         if 16 <= other <= 128:

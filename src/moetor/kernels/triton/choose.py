@@ -18,6 +18,10 @@ _WASTE_BYTES = 70 * 2**20
 _SMALL_TOKENS = 8
 # Programs that share the depth of a product of transposed weights, at most.
 MOST_PARTS = 8
+# Rows of a group of warps that multiply, and columns that it stores at once.
+ROLE_ROWS = 64
+# Rows, columns and depth of a tile for warps with roles.
+ROLE_TILE = (2 * ROLE_ROWS, 256, 64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +32,13 @@ class Device:
         sms: multiprocessors.
         shared: bytes of shared memory that one program may use.
         capability: compute capability.
+        roles: whether warps with roles can be compiled for it (`roles.py`).
     """
 
     sms: int
     shared: int
     capability: tuple[int, int]
+    roles: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +54,8 @@ class Tile:
         persistent: programs that walk over all tiles; 0 for one a tile. A first product walks over
             rows that were copied into expert order before, where storage and GPU allow it.
         halves: tiles whose upper half is padding compute their lower half alone.
+        roles: one warp loads and the others multiply, in programs that walk over tiles, where
+            storage allows it; elsewhere the rest of the tile describes programs of one tile.
     """
 
     rows: int
@@ -59,6 +67,7 @@ class Tile:
     tma: bool = False
     persistent: int = 0
     halves: bool = False
+    roles: bool = False
 
     def shared_bytes(self, *, width: int, itemsize: int, first: bool) -> int:
         """Upper bound of the shared memory: all stages of both operands, and the barriers.
@@ -69,6 +78,8 @@ class Tile:
                 walk.
         """
         loads = self.stages * (self.rows + width) * self.depth * itemsize
+        if self.roles:
+            return loads + 2 * self.rows * ROLE_ROWS * itemsize + 1024
         if self.persistent:
             return loads + self.store_bytes(itemsize, described=first) + 1024
         # After the loop the same memory turns accumulators into coalesced rows.
@@ -86,6 +97,10 @@ class Tile:
         """
         tile = self.rows * self.columns * itemsize
         return tile if described or itemsize > 2 else tile // 2
+
+    def without_roles(self) -> Tile:
+        """The same product by programs of one tile."""
+        return replace(self, roles=False, persistent=0) if self.roles else self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,25 +310,28 @@ def large_plan(
         replace(up, columns=up.columns // halves), config.intermediate_size, config.hidden_size
     )
     down = tile(config.intermediate_size)
+    down = _at_most(down, config.hidden_size, config.intermediate_size)
     mean = 0.0 if tokens is None else tokens * top_k / config.num_experts
+    short = config.intermediate_size < 1536
     # Where an expert fills less than two tiles, its last one is a large part of the work.
     walks = hopper and rows == 128 and mean >= 256
     if rows == 128:
         up, down = replace(up, halves=True), replace(down, halves=not walks)
-    if walks:
+    if short and mean >= 128 and _can_have_roles(config, down, itemsize, device):
+        down = replace(down, halves=True, persistent=device.sms, roles=True)
+    elif walks and (short or mean < 512):
         # Programs that walk over tiles load the next one's operands under the last one's store.
         # A short depth or few tiles make that store a large part: two programs a multiprocessor.
-        short = config.intermediate_size < 1536
-        if short or mean < 512:
-            down = replace(down, columns=128, warps=4, stages=3, persistent=2 * device.sms)
-        else:
-            down = replace(down, persistent=device.sms)
+        columns = min(128, down.columns)
+        down = replace(down, columns=columns, warps=4, stages=3, persistent=2 * device.sms)
+    elif walks:
+        down = replace(down, persistent=device.sms)
+    if walks:
         # The first product walks over rows copied before: worth it where H + I are written and read
         # once for many products.
         apart = config.gated and config.transposed and not config.interleaved
         if mean >= 512 and not short and not apart:
             up = replace(up, halves=False, persistent=device.sms)
-    down = _at_most(down, config.hidden_size, config.intermediate_size)
     return LargePlan(
         up=fit(
             up,
@@ -329,6 +347,13 @@ def large_plan(
         ),
         pdl=device.capability[0] >= 9,
     )
+
+
+def _can_have_roles(config: ExpertsConfig, down: Tile, itemsize: int, device: Device) -> bool:
+    """Whether warps with roles have this second product."""
+    form = not (config.transposed or config.has_bias)
+    size = (down.rows, down.columns, down.depth) == ROLE_TILE
+    return device.roles and form and size and itemsize == 2
 
 
 def tma_allowed(

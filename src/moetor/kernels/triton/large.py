@@ -27,6 +27,7 @@ from moetor.kernels.triton.choose import (
     tma_allowed,
 )
 from moetor.kernels.triton.gathered import can_walk, launch_copy, launch_walk_up
+from moetor.kernels.triton.roles import can_have_roles, launch_down_by_roles
 from moetor.kernels.triton.sort import RowTiles, make_row_tiles
 from moetor.kernels.triton.weighted_sum import launch_sum
 
@@ -206,6 +207,11 @@ def launch_down(
     from moetor.kernels.triton import large_kernels
 
     tile = plan.down
+    formed = bias is None and not config.transposed
+    if tile.roles and formed and can_have_roles(act_RI, down, tile):
+        launch_down_by_roles(act_RI, down, made, tile, rows_RH, pdl=plan.pdl)
+        return
+    tile = tile.without_roles()
     stride_e, stride_n, stride_k = support.output_stride(down, transposed=config.transposed)
     described = _operand(
         down,

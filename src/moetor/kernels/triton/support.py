@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,6 +22,8 @@ from moetor.kernels.triton.choose import Device
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
+# Versions of Triton.
+_WITH_ROLES = ((3, 6), (3, 7), (3, 8), (3, 9))
 _MAX_TOP_K = 64
 # Places in one expert's matrix are 32-bit numbers in the kernels; experts' own are 64-bit.
 _MAX_MATRIX = 2**31
@@ -35,13 +38,25 @@ def have_triton() -> bool:
 
 
 @functools.cache
+def have_roles() -> bool:
+    """Whether the installed Triton is one that `roles_kernels` are written for: their language,
+    Gluon, changes from version to version. Triton is not imported for that."""
+    if not have_triton():
+        return False
+    major, minor, *_ = importlib.metadata.version("triton").split(".")
+    return (int(major), int(minor)) in _WITH_ROLES
+
+
+@functools.cache
 def gpu(index: int) -> Device:
     """Facts of CUDA device number `index`."""
     properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
     return Device(
         sms=properties.multi_processor_count,
         shared=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined, unused-ignore]
-        capability=(properties.major, properties.minor),
+        capability=capability,
+        roles=capability == (9, 0) and have_roles(),
     )
 
 
