@@ -35,6 +35,7 @@ from moetor.kernels.dense import CacheSlots, Norm, RotaryForm
 from moetor.kernels.triton import attention, support
 from moetor.kernels.triton import dense as launches
 from moetor.kernels.triton import rows as products
+from moetor.kernels.triton.choose_attention import AttentionPlan, attention_plan
 
 DTYPE = torch.bfloat16
 HIDDEN, HEADS, KV_HEADS, WIDTH, BLOCK = 2048, 32, 4, 128, 16
@@ -159,7 +160,7 @@ def paged(sequences: int, context: int, new: int, sets: int) -> list[dict[str, A
     return made
 
 
-def with_plan(given: list[dict[str, Any]], plan: attention.AttentionPlan, decode: bool) -> Call:
+def with_plan(given: list[dict[str, Any]], plan: AttentionPlan, decode: bool) -> Call:
     """Attention with these tiles."""
     return lambda i: attention.run_attention(
         **given[i], plan=plan, decode=decode, scale=WIDTH**-0.5, softcap=None, window=None,
@@ -167,10 +168,10 @@ def with_plan(given: list[dict[str, Any]], plan: attention.AttentionPlan, decode
     )  # fmt: skip
 
 
-def plan_of(sequences: int, context: int, new: int) -> attention.AttentionPlan:
+def plan_of(sequences: int, context: int, new: int) -> AttentionPlan:
     """The tiles that the kernel would choose."""
     device = support.gpu(0)
-    return attention.attention_plan(
+    return attention_plan(
         sequences=sequences, kv_heads=KV_HEADS, group=HEADS // KV_HEADS, width=WIDTH,
         value_width=WIDTH, max_keys=context, max_query_len=new, itemsize=2, sms=device.sms,
         shared=device.shared,

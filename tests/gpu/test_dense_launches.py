@@ -19,9 +19,10 @@ from kernels.dense_cases import (
     check_norm,
     check_rotate,
 )
+from kernels.turning_cases import check_turning
 from moetor.kernels import dense
 from moetor.kernels.attention import paged_attention as attention_in_torch
-from moetor.kernels.dense import Norm
+from moetor.kernels.dense import Norm, RotaryForm
 from moetor.kernels.triton import dense as launches
 from moetor.kernels.triton import rows as rows_launches
 from moetor.kernels.triton.attention import attention_refusal, paged_attention
@@ -71,6 +72,19 @@ def test_attention(case: PagedCase, dtype: torch.dtype, rng: torch.Generator) ->
     assert torch.equal(found, paged_attention(**drawn, max_query_len=max(case.new)))
 
 
+@pytest.mark.parametrize("dtype", ATTENTION, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("norm", [None, "plain", "weighted"])
+def test_attention_that_turns(norm: str | None, dtype: torch.dtype, rng: torch.Generator) -> None:
+    def attend(**drawn: Any) -> Tensor:
+        return paged_attention(**drawn, max_query_len=1)
+
+    for form in FORMS:
+        check_turning(attend, form, norm, dtype, rng, "cuda")
+    long = PagedCase(id="", new=(1,) * 3, lens=(1033, 256, 9), heads=(32, 4), widths=(128, 128),
+                     block=16)  # fmt: skip
+    check_turning(attend, RotaryForm(width=128), norm, dtype, rng, "cuda", long)
+
+
 def test_attention_in_a_graph(rng: torch.Generator) -> None:
     """Captured once, replayed with other lengths and blocks."""
     case = PagedCase(id="", new=(1, 1), lens=(700, 900), heads=(8, 2), widths=(128, 128), block=16)
@@ -92,8 +106,8 @@ def test_launches(dtype: torch.dtype, rng: torch.Generator) -> None:
     for width in (50, 2048, 7168):
         check_norm(launches.add_rms_norm, dtype, rng, "cuda", width)
     for form in FORMS:
-        for normed in (False, True):
-            check_rotate(launches.rotate, form, normed, dtype, rng, "cuda")
+        for norm in (None, "plain", "weighted"):
+            check_rotate(launches.rotate, form, norm, dtype, rng, "cuda")
     check_cache(launches.write_to_cache, dtype, rng, "cuda")
     for rows in (1, 2, 3, 8, 19):
         check_few_rows(rows_launches.few_rows, rows, dtype, rng, "cuda")

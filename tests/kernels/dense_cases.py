@@ -107,7 +107,7 @@ def _in_cache(cache: CacheSlots, key: Tensor, value: Tensor, dtype: torch.dtype)
 def check_rotate(
     rotate: Callable[..., tuple[Tensor, Tensor]],
     form: RotaryForm,
-    with_norm: bool,
+    norm: str | None,
     dtype: torch.dtype,
     rng: torch.Generator,
     device: str = "cpu",
@@ -125,8 +125,8 @@ def check_rotate(
         angles = angles.repeat_interleave(2, dim=1)
     cos, sin = (table.to(device=device, dtype=dtype) for table in (angles.cos(), angles.sin()))
     norms: list[Norm | None] = [None, None]
-    if with_norm:
-        norms = [Norm(make(D), 1e-5, 1.0), Norm(make(D), 1e-5, 1.0)]
+    if norm is not None:
+        norms = [Norm(None if norm == "plain" else make(D), 1e-5, 1.0) for _ in range(2)]
     wanted = []
     for x, norm in ((q, norms[0]), (k, norms[1])):
         wanted.append(turned(x if norm is None else normed(x, norm), cos, sin, form))

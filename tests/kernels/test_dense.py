@@ -39,8 +39,8 @@ from moetor.kernels.dense import Norm, RotaryForm  # noqa: E402
 def test_torch_forms(dtype: torch.dtype, rng: torch.Generator) -> None:
     check_norm(dense.add_rms_norm, dtype, rng)
     for form in FORMS:
-        for normed in (False, True):
-            check_rotate(dense.rotate, form, normed, dtype, rng)
+        for norm in (None, "plain", "weighted"):
+            check_rotate(dense.rotate, form, norm, dtype, rng)
     check_cache(dense.write_to_cache, dtype, rng)
 
 
@@ -128,8 +128,8 @@ def main(seed: int) -> None:
     for dtype in (torch.float32, torch.float16):
         check_norm(launches.add_rms_norm, dtype, rng)
         for form in FORMS:
-            for normed in (False, True):
-                check_rotate(launches.rotate, form, normed, dtype, rng)
+            for norm in (None, "plain", "weighted"):
+                check_rotate(launches.rotate, form, norm, dtype, rng)
         check_cache(launches.write_to_cache, dtype, rng)
         for rows in (1, 3, 8, 11):
             check_few_rows(rows_launches.few_rows, rows, dtype, rng)

@@ -6,12 +6,15 @@ tests/kernels/test_paged_attention.py SEED`.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).resolve()
 if __name__ == "__main__":
@@ -21,6 +24,7 @@ from interpreted import needs_triton, run_interpreted  # noqa: E402
 from kernels.attention_cases import SMALL, PagedCase, draw, expected, largest_error  # noqa: E402
 from moetor.errors import InputError, KernelRefusedError  # noqa: E402
 from moetor.kernels.attention import paged_attention  # noqa: E402
+from moetor.kernels.dense import NewHeads, Norm, RotaryForm  # noqa: E402
 
 LIMITS = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -75,6 +79,52 @@ def test_the_launch_refuses_a_cpu(rng: torch.Generator) -> None:
         launch(**draw(SMALL[0], torch.float32, rng), max_query_len=1)
 
 
+@pytest.mark.parametrize(
+    ("longest", "changes", "words"),
+    [
+        (2, {}, "one new token at most, not 2"),
+        (1, {"slots": torch.zeros(4).long()}, "slots"),
+        (1, {"value": torch.zeros(3, 2, 8)}, "new values"),
+        (1, {"cos": torch.zeros(3, 4)}, "cos"),
+        (1, {"query_norm": Norm(None, 1e-5)}, "both or neither"),
+    ],
+)
+def test_heads_that_cannot_be_turned(
+    longest: int, changes: dict[str, Any], words: str, rng: torch.Generator
+) -> None:
+    from moetor.kernels.triton.attention import paged_attention as launch
+
+    table = torch.zeros(3, 16)
+    new = NewHeads(
+        key=torch.zeros(3, 2, 16), value=torch.zeros(3, 2, 16), cos=table, sin=table,
+        slots=torch.zeros(3).long(), form=RotaryForm(width=16),
+    )  # fmt: skip
+    drawn = draw(SMALL[0], torch.float32, rng)
+    with pytest.raises(InputError, match=words):
+        launch(**drawn, max_query_len=longest, new=replace(new, **changes))
+
+
+def test_where_the_attention_turns() -> None:
+    """Widths that are powers of two and fit in registers, and not more programs than the GPU has
+    multiprocessors."""
+    from moetor.kernels.triton.attention import turning_refusal
+
+    for width, dtype, words in (
+        (128, torch.bfloat16, None),
+        (256, torch.bfloat16, None),
+        (96, torch.bfloat16, "power of two, not 96"),
+        (512, torch.bfloat16, "512 bytes, not 512"),
+        (256, torch.float32, "512 bytes, not 256"),
+    ):
+        query, table = torch.zeros(1, 4, width, dtype=dtype), torch.zeros(1, width)
+        key = torch.zeros(1, 2, width, dtype=dtype)
+        new = NewHeads(key=key, value=key, cos=table, sin=table, slots=torch.zeros(1),
+                       form=RotaryForm(width=width))  # fmt: skip
+        reason = turning_refusal(query, new)
+        assert (reason is None) == (words is None)
+        assert words is None or words in str(reason)
+
+
 @pytest.mark.parametrize("shared", [101376, 166912, 232448])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
@@ -82,7 +132,7 @@ def test_the_launch_refuses_a_cpu(rng: torch.Generator) -> None:
 )
 def test_tiles(width: int, value_width: int, itemsize: int, shared: int) -> None:
     """Tiles fit the shared memory, hold whole groups of heads, and splits can be combined."""
-    from moetor.kernels.triton.attention import _shared_bytes, attention_plan
+    from moetor.kernels.triton.choose_attention import attention_plan, shared_bytes
 
     for group in (1, 5, 8, 71, 128):
         for sequences, longest in ((1, 1), (8, 1), (300, 1), (4, 7), (4, 3000)):
@@ -105,7 +155,7 @@ def test_tiles(width: int, value_width: int, itemsize: int, shared: int) -> None
             assert plan.splits * value_width <= 8192
             assert plan.splits == 1 or longest == 1
             size = (plan.rows, plan.keys, plan.stages)
-            fits = _shared_bytes(width, value_width, itemsize, *size) <= shared
+            fits = shared_bytes(width, value_width, itemsize, *size) <= shared
             # The widest heads in float32 are refused on the smallest GPUs.
             assert fits != (width == 576 and itemsize == 4 and shared == 101376)
 
@@ -120,7 +170,8 @@ def test_under_the_interpreter(seed: int) -> None:
 
 def main(seed: int) -> None:
     from interpreted import allow_loop_bounds
-    from moetor.kernels.triton.attention import attention_plan, run_attention
+    from moetor.kernels.triton.attention import run_attention
+    from moetor.kernels.triton.choose_attention import attention_plan
 
     allow_loop_bounds()
     rng = torch.Generator().manual_seed(seed)
@@ -157,6 +208,35 @@ def main(seed: int) -> None:
                                 (replace(plan, rows=16, keys=16), "longer")):  # fmt: skip
                 run_attention(plan=tried, decode=only == "singles", only=only, out=out, **options)
             assert largest_error(out, oracle) < LIMITS[dtype], (case.id, dtype)
+    check_new_heads(rng)
+
+
+def check_new_heads(rng: torch.Generator) -> None:
+    """Every form of turning, with and without splits, and with several programs a key head."""
+    from kernels.dense_cases import FORMS
+    from kernels.turning_cases import CASE, check_turning
+    from moetor.kernels.triton.attention import run_attention
+    from moetor.kernels.triton.choose_attention import AttentionPlan
+
+    plan = AttentionPlan(rows=16, heads=3, keys=16, splits=1, warps=4, stages=1, ahead=True)
+    plans = itertools.cycle(
+        [
+            plan,
+            replace(plan, splits=4, ahead=False),
+            replace(plan, heads=1, splits=2),
+            replace(plan, splits=4),
+        ]
+    )
+    others = dict.fromkeys(("softcap", "window", "chunk", "sinks"))
+    for form in FORMS:
+        for norm in (None, "plain", "weighted"):
+            for dtype in (torch.float32, torch.float16):
+                tried = next(plans)
+
+                def attend(tried: AttentionPlan = tried, **drawn: Any) -> Tensor:
+                    return run_attention(plan=tried, decode=True, **(others | drawn))
+
+                check_turning(attend, form, norm, dtype, rng, case=CASE)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from interpreted import needs_triton
 from kernels.test_triton_choose import DEVICES
 from moetor.config import Activation, ExpertsConfig, RouterConfig
 from moetor.kernels.base import ExpertWeights
+from moetor.kernels.dense import NewHeads, Norm, RotaryForm
 from moetor.kernels.formats import (
     ActivationFormat,
     QuantizedExpertWeights,
@@ -25,6 +26,7 @@ from moetor.kernels.formats import (
     find_format,
 )
 from moetor.kernels.triton import attention, choose, choose_quantized
+from moetor.kernels.triton.choose_attention import attention_plan
 from moetor.kernels.triton.choose_small_quantized import quantized_small_plan
 from moetor.kernels.triton.large import run_large
 from moetor.kernels.triton.large_quantized import run_large_quantized
@@ -223,7 +225,7 @@ def test_routing_and_few_tokens(capability: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("width", "value_width", "new"), [(128, 128, 512), (576, 512, 1)])
 def test_attention(capability: tuple[int, int], width: int, value_width: int, new: int) -> None:
     device, dtype = BY_CAPABILITY[capability], torch.bfloat16
-    plan = attention.attention_plan(
+    plan = attention_plan(
         sequences=4, kv_heads=1, group=16, width=width, value_width=value_width, max_keys=4096,
         max_query_len=new, itemsize=2, sms=device.sms, shared=device.shared,
         overlap=capability >= (9, 0),
@@ -238,6 +240,38 @@ def test_attention(capability: tuple[int, int], width: int, value_width: int, ne
             meta(5, dtype=torch.int32),
             plan,
             decode=new == 1, scale=0.1, softcap=None, window=None, chunk=None, sinks=None,
+        )  # fmt: skip
+    assert "attend" in {kernel.name for kernel in made}
+    check(made, device, {})
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
+@pytest.mark.parametrize("sequences", [1, 120])
+def test_attention_that_turns(capability: tuple[int, int], sequences: int) -> None:
+    device, dtype = BY_CAPABILITY[capability], torch.bfloat16
+    plan = attention_plan(
+        sequences=sequences, kv_heads=1, group=8, width=128, value_width=128, max_keys=4096,
+        max_query_len=1, itemsize=2, sms=device.sms, shared=device.shared,
+        overlap=capability >= (9, 0), turns=True,
+    )  # fmt: skip
+    assert plan.ahead == (sequences == 1)
+    norm = Norm(meta(128, dtype=dtype), 1e-6)
+    new = NewHeads(
+        key=meta(sequences, 1, 128, dtype=dtype), value=meta(sequences, 1, 128, dtype=dtype),
+        cos=meta(sequences, 128, dtype=dtype), sin=meta(sequences, 128, dtype=dtype),
+        slots=meta(sequences, dtype=torch.int64), form=RotaryForm(width=128),
+        query_norm=norm, key_norm=norm,
+    )  # fmt: skip
+    with compiling_for(device) as made:
+        attention.run_attention(
+            meta(sequences, 8, 128, dtype=dtype),
+            meta(300, 16, 1, 128, dtype=dtype),
+            meta(300, 16, 1, 128, dtype=dtype),
+            meta(sequences, 256, dtype=torch.int32),
+            meta(sequences, dtype=torch.int32),
+            meta(sequences + 1, dtype=torch.int32),
+            plan,
+            decode=True, scale=0.1, softcap=None, window=None, chunk=None, sinks=None, new=new,
         )  # fmt: skip
     assert "attend" in {kernel.name for kernel in made}
     check(made, device, {})

@@ -128,7 +128,7 @@ def _check_random(seed: int) -> None:
 
     def vectors() -> choose.VectorTile:
         return choose.VectorTile(
-            rows=chance.choice((1, 2, 8)), depth=chance.choice((4, 16, 64)), warps=1
+            rows=chance.choice((1, 2, 8)), depth=chance.choice((4, 16, 64)), warps=1, ahead=flag()
         )
 
     for _ in range(16):

@@ -19,6 +19,7 @@ from moetor.engine.latent import LatentForm, latent_blocks
 from moetor.engine.scores import Scores, weigh
 from moetor.errors import UnsupportedError
 from moetor.kernels import rows_apart
+from moetor.kernels.dense import NewHeads
 from moetor.kernels.native import dense as native
 from moetor.kernels.triton.attention import Only
 
@@ -97,7 +98,8 @@ def paged_attention_forward(
     if latent:
         out_THD = _attend_latent(module, states, blocks, cache, scores)
     else:
-        out_THD = attend(states[0], blocks, cache.batch, scores)
+        new, cache.turning = cache.turning, None
+        out_THD = attend(states[0], blocks, cache.batch, scores, new)
     return out_THD.view(query.shape[0], query.shape[2], *out_THD.shape[1:]), None
 
 
@@ -130,10 +132,17 @@ def _attend_latent(
     return torch.cat([form.leave(singles), prompts])
 
 
-def attend(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:
-    """[T, Hq, Dv] for queries [T, Hq, D]."""
+def attend(
+    query_THD: Tensor,
+    blocks: LayerBlocks,
+    batch: Batch,
+    scores: Scores,
+    new: NewHeads | None = None,
+) -> Tensor:
+    """[T, Hq, Dv] for queries [T, Hq, D]; with `new` they are not turned yet, and the new keys not
+    written (`EngineCache.leave_turning`)."""
     if query_THD.is_cuda:
-        return _attend_on_gpu(query_THD, blocks, batch, scores)
+        return _attend_on_gpu(query_THD, blocks, batch, scores, new)
     if batch.lens is None or batch.query_lens is None:
         batch.lens = batch.seq_lens_S.tolist()
         batch.query_lens = batch.query_start_S1.diff().tolist()
@@ -183,7 +192,9 @@ def _attend_in_place(
     )
 
 
-def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores) -> Tensor:
+def _attend_on_gpu(
+    query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores: Scores, new: NewHeads | None
+) -> Tensor:
     """One launch for sequences with one token, and one for the others."""
     from moetor.kernels.triton.attention import paged_attention
 
@@ -212,6 +223,7 @@ def _attend_on_gpu(query_THD: Tensor, blocks: LayerBlocks, batch: Batch, scores:
             sinks=scores.sinks_H,
             only=only,
             out=out,
+            new=new,
         )
 
     if batch.padded:

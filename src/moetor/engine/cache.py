@@ -21,7 +21,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
 
 from moetor.kernels import dense
-from moetor.kernels.dense import CacheSlots
+from moetor.kernels.dense import CacheSlots, NewHeads
 
 
 @dataclass(slots=True)
@@ -219,6 +219,8 @@ class EngineCache(Cache):  # type: ignore[misc]
         self.latents: dict[int, Any] = {}
         self.past_length = 0
         self.current = 0
+        # What `leave_turning` was given last; the attention takes it.
+        self.turning: NewHeads | None = None
 
     def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
         """Writes one layer's new keys and values, and notes which layer attends next."""
@@ -245,10 +247,21 @@ class EngineCache(Cache):  # type: ignore[misc]
         self.current = layer
         return CacheSlots(blocks.keys, blocks.values, self.batch.slots_T)
 
+    def leave_turning(self, query: Tensor, new: NewHeads) -> bool:
+        """Whether the attention of the layer that attends next turns the query and these heads, and
+        writes them where `write_target` said: so it is on a GPU with few sequences, each of which
+        has one new token. The attention is then called with the query as it is.
+        """
+        batch = self.batch
+        assert batch is not None, "after `write_target`"
+        singles = batch.max_query_len == 1 and not batch.padded
+        self.turning = new if singles and dense.attention_turns(query, new) else None
+        return self.turning is not None
+
     @contextmanager
     def running(self, batch: Batch, past_length: int) -> Iterator[None]:
         """For the time of one model call, on this thread."""
-        self.batch, self.past_length = batch, past_length
+        self.batch, self.past_length, self.turning = batch, past_length, None
         _active.cache = self
         try:
             yield

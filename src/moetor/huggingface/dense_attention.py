@@ -24,7 +24,7 @@ from moetor.huggingface.dense_observe import AttentionCall, Call, bind
 from moetor.huggingface.experts_form import Unrecognised
 from moetor.huggingface.trial import relative_error, tolerance
 from moetor.kernels import dense
-from moetor.kernels.dense import CacheSlots, RotaryForm
+from moetor.kernels.dense import CacheSlots, NewHeads, RotaryForm
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORM_NAMES = (("q_norm", "k_norm"), ("query_layernorm", "key_layernorm"))
@@ -103,8 +103,9 @@ class AttentionForward:
     ) -> tuple[Tensor, Tensor, Tensor, bool]:
         """Queries [T, Hq, D], keys and values [T, Hkv, ...], and whether they are in the cache.
 
-        A cache with a `write_target` (the engine's) gets keys and values in the same launch; the
-        keys that are returned are then neither normed nor turned, and nobody reads them.
+        A cache with a `write_target` (the engine's) gets keys and values in the same launch, or
+        leaves all of it to its attention; the keys that are returned are then neither normed nor
+        turned, and nobody reads them.
         """
         form = self.form
         tokens = hidden.shape[0] * hidden.shape[1]
@@ -122,6 +123,19 @@ class AttentionForward:
         target: CacheSlots | None = None
         if hasattr(cache, "write_target"):
             target = cache.write_target(self.module.layer_idx, key, value)
+        if target is not None:
+            new = NewHeads(
+                key=key,
+                value=value,
+                cos=cos,
+                sin=sin,
+                slots=target.slots,
+                form=form.rotary,
+                query_norm=query_norm,
+                key_norm=key_norm,
+            )
+            if cache.leave_turning(query, new):
+                return query, key, value, True
         query, turned = dense.rotate(
             query,
             key,
@@ -242,7 +256,8 @@ def _norm_forms(
         if first in norms and second in norms:
             pair = (norms[first], norms[second])
             weights = [forward.norm.weight for forward in pair]
-            same = len({(forward.eps, forward.offset) for forward in pair}) == 1
+            facts = {(forward.eps, forward.offset, forward.norm.weight is None) for forward in pair}
+            same = len(facts) == 1
             sizes = {None if weight is None else weight.numel() for weight in weights}
             if same and sizes <= {None, width}:
                 yield pair, True

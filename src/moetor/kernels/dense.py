@@ -105,6 +105,29 @@ class CacheSlots:
     slots: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewHeads:
+    """New keys and values, and how they and their queries are turned: what `rotate` is given with a
+    cache, for an attention that does it itself.
+
+    Attributes:
+        key: [T, Hkv, D].
+        value: [T, Hkv, Dv].
+        cos, sin: [T, R] or [T, R / 2], as `form` says.
+        slots: [T], as in `CacheSlots`.
+        query_norm, key_norm: both or neither.
+    """
+
+    key: Tensor
+    value: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    form: RotaryForm
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+
 def rms_norm(x: Tensor, norm: Norm, *, in_torch: bool = False) -> Tensor:
     """The norm of [..., H] over its last axis, in its dtype."""
     return add_rms_norm(x, None, norm, in_torch=in_torch)[0]
@@ -169,7 +192,7 @@ def rotate(
     Raises:
         InputError: shapes that do not fit.
     """
-    _check_rotate(query, key, value, cos, sin, form, query_norm, key_norm, cache)
+    check_rotate(query, key, value, cos, sin, form, query_norm, key_norm, cache)
     if _launches(query, in_torch):
         from moetor.kernels.triton import dense
 
@@ -186,6 +209,16 @@ def rotate(
         return turned[0], turned[1]
     write_to_cache(turned[1], value, cache, in_torch=True)
     return turned[0], cache.keys
+
+
+def attention_turns(query: Tensor, new: NewHeads) -> bool:
+    """Whether `moetor.kernels.triton.attention` does for these heads and queries [T, Hq, D] what
+    `rotate` does, and faster."""
+    if not _launches(query, in_torch=False):
+        return False
+    from moetor.kernels.triton.attention import worth_turning
+
+    return worth_turning(query, new)
 
 
 def write_to_cache(
@@ -288,7 +321,7 @@ def _turn(x_THD: Tensor, cos: Tensor, sin: Tensor, form: RotaryForm) -> Tensor:
     return torch.cat([joined, rest], dim=-1) if rest.shape[-1] else joined
 
 
-def _check_rotate(
+def check_rotate(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -299,6 +332,11 @@ def _check_rotate(
     key_norm: Norm | None,
     cache: CacheSlots | None,
 ) -> None:
+    """Refuses what `rotate` cannot take.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
     tokens, width = query.shape[0], query.shape[-1]
     if form.width % 2 or not 0 < form.width <= width:
         raise InputError(f"a rotary width of {form.width} does not fit heads of {width}")
@@ -318,9 +356,15 @@ def _check_rotate(
             raise InputError(f"{name} {list(x.shape)} must be [{tokens}, {least}] or wider")
     if (query_norm is None) != (key_norm is None):
         raise InputError("query_norm and key_norm: give both or neither")
-    norms = {(norm.eps, norm.offset) for norm in (query_norm, key_norm) if norm is not None}
+    norms = {
+        (norm.eps, norm.offset, norm.weight is None)
+        for norm in (query_norm, key_norm)
+        if norm is not None
+    }
     if len(norms) == 2:
-        raise InputError("query_norm and key_norm must have one eps and one offset")
+        raise InputError(
+            "query_norm and key_norm must have one eps and one offset, and a weight both or neither"
+        )
     if cache is not None and (
         cache.slots.shape != (tokens,)
         or cache.keys.shape[2:] != key.shape[1:]

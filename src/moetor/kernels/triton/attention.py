@@ -6,48 +6,28 @@ Hq and Hkv heads, G = Hq / Hkv, D width of queries and keys, Dv of values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moetor.errors import KernelRefusedError
+from moetor.errors import InputError, KernelRefusedError
 from moetor.kernels.attention import check_paged
+from moetor.kernels.dense import NewHeads, check_rotate
 from moetor.kernels.triton import support
 from moetor.kernels.triton.choose import next_power_of_2
+from moetor.kernels.triton.choose_attention import (
+    AttentionPlan,
+    attention_plan,
+    key_columns,
+    shared_bytes,
+)
+from moetor.kernels.triton.dense import head_norms
 
 Only = Literal["all", "singles", "longer"]
 _MAX_WIDTH = 1024
-# Largest tile of partial results that the combining launch holds, in elements.
-_COMBINE = 8192
-_PROGRAMS_PER_SM = 4
-_FEW_PROGRAMS = 16
-_SHORT = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
-    """Tiles and schedule.
-
-    Attributes:
-        rows: BM, of tokens times heads.
-        heads: query heads of a program, a divisor of G.
-        keys: BN.
-        splits: of a sequence's keys, a power of two; 1 for none.
-        least: keys of a split, at least; a multiple of `keys`.
-        warps, stages: of a program.
-        overlap: starts while the launch before ends.
-    """
-
-    rows: int
-    heads: int
-    keys: int
-    splits: int
-    warps: int
-    stages: int
-    least: int = 1
-    overlap: bool = False
+# Bytes of a head up to which two tiles of keys and values fit in registers.
+_TURNED_BYTES = 512
 
 
 def attention_refusal(
@@ -67,91 +47,21 @@ def attention_refusal(
     return support.device_refusal(device)
 
 
-def _key_columns(width: int) -> tuple[int, int]:
-    """Two powers of two that hold the width: the largest one below, and what holds the rest."""
-    first = 1 << (width.bit_length() - 1)
-    return first, max(16, next_power_of_2(width - first))
+def turning_refusal(query: Tensor, new: NewHeads) -> str | None:
+    """Why the launch does not turn these heads itself, as half a sentence, or None."""
+    width, widest = new.key.shape[2], max(new.key.shape[2], new.value.shape[2])
+    if width & (width - 1):
+        return f"turns heads whose width is a power of two, not {width}"
+    if widest * query.element_size() > _TURNED_BYTES:
+        return f"turns heads of at most {_TURNED_BYTES} bytes, not {widest} x {query.dtype}"
+    return None
 
 
-def _shared_bytes(
-    width: int, value_width: int, itemsize: int, rows: int, keys: int, stages: int
-) -> int:
-    """Upper bound of the shared memory: the queries, and all stages of keys and values."""
-    first, second = _key_columns(width)
-    held = first + (second if first < width else 0)
-    values = next_power_of_2(value_width)
-    return itemsize * (rows * held + stages * keys * (held + values))
-
-
-def attention_plan(
-    *,
-    sequences: int,
-    kv_heads: int,
-    group: int,
-    width: int,
-    value_width: int,
-    max_keys: int,
-    max_query_len: int,
-    itemsize: int,
-    sms: int,
-    shared: int,
-    overlap: bool,
-) -> AttentionPlan:
-    """Tiles for one call, from upper bounds alone.
-
-    Args:
-        max_keys: the most keys that a token may see.
-        shared: bytes of shared memory that one program may use.
-    """
-    wide = max(width, value_width) * itemsize
-    stages = 2
-    if wide <= 256:
-        most_rows, keys, warps, stages = 128, 64, 8, 3
-    elif wide <= 512:
-        most_rows, keys, warps = 64, 64, 8
-    elif wide <= 1024:
-        most_rows, keys, warps = 32, 32, 4
-    else:
-        most_rows, keys, warps = 16, 16, 4
-    while _shared_bytes(width, value_width, itemsize, most_rows, keys, stages) > shared:
-        if stages > 1:
-            stages -= 1
-        elif keys > 16:
-            keys //= 2
-        elif most_rows > 16:
-            most_rows //= 2
-        else:
-            break
-    heads = group
-    while next_power_of_2(heads) > most_rows:
-        heads = heads // 2 if heads % 2 == 0 else 1
-    rows = min(most_rows, max(16, next_power_of_2(heads * max_query_len)))
-    if max_query_len > 1:
-        warps = 4 if rows <= 64 and wide <= 256 else warps
-        return AttentionPlan(
-            rows=rows, heads=heads, keys=keys, splits=1, warps=warps, stages=stages, overlap=overlap
-        )
-    # Four programs on each multiprocessor keep the memory busy. A single sequence has few keys a
-    # program, and its time is that of one program: small tiles.
-    programs = max(1, sequences * kv_heads * (group // heads))
-    if programs < _FEW_PROGRAMS:
-        keys = min(keys, 32)
-    most = min(-(-max_keys // keys), _COMBINE // next_power_of_2(value_width), 64)
-    splits = 1
-    while 2 * splits <= min(_PROGRAMS_PER_SM * sms // programs, most):
-        splits *= 2
-    return AttentionPlan(
-        rows=rows,
-        heads=heads,
-        keys=keys,
-        splits=splits,
-        # With enough programs for all multiprocessors, splitting a short context costs more than
-        # it hides.
-        least=_SHORT if programs >= sms // 2 else 1,
-        warps=4,
-        stages=min(stages, 2),
-        overlap=overlap,
-    )
+def worth_turning(query: Tensor, new: NewHeads) -> bool:
+    """Whether turning [T, Hq, D] in the launch that attends is the faster way: while each program
+    has a multiprocessor for itself. (More of them share one, and need its registers.)"""
+    programs = query.shape[0] * new.key.shape[1]
+    return turning_refusal(query, new) is None and programs <= support.device_of(query).sms
 
 
 def paged_attention(
@@ -170,6 +80,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     only: Only = "all",
     out: Tensor | None = None,
+    new: NewHeads | None = None,
 ) -> Tensor:
     """As `moetor.kernels.attention.paged_attention`, without reading a length on the host.
 
@@ -183,6 +94,10 @@ def paged_attention(
         max_query_len: the most new tokens of any sequence. 1 takes the path for decoding.
         only: leaves out sequences with more new tokens than one, or with one.
         out: written in place of a new tensor.
+        new: the query is neither normed nor turned yet, and the new keys and values are not in the
+            cache: both is done here, as `moetor.kernels.dense.rotate` would have done it. For
+            sequences with one new token at most. The keys before are read while launches ahead
+            still run, none of which may be writing them.
 
     Returns:
         [T, Hq, Dv]; rows that belong to no sequence are not written.
@@ -200,6 +115,9 @@ def paged_attention(
         width=query.shape[2],
         value_width=value_cache.shape[3],
     )
+    if new is not None:
+        _check_new(query, value_cache, new, max_query_len)
+        reason = reason or turning_refusal(query, new)
     if reason is not None:
         raise KernelRefusedError(
             f"the Triton attention {reason}; use moetor.kernels.attention.paged_attention"
@@ -218,9 +136,10 @@ def paged_attention(
         sms=device.sms,
         shared=device.shared,
         overlap=device.capability >= (9, 0),
+        turns=new is not None,
     )
     size = (plan.rows, plan.keys, plan.stages)
-    needed = _shared_bytes(query.shape[2], value_cache.shape[3], query.element_size(), *size)
+    needed = shared_bytes(query.shape[2], value_cache.shape[3], query.element_size(), *size)
     if needed > device.shared:
         raise KernelRefusedError(
             f"the Triton attention needs {needed} bytes of shared memory for heads of "
@@ -230,8 +149,68 @@ def paged_attention(
     return run_attention(
         query, key_cache, value_cache, block_table, seq_lens, query_start, plan,
         decode=max_query_len == 1, scale=scale, softcap=softcap, window=window, chunk=chunk,
-        sinks=sinks, only=only, out=out,
+        sinks=sinks, only=only, out=out, new=new,
     )  # fmt: skip
+
+
+class _Turning(NamedTuple):
+    """What the launch is given to turn heads itself.
+
+    Attributes:
+        tensors: new keys and values, tables, weights of norms, slots.
+        strides: of keys, values and tables.
+        early: whether none of them is a copy, which the launch ahead may still be making.
+        form: width, whether neighbours are turned, form of the table; None where heads come
+            turned.
+    """
+
+    tensors: list[Tensor]
+    strides: list[int]
+    early: bool = True
+    form: tuple[int, bool, str] | None = None
+    norm: str | None = None
+    eps: float = 0.0
+    offset: float = 0.0
+
+
+def _turning(new: NewHeads | None, out: Tensor) -> _Turning:
+    if new is None:
+        return _Turning([out] * 7, [0] * 5)
+    key, value, cos, sin = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (new.key, new.value, new.cos, new.sin)
+    )
+    if sin.stride(0) != cos.stride(0):
+        cos, sin = cos.contiguous(), sin.contiguous()
+    weights, kind, eps, offset = head_norms(new.query_norm, new.key_norm)
+    return _Turning(
+        [key, value, cos, sin, *(support.flat(weight, out) for weight in weights), new.slots],
+        [*key.stride()[:2], *value.stride()[:2], cos.stride(0)],
+        cos is new.cos and sin is new.sin,
+        (new.form.width, new.form.pairs, new.form.table),
+        kind,
+        eps,
+        offset,
+    )
+
+
+def _check_new(query: Tensor, value_cache: Tensor, new: NewHeads, max_query_len: int) -> None:
+    """Refuses new heads that do not fit the call.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    if max_query_len != 1:
+        raise InputError(
+            f"heads are turned where each sequence has one new token at most, not {max_query_len}; "
+            "call moetor.kernels.dense.rotate before"
+        )
+    check_rotate(query, new.key, new.value, new.cos, new.sin, new.form, new.query_norm,
+                 new.key_norm, None)  # fmt: skip
+    if new.value.shape[2] != value_cache.shape[3] or new.slots.shape != query.shape[:1]:
+        raise InputError(
+            f"new values {list(new.value.shape)} and slots {list(new.slots.shape)} do not fit the "
+            f"query {list(query.shape)} and value_cache {list(value_cache.shape)}"
+        )
 
 
 def run_attention(
@@ -251,6 +230,7 @@ def run_attention(
     sinks: Tensor | None,
     only: Only = "all",
     out: Tensor | None = None,
+    new: NewHeads | None = None,
 ) -> Tensor:
     """The launches, on inputs that are known to be right."""
     from moetor.kernels.triton import attention_kernels
@@ -268,19 +248,10 @@ def run_attention(
         places = (tokens, heads, plan.splits)
         part_out = query.new_empty((*places, value_width), dtype=torch.float32)
         part_max, part_sum = query.new_empty((2, *places), dtype=torch.float32)
-    first, second = _key_columns(width)
+    turning = _turning(new, out)
+    overlap = plan.overlap and turning.early
+    first, second = key_columns(width)
     limit = window or chunk or 0
-    form = {
-        "WINDOW": window is not None,
-        "CHUNK": chunk is not None,
-        "SINKS": sinks is not None,
-        "ONLY": only,
-        "SPLITS": plan.splits,
-        "LEAST": plan.least,
-        "BN": plan.keys,
-        "PDL": plan.overlap,
-    }
-    launch = {"launch_pdl": True} if plan.overlap else {}
     blocks = sequences if decode else tokens // tokens_of_tile + sequences
     with support.on_device_of(query):
         attention_kernels.attend[(blocks, heads // plan.heads, plan.splits)](
@@ -295,12 +266,15 @@ def run_attention(
             part_out,
             part_max,
             part_sum,
+            *turning.tensors,
             sequences,
             limit,
+            turning.eps,
             *query.stride()[:2],
             *key_cache.stride()[:3],
             *value_cache.stride()[:3],
             block_table.stride(0),
+            *turning.strides,
             HQ=heads,
             HG=plan.heads,
             GROUPS=group // plan.heads,
@@ -312,14 +286,25 @@ def run_attention(
             BS=key_cache.shape[1],
             SCALE=float(scale),
             SOFTCAP=None if softcap is None else float(softcap),
+            WINDOW=window is not None,
+            CHUNK=chunk is not None,
+            SINKS=sinks is not None,
+            TURN=turning.form,
+            NORM=turning.norm,
+            OFFSET=turning.offset,
             SP=1 if decode else next_power_of_2(sequences),
             DECODE=decode,
+            ONLY=only,
+            SPLITS=plan.splits,
+            LEAST=plan.least,
             BM=plan.rows,
             BQ=tokens_of_tile,
+            BN=plan.keys,
             STAGES=plan.stages,
+            AHEAD=plan.ahead,
+            PDL=overlap,
             num_warps=plan.warps,
-            **form,
-            **launch,
+            **support.chained(overlap),
         )
         if plan.splits > 1:
             attention_kernels.combine_splits[(sequences, heads)](
@@ -334,8 +319,15 @@ def run_attention(
                 HQ=heads,
                 DV=value_width,
                 DVP=max(16, next_power_of_2(value_width)),
+                WINDOW=window is not None,
+                CHUNK=chunk is not None,
+                SINKS=sinks is not None,
+                ONLY=only,
+                SPLITS=plan.splits,
+                LEAST=plan.least,
+                BN=plan.keys,
+                PDL=plan.overlap,
                 num_warps=4,
-                **form,
-                **launch,
+                **support.chained(plan.overlap),
             )
     return out

@@ -14,6 +14,7 @@ from triton.language.extra.cuda import (  # type: ignore[import-not-found, unuse
 )
 
 from moetor.kernels.triton.device_code import soft_cap
+from moetor.kernels.triton.turning_code import head_weight, partner, turned
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def _take_in(
 # Tables and lengths come at any place of a buffer; none of them may cause another compilation.
 @triton.jit(
     do_not_specialize=["sequences", "window", "stride_table"],
-    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "query_start", "slots"],
 )
 def attend(
     query,
@@ -126,8 +127,16 @@ def attend(
     part_out,
     part_max,
     part_sum,
+    new_key,
+    new_value,
+    cos,
+    sin,
+    q_weight,
+    k_weight,
+    slots,
     sequences,
     window,
+    eps,
     stride_qt,
     stride_qh,
     stride_kb,
@@ -137,6 +146,11 @@ def attend(
     stride_vt,
     stride_vh,
     stride_table,
+    stride_nkt,
+    stride_nkh,
+    stride_nvt,
+    stride_nvh,
+    stride_cos,
     HQ: tl.constexpr,
     HG: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -151,6 +165,9 @@ def attend(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
+    TURN: tl.constexpr,
+    NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     SP: tl.constexpr,
     DECODE: tl.constexpr,
     ONLY: tl.constexpr,
@@ -160,6 +177,7 @@ def attend(
     BQ: tl.constexpr,
     BN: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One tile of queries of one key head against one split of its sequence's keys.
@@ -170,8 +188,12 @@ def attend(
     sequence; else it counts blocks of BQ tokens, whose sequence is found by `query_start`.
     ONLY leaves out sequences with more tokens than one, or with one.
 
-    Lengths and tables are read before the launches before have ended: they are inputs of a step,
-    which nothing in it writes.
+    With TURN the query is neither normed nor turned yet, and the new keys and values are not in the
+    cache: the program whose split ends with the new token writes its own.
+
+    Lengths and tables, and with TURN keys of earlier steps and tables of positions, are read before
+    the launches before have ended: they are inputs of a step, which nothing in it writes. With
+    AHEAD, which needs TURN, each tile is on its way while the one before is multiplied.
     """
     if PDL:
         gdc_launch_dependents()
@@ -199,16 +221,40 @@ def attend(
         whole = part >= high - low
         low = low + split * part
         high = tl.minimum(low + part, high)
+        if (split > 0) & (low >= high):
+            return  # the first split waits for the launches before
     keys = key_cache + head.to(tl.int64) * stride_kh
     values = value_cache + head.to(tl.int64) * stride_vh
     table = block_table + seq * stride_table
     n = tl.arange(0, BN)
     d1, d2, dv = tl.arange(0, D1), tl.arange(0, D2), tl.arange(0, DVP)
+    key = low + n
+    r = tl.arange(0, BM)
+    row0 = tl.where(count_q > 0, begin_q, 0).to(tl.int64)
+    REST: tl.constexpr = D - D1
+    if TURN is not None:
+        # All that is no result of the launches before, first; then all that is, at once.
+        older = key < tl.minimum(high, length - 1)
+        block = tl.load(table + key // BS, mask=older, other=0).to(tl.int64)
+        after = tl.load(table + (key + BN) // BS, mask=key + BN < high, other=0).to(tl.int64)
+        k1 = _rows(keys, block * stride_kb + (key % BS) * stride_kt, older, d1, D, D1)
+        v = _rows(values, block * stride_vb + (key % BS) * stride_vt, older, dv, DV, DVP)
+        other, first, turn = partner(d1, TURN)
+        c = tl.load(cos + row0 * stride_cos + turn, mask=d1 < TURN[0], other=1.0).to(tl.float32)
+        s = tl.load(sin + row0 * stride_cos + turn, mask=d1 < TURN[0], other=0.0).to(tl.float32)
+        q_weights = (
+            head_weight(q_weight, d1, NORM, OFFSET),
+            head_weight(q_weight, other, NORM, OFFSET),
+        )
+        k_weights = (
+            head_weight(k_weight, d1, NORM, OFFSET),
+            head_weight(k_weight, other, NORM, OFFSET),
+        )
+        slot = tl.load(slots + row0).to(tl.int64)
     if PDL:
         gdc_wait()
     if (block_q * BQ >= count_q) | (low >= high) | _other(count_q, ONLY):
         return
-    r = tl.arange(0, BM)
     token = block_q * BQ + r // HG
     real = (r < BQ * HG) & (token < count_q)
     position = length - count_q + token
@@ -216,7 +262,29 @@ def attend(
     row = (begin_q + token).to(tl.int64)
     at_q = query + row * stride_qt + head_q * stride_qh
     q1 = tl.load(at_q[:, None] + d1[None, :], mask=real[:, None], other=0.0)
-    REST: tl.constexpr = D - D1
+    if TURN is not None:
+        last = high == length
+        one = tl.arange(0, 1)[:, None]
+        at_new = new_key + row0 * stride_nkt + head * stride_nkh + one
+        q_other = tl.load(at_q[:, None] + other[None, :], mask=real[:, None], other=0.0)
+        new_k = tl.load(at_new + d1[None, :])
+        new_k_other = tl.load(at_new + other[None, :])
+        at_new = new_value + row0 * stride_nvt + head * stride_nvh + one
+        new_v = tl.load(at_new + dv[None, :], mask=dv[None, :] < DV, other=0.0)
+        q1 = turned(q1, q_other, first, c, s, q_weights[0], q_weights[1], eps, D, NORM).to(
+            query.dtype.element_ty
+        )
+        new_k = turned(
+            new_k, new_k_other, first, c, s, k_weights[0], k_weights[1], eps, D, NORM
+        ).to(key_cache.dtype.element_ty)
+        to = slot // BS * stride_kb + slot % BS * stride_kt
+        kept = last & (slot >= 0)
+        tl.store(keys + to + d1[None, :] + one, new_k, mask=(d1 < D)[None, :] & kept)
+        to = slot // BS * stride_vb + slot % BS * stride_vt
+        tl.store(values + to + dv[None, :] + one, new_v, mask=(dv < DV)[None, :] & kept)
+        k1 = tl.where((key == length - 1)[:, None], new_k, k1)
+        v = tl.where((key == length - 1)[:, None], new_v, v)
+        tl.debug_barrier()  # a later tile may be read with what has just been written
     if REST > 0:
         q2 = tl.load(
             at_q[:, None] + D1 + d2[None, :],
@@ -228,21 +296,38 @@ def attend(
     acc = tl.zeros((BM, DVP), tl.float32)
     LIMITED: tl.constexpr = WINDOW or CHUNK
     row_low = _first_key(position, window, WINDOW, CHUNK)
+    if TURN is not None and not AHEAD:
+        raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        best, total, acc = _take_in(
+            raw, v, key, key < high, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
+        )
+        low += BN
     for key0 in tl.range(low, high, BN, num_stages=STAGES):
         key = key0 + n
-        inside = key < high
-        block = tl.load(table + key // BS, mask=inside, other=0)
-        block = block.to(tl.int64)
-        at_k = block * stride_kb + (key % BS) * stride_kt
-        k1 = _rows(keys, at_k, inside, d1, D, D1)
+        if AHEAD:
+            # The next tile is on its way while this one is multiplied, and the place of the one
+            # after it.
+            at = key + BN
+            k1_next = _rows(keys, after * stride_kb + (at % BS) * stride_kt, at < high, d1, D, D1)
+            v_next = _rows(
+                values, after * stride_vb + (at % BS) * stride_vt, at < high, dv, DV, DVP
+            )
+            after = tl.load(table + (at + BN) // BS, mask=at + BN < high, other=0).to(tl.int64)
+        else:
+            inside = key < high
+            block = tl.load(table + key // BS, mask=inside, other=0).to(tl.int64)
+            at_k = block * stride_kb + (key % BS) * stride_kt
+            k1 = _rows(keys, at_k, inside, d1, D, D1)
+            v = _rows(values, block * stride_vb + (key % BS) * stride_vt, inside, dv, DV, DVP)
         raw = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         if REST > 0:
             k2 = _rows(keys + D1, at_k, inside, d2, REST, D2)
             raw = tl.dot(q2, tl.trans(k2), acc=raw, input_precision="ieee")
-        v = _rows(values, block * stride_vb + (key % BS) * stride_vt, inside, dv, DV, DVP)
         best, total, acc = _take_in(
-            raw, v, key, inside, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
+            raw, v, key, key < high, position, row_low, best, total, acc, SCALE, SOFTCAP, LIMITED
         )
+        if AHEAD:
+            k1, v = k1_next, v_next
     columns = real[:, None] & (dv[None, :] < DV)
     at = (row * HQ + head_q) * DV
     if SPLITS > 1:

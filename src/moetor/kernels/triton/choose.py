@@ -105,12 +105,17 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorTile:
-    """Tile of one vector product of the small path: BN rows of the weight, BK of its depth."""
+    """Tile of one vector product of the small path: BN rows of the weight, BK of its depth.
+
+    Attributes:
+        ahead: each step's operands are asked for before the step before is added (second product).
+    """
 
     rows: int
     depth: int
     warps: int
     stages: int = 1
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,10 +225,14 @@ def small_plan(config: ExpertsConfig, top_k: int, itemsize: int, device: Device)
     # All slots of a token side by side: 16 to 32 elements a thread and step.
     slots = next_power_of_2(top_k)
     depth = min(max(16, 1024 // slots), max(16, next_power_of_2(config.intermediate_size)))
-    rows, warps = (2, 2) if config.intermediate_size < 1536 else (8, 4)
+    few = config.intermediate_size < 1536
+    rows, warps = (2, 2) if few else (8, 4)
     while slots * rows * depth > 8192 and rows > 1:
         rows //= 2
-    return SmallPlan(up=up, down=VectorTile(rows=rows, depth=depth, warps=warps), pdl=pdl)
+    # Few steps are a matter of latency. Longer ones keep the memory busy by more programs, for
+    # which the registers of a second step are wanted.
+    down = VectorTile(rows=rows, depth=depth, warps=warps, ahead=few)
+    return SmallPlan(up=up, down=down, pdl=pdl)
 
 
 def _small_plan_transposed(

@@ -60,6 +60,17 @@ def rotate_tile(tokens: int) -> tuple[int, int]:
     return (8, 4) if tokens > 256 else (4, 2)
 
 
+def head_norms(
+    query_norm: Norm | None, key_norm: Norm | None
+) -> tuple[list[Tensor | None], str | None, float, float]:
+    """Weights of both norms, what the kernels call them, eps and offset."""
+    if query_norm is None or key_norm is None:
+        return [None, None], None, 0.0, 0.0
+    kind = "plain" if query_norm.weight is None else "weighted"
+    weights = [query_norm.weight, key_norm.weight]
+    return weights, kind, float(query_norm.eps), float(query_norm.offset)
+
+
 def rotate(
     query: Tensor,
     key: Tensor,
@@ -89,11 +100,7 @@ def rotate(
     pdl = support.overlap(query)
     held, warps = rotate_tile(tokens)
     blocks = -(-heads // held) + (1 if cache is None else 2) * -(-kv_heads // held)
-    weights = (
-        [out, out]
-        if query_norm is None or key_norm is None
-        else [support.flat(norm.weight, out) for norm in (query_norm, key_norm)]
-    )
+    weights, norm, eps, offset = head_norms(query_norm, key_norm)
     with support.on_device_of(query):
         dense_kernels.rotate_and_cache[(tokens, blocks)](
             query,
@@ -101,12 +108,12 @@ def rotate(
             value,
             cos,
             sin,
-            *weights,
+            *(support.flat(weight, out) for weight in weights),
             out,
             key_out,
             value_out,
             out if cache is None else cache.slots,
-            0.0 if query_norm is None else float(query_norm.eps),
+            eps,
             *query.stride()[:2],
             *key.stride()[:2],
             *value.stride()[:2],
@@ -126,8 +133,8 @@ def rotate(
             PAIRS=form.pairs,
             STEP=2 if form.table == "twice" else 1,
             FULL=form.table == "halves",
-            NORM=query_norm is not None,
-            OFFSET=0.0 if query_norm is None else float(query_norm.offset),
+            NORM=norm,
+            OFFSET=offset,
             CACHED=cache is not None,
             PDL=pdl,
             num_warps=warps,

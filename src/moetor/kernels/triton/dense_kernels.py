@@ -87,7 +87,10 @@ def _rotate(
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """Heads of `source` at offsets `at` normed and rotated into `target` at offsets `to`."""
+    """Heads of `source` at offsets `at` normed and rotated into `target` at offsets `to`.
+
+    NORM is None, "plain" or "weighted".
+    """
     HALF: tl.constexpr = R // 2
     i = tl.arange(0, RP)
     e = tl.arange(0, EP)
@@ -104,15 +107,20 @@ def _rotate(
                  other=0.0).to(tl.float32)  # fmt: skip
     if D > R:
         x3 = _load_heads(source + R, at, inside, e, D - R)
-    if NORM:
+    if NORM is not None:
         square = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)
         if D > R:
             square += tl.sum(x3 * x3, axis=1)
         scale = tl.rsqrt(square / D + eps)[:, None]
-        x1 = x1 * scale * _head_weight(weight, first, part, OFFSET)
-        x2 = x2 * scale * _head_weight(weight, second, part, OFFSET)
+        x1 = x1 * scale
+        x2 = x2 * scale
         if D > R:
-            x3 = x3 * scale * _head_weight(weight, R + e, e < D - R, OFFSET)
+            x3 = x3 * scale
+    if NORM == "weighted":
+        x1 = x1 * _head_weight(weight, first, part, OFFSET)
+        x2 = x2 * _head_weight(weight, second, part, OFFSET)
+        if D > R:
+            x3 = x3 * _head_weight(weight, R + e, e < D - R, OFFSET)
     c1 = tl.load(cos + STEP * i, mask=part, other=0.0).to(tl.float32)[None, :]
     s1 = tl.load(sin + STEP * i, mask=part, other=0.0).to(tl.float32)[None, :]
     c2 = c1

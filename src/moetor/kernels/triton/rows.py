@@ -54,7 +54,10 @@ def rows_plan(outputs: int, depth: int, rows: int, itemsize: int, *, gated: bool
     together = min(next_power_of_2(rows), _NEAR_ROWS if near else 8)
     held = together * (2 if gated else 1)
     most = 4096 // itemsize
-    if outputs <= FEW_OUTPUTS:
+    if outputs > FEW_OUTPUTS and held == 1 and depth == 2 * most and outputs < _MANY_OUTPUTS:
+        # The whole depth at once, so that all weights are on their way before the wait.
+        block, step, warps = 2, 2 * most, 4
+    elif outputs <= FEW_OUTPUTS:
         block, step, warps = (2 if held <= 2 else 1), most, 4
     elif outputs >= _MANY_OUTPUTS:
         block, step, warps = 4, most, 4

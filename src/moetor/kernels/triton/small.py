@@ -130,6 +130,7 @@ def _launch_down(
         BN=tile.rows,
         BK=tile.depth,
         STAGES=tile.stages,
+        AHEAD=tile.ahead,
         PDL=plan.pdl,
         num_warps=tile.warps,
         **support.chained(plan.pdl),

@@ -124,6 +124,7 @@ def small_down(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[token, BN columns] = sum over slots of weight * (W2[expert] @ act[slot]).
@@ -148,21 +149,23 @@ def small_down(
     inputs = act + (token * K + slot)[:, None, None] * I + i[None, None, :]
     inside = (kept[:, None] & (h[None, :] < H))[:, :, None]
     acc = tl.zeros((KP, BN, BK), tl.float32)
-    for i0 in tl.range(0, I, BK, num_stages=STAGES):
-        if I % BK == 0:
-            w = tl.load(
-                pointers + i0 * stride_k, mask=inside, other=0.0, eviction_policy="evict_first"
-            )
-            if i0 == 0:
-                chain(PDL)  # the first weights are on their way; the ids were there before up began
-            x = tl.load(inputs + i0, mask=kept[:, None, None], other=0.0)
-        else:
-            depth = i[None, None, :] < I - i0
-            w = tl.load(pointers + i0 * stride_k, mask=inside & depth, other=0.0)
-            if i0 == 0:
-                chain(PDL)
-            x = tl.load(inputs + i0, mask=kept[:, None, None] & depth, other=0.0)
-        acc += w.to(tl.float32) * x
+    # The first weights are on their way before the wait; the ids were there before up began.
+    depth = i[None, None, :]
+    w = tl.load(pointers, mask=inside & (depth < I), other=0.0, eviction_policy="evict_first")
+    chain(PDL)
+    x = tl.load(inputs, mask=kept[:, None, None] & (depth < I), other=0.0)
+    for i0 in tl.range(BK, I, BK, num_stages=STAGES):
+        if not AHEAD:
+            acc += w.to(tl.float32) * x
+        more = depth < I - i0
+        w_next = tl.load(
+            pointers + i0 * stride_k, mask=inside & more, other=0.0, eviction_policy="evict_first"
+        )
+        x_next = tl.load(inputs + i0, mask=kept[:, None, None] & more, other=0.0)
+        if AHEAD:
+            acc += w.to(tl.float32) * x
+        w, x = w_next, x_next
+    acc += w.to(tl.float32) * x
     y = tl.sum(acc, axis=2)
     if HAS_BIAS:
         at = bias + expert[:, None] * H + h[None, :]
