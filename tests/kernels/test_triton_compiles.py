@@ -6,7 +6,7 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, N outputs
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from moetor.kernels.formats import (
     QuantizedMatrix,
     find_format,
 )
-from moetor.kernels.triton import attention, choose, choose_quantized
+from moetor.kernels.triton import attention, choose, choose_quantized, support
 from moetor.kernels.triton.choose_attention import attention_plan
 from moetor.kernels.triton.choose_small_quantized import quantized_small_plan
 from moetor.kernels.triton.large import run_large
@@ -35,7 +35,10 @@ from moetor.kernels.triton.small import run_small
 from moetor.kernels.triton.small_quantized import run_small_quantized
 
 pytestmark = needs_triton
-BY_CAPABILITY = {device.capability: device for device in DEVICES}
+BY_CAPABILITY = {
+    device.capability: replace(device, roles=device.roles and support.have_roles())
+    for device in DEVICES
+}
 COARSE, TRANSPOSED, ODD = (8, 2, 4096, 14336), (32, 4, 2880, 2880), (1024, 8, 1000, 333)
 UNGATED: dict[str, Any] = {"gated": False, "activation": Activation(name="relu2")}
 STORED: dict[str, Any] = {"interleaved": True, "transposed": True, "has_bias": True}

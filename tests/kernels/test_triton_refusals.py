@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -212,3 +213,16 @@ def test_more_programs_than_a_grid_has(transposed: bool, monkeypatch: pytest.Mon
         ),
     ):
         TritonSmallKernel()(*fake_call(wide, tokens, "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("version", "have"), [("3.6.0", True), ("3.6.1+cu130", True), ("3.7.1", False), ("4.0", False)]
+)
+def test_warps_have_roles_with_the_triton_that_they_are_written_for(
+    version: str, have: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(support, "have_triton", lambda: True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    support.have_roles.cache_clear()
+    assert support.have_roles() == have
+    support.have_roles.cache_clear()

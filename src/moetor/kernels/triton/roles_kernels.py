@@ -5,8 +5,8 @@ With a depth of some hundreds a tile's end is a large part of its time. Here one
 rows while the other one still multiplies, and loading goes on for the next tile. A tile whose
 upper half is padding keeps one group busy.
 
-Written in Gluon, Triton's lower level, whose interface changes between versions; `roles.py` says
-which it is for.
+Written in Gluon, Triton's lower level, whose interface changes between versions: for Triton 3.6
+(`support.have_roles`).
 
 Shape letters: E experts, H hidden, I intermediate, R rows in expert order; BN columns and BK depth
 of a tile.
@@ -27,10 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # type: ignore[i
 )
 
 from moetor.kernels.triton.device_code import chain
-
-# Their names from Triton 3.8 on, and before.
-_read = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_write = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 _HALF = gl.constexpr(64)  # rows of a group, and columns of a store
 _BM = gl.constexpr(128)
@@ -98,10 +94,14 @@ def _load(
             filled = ready.index(stage)
             mbarrier.expect(filled, B_BYTES + 2 * A_BYTES, pred=full)
             mbarrier.expect(filled, B_BYTES + A_BYTES, pred=full == 0)
-            _read(act, [row, k], filled, a_lower.index(stage))
-            _read(act, [row + _HALF, k], filled, a_upper.index(stage), pred=full)
+            tma.async_copy_global_to_shared(act, [row, k], filled, a_lower.index(stage))
+            tma.async_copy_global_to_shared(
+                act, [row + _HALF, k], filled, a_upper.index(stage), pred=full
+            )
             # Past an expert's last column lie its neighbour's; those are never stored.
-            _read(weight, [expert * H + block * BN, k], filled, b.index(stage))
+            tma.async_copy_global_to_shared(
+                weight, [expert * H + block * BN, k], filled, b.index(stage)
+            )
             stage, phase = _next(stage, phase, STAGES)
 
 
@@ -118,7 +118,7 @@ def _store(out, row, column, value, room, NUMBER: gl.constexpr):
     place = room.index(NUMBER % 2)
     place.store(value.to(out.dtype))
     fence_async_shared()
-    _write(out, [row, column], place)
+    tma.async_copy_shared_to_global(out, [row, column], place)
 
 
 @gluon.jit

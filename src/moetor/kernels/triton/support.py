@@ -22,8 +22,6 @@ from moetor.kernels.triton.choose import Device
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
-# Versions of Triton.
-_WITH_ROLES = ((3, 6), (3, 7), (3, 8), (3, 9))
 _MAX_TOP_K = 64
 # Places in one expert's matrix are 32-bit numbers in the kernels; experts' own are 64-bit.
 _MAX_MATRIX = 2**31
@@ -39,12 +37,9 @@ def have_triton() -> bool:
 
 @functools.cache
 def have_roles() -> bool:
-    """Whether the installed Triton is one that `roles_kernels` are written for: their language,
-    Gluon, changes from version to version. Triton is not imported for that."""
-    if not have_triton():
-        return False
-    major, minor, *_ = importlib.metadata.version("triton").split(".")
-    return (int(major), int(minor)) in _WITH_ROLES
+    """Whether the installed Triton is the one that `roles_kernels` are written for and ran with:
+    their language, Gluon, changes from version to version. Triton is not imported for that."""
+    return have_triton() and importlib.metadata.version("triton").split(".")[:2] == ["3", "6"]
 
 
 @functools.cache
