@@ -27,19 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # type: ignore[i
 )
 
 from moetor.kernels.triton.device_code import chain
+from moetor.kernels.triton.large_kernels import swizzle
 
 _HALF = gl.constexpr(64)  # rows of a group, and columns of a store
 _BM = gl.constexpr(128)
-
-
-@gluon.jit
-def _place(pid, tiles, BLOCKS: gl.constexpr, GROUP: gl.constexpr):
-    """Row tile and column block, as `large_kernels.swizzle`."""
-    width = GROUP * BLOCKS
-    first = (pid // width) * GROUP
-    height = gl.maximum(gl.minimum(tiles - first, GROUP), 1)
-    inner = pid % width
-    return first + inner % height, inner // height
 
 
 @gluon.jit
@@ -85,7 +76,7 @@ def _load(
     stage = 0
     phase = 0
     for pid in range(gl.program_id(0), tiles * BLOCKS, gl.num_programs(0)):
-        tile, block = _place(pid, tiles, BLOCKS, GROUP)
+        tile, block = swizzle(pid, tiles, BLOCKS, GROUP)
         expert = gl.load(tile_expert + tile)
         row = tile * _BM
         full = gl.load(order + row + _HALF) < slots
@@ -147,7 +138,7 @@ def _multiply(
     stage = 0
     phase = 0
     for pid in range(gl.program_id(0), tiles * BLOCKS, gl.num_programs(0)):
-        tile, block = _place(pid, tiles, BLOCKS, GROUP)
+        tile, block = swizzle(pid, tiles, BLOCKS, GROUP)
         row = tile * _BM + (_HALF if UPPER else 0)
         if UPPER:
             works = gl.load(order + row) < slots
