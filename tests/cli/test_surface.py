@@ -31,7 +31,7 @@ RANKS: dict[str, object] = {
     "--eplb-stats": None,
     "--num-redundant-experts": 0,
     "--collectives": "auto",
-    "--parallel-timeout": 20.0,
+    "--parallel-timeout": 15.0,
 }
 PROMPTS_RANKS: dict[str, object] = {
     **RANKS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,3 +236,23 @@ def test_attention_outside_of_the_engine_says_so(model: Any) -> None:
             model(torch.tensor([[3, 4]]))
     finally:
         model.config._attn_implementation = before
+
+
+def test_a_rank_that_waited_in_vain_does_not_wait_for_an_answer_too(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, asked = llm.engine.core.runner, []
+
+    def gather(*question: Any) -> list[str]:
+        asked.append(question)
+        return ["all failed alike"]
+
+    monkeypatch.setattr("moetor.engine.runner.gather", gather)
+    monkeypatch.setattr(runner, "_ranks", SimpleNamespace(aside=None))
+    waited = RuntimeError("Timed out waiting 15000ms for recv operation to complete")
+    with pytest.raises(RuntimeError) as raised:
+        runner._check_that_all_failed(waited)
+    assert raised.value is waited
+    assert not asked
+    runner._check_that_all_failed(ValueError("of one request"))  # which ends, and others go on
+    assert len(asked) == 1

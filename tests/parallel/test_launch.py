@@ -11,8 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from moetor.engine.ranks import REST_SHARE
 from moetor.errors import ParallelError
-from moetor.parallel.launch import launch
+from moetor.parallel.config import ParallelConfig
+from moetor.parallel.launch import (
+    GRACE_SECONDS,
+    POLL_SECONDS,
+    SETTLE_SECONDS,
+    TOLD_SECONDS,
+    launch,
+)
 
 # After so many seconds something hangs. The promise of 30 is not for a machine that others stall.
 LIMIT = 120.0
@@ -50,10 +58,9 @@ def ranks_of(folder: Path) -> list[int]:
 
 def alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return False
-    return True
 
 
 def run(code: str, folder: Path, ranks: int = 2) -> int:
@@ -99,6 +106,42 @@ def test_a_rank_that_hangs_ends_all(tmp_path: Path) -> None:
     pids = ranks_of(tmp_path)
     assert len(pids) == 2
     assert not [pid for pid in pids if alive(pid)]
+
+
+def test_what_a_rank_has_started_ends_with_it(tmp_path: Path) -> None:
+    """Also where it was stopped, and so sees nothing end."""
+    code = (
+        NOTE
+        + """
+import signal, subprocess
+if rank == "0":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child.send_signal(signal.SIGSTOP)
+    (folder / "pid of its child").write_text(str(child.pid))
+    time.sleep(600)
+while not (folder / "pid of its child").exists():
+    time.sleep(0.1)
+sys.exit("no more")
+"""
+    )
+    with pytest.raises(ParallelError, match="rank 1 of 2: ended with status 1: no more"):
+        run(code, tmp_path)
+    pids = ranks_of(tmp_path)
+    assert len(pids) == 3
+    end = time.monotonic() + LIMIT
+    while any(map(alive, pids)):  # nobody waits for a rank's own child
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_no_rank_outlives_another_by_30_seconds() -> None:
+    """Everything that may be waited for, one after the other, by default: of a server without
+    requests two rests, the second of which is not heard; then the rest; then last words and ends.
+    """
+    timeout = ParallelConfig().timeout
+    noticed = 2 * REST_SHARE * timeout + timeout
+    ended = 2 * POLL_SECONDS + TOLD_SECONDS + SETTLE_SECONDS + GRACE_SECONDS
+    assert noticed + ended < 25
 
 
 def moetor(*arguments: str) -> subprocess.CompletedProcess[str]:

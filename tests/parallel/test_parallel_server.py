@@ -91,6 +91,26 @@ def test_a_launched_server_ends_when_a_rank_hangs() -> None:
     assert "rank 1 still ran, and was ended" in said
 
 
+def test_a_launched_server_says_that_its_own_engine_hangs() -> None:
+    """The other rank notices, and the launcher tells the server, which has not been told by it."""
+    server = ServerProcess(*FLAGS, "-tp", "2", "--parallel-timeout", "4")
+    ranks = children(server.process.pid)
+    (first,) = (pid for pid in ranks if rank_of(pid) == "RANK=0")
+    (engine,) = children(first)
+    body = {**PROMPT, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=LIMIT) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(engine, signal.SIGSTOP)
+        rest = "".join(lines)
+    assert "the engine has stopped: rank 1 of 2: another rank did not answer" in rest
+    assert server.process.wait(LIMIT) == 1
+    server._reader.join(10)
+    assert not any(map(alive, [*ranks, engine]))
+    assert "rank 1 of 2: another rank did not answer" in server.log[-1]
+    assert "rank 0 still ran, and was ended" in server.log[-1]
+
+
 @contextmanager
 def unwatched(timeout: float) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Two ranks that nobody ends when one dies: the server's address, and the other rank."""

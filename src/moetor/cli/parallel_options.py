@@ -88,7 +88,7 @@ class ParallelFlags:
         },
     )
     parallel_timeout: float = field(
-        default=20.0,
+        default=15.0,
         metadata={
             "group": PARALLEL,
             "metavar": "SECONDS",

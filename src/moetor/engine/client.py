@@ -29,6 +29,7 @@ from moetor.engine.sequence import Request
 from moetor.engine.source import Fused
 from moetor.engine.text import Decode, decode_function
 from moetor.errors import ConfigError, InputError, MoetorError
+from moetor.parallel.launch import failure_elsewhere
 
 _log = logging.getLogger("moetor.engine")
 STOPPED = "the engine has stopped"
@@ -234,7 +235,8 @@ class EngineClient(ABC):
 
     def watch(self, patience: float) -> None:
         """Lets an engine count as hung that is at one step for longer than `patience` seconds: what
-        is under way ends with an error, and nothing is taken, until the engine goes on.
+        is under way ends with an error, and nothing is taken, until the engine goes on. The same,
+        for good, where the launcher tells that another rank has failed.
 
         Raises:
             ConfigError: it is watched already.
@@ -247,6 +249,10 @@ class EngineClient(ABC):
     def _watch(self) -> None:
         before = False
         while not self._over.wait(min(1.0, self._patience / 4)):
+            elsewhere = failure_elsewhere()
+            if elsewhere is not None and self._dead is None:
+                self._dead = elsewhere  # the engine may be what hangs, and unable to tell
+                self._give_up(elsewhere)
             trouble = self.trouble if self.hung else None
             # Twice in a row: where the whole machine stood still, this thread may be the first to
             # go on.

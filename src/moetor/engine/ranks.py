@@ -34,7 +34,7 @@ from moetor.parallel.launch import explain_waiting, tell_launcher
 # Steps between two looks at whether a tensor-parallel group has made the same tokens.
 _COMPARE_EVERY = 64
 # Of the time after which a rank gives up waiting: rank 0 is heard so often while it has no work.
-_REST_SHARE = 0.1
+REST_SHARE = 0.1
 _Next = Literal["step", "rest", "load", "end"]
 
 
@@ -296,7 +296,7 @@ class RankedCore(EngineCore):
     @property
     def patience(self) -> float | None:
         """See `EngineCore.patience`."""
-        return self.groups.config.timeout * _REST_SHARE if self._leads else None
+        return self.groups.config.timeout * REST_SHARE if self._leads else None
 
     def lead(self) -> None:
         """See `EngineCore.lead`: on rank 0; the others must `follow`."""

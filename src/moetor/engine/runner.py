@@ -37,6 +37,7 @@ from moetor.kernels.rows_apart import rows_apart
 from moetor.layer.offload import ExpertOffload
 from moetor.parallel.eplb.balancer import ExpertBalancer
 from moetor.parallel.groups import ParallelGroups
+from moetor.parallel.launch import explain_waiting
 
 
 class Runner:
@@ -269,7 +270,8 @@ class Runner:
         """
         if self._ranks is None:
             return
-        if self.lockstep is None:
+        # Who has waited for another rank in vain must not wait for its answer just as long.
+        if self.lockstep is None and explain_waiting(str(error)) is None:
             with suppress(RuntimeError):
                 if len(set(gather(type(error).__name__, self._ranks.aside))) == 1:
                     return

@@ -114,7 +114,7 @@ class ParallelConfig:
     eplb: EplbConfig | None = None
     num_redundant_experts: int = 0
     collectives: CollectivesName = "auto"
-    timeout: float = 20.0
+    timeout: float = 15.0
 
     def __post_init__(self) -> None:
         me = "ParallelConfig"

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from moetor.errors import ParallelError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 NO_ANSWER = "did not answer"
+_FAILED = "failed"
 POLL_SECONDS = 0.05
 # A rank that was told to end is killed after so long.
 GRACE_SECONDS = 3.0
-# One that goes on after it has told an error may give its last answers for so long.
+# One that goes on after it has told an error, or a server that is told of one, may give its last
+# answers for so long.
 TOLD_SECONDS = 2.0
 # Other ranks notice a failure and fail too; what they say then is not the cause.
 SETTLE_SECONDS = 0.3
@@ -69,6 +72,16 @@ def tell_launcher(text: str) -> bool:
     return True
 
 
+def failure_elsewhere() -> str | None:
+    """What has ended another rank, once the launcher knows it; None also where there is none."""
+    file = os.environ.get(ERROR_FILE)
+    if not file or not is_rank():
+        return None
+    with suppress(FileNotFoundError):
+        return Path(file).with_name(_FAILED).read_text(encoding="utf-8")
+    return None
+
+
 def launch(
     command: Sequence[str],
     ranks: int,
@@ -99,7 +112,9 @@ def launch(
             for number in range(ranks):
                 started.append(_start(command, ranks, number, Path(folder), stdin, converses))
             if not _all_end_well(started):
-                _settle(started)
+                if drains:
+                    _tell_all(_why(started), Path(folder))
+                _settle(started, answers=drains)
                 raise ParallelError(_why(started))
         finally:
             _end(started)
@@ -181,11 +196,23 @@ def _all_end_well(started: list[_Rank]) -> bool:
     return True
 
 
-def _settle(started: list[_Rank]) -> None:
-    """Other ranks may have something to tell too, and clients of a server their last answers."""
+def _tell_all(why: str, folder: Path) -> None:
+    """Has `failure_elsewhere` give `why`, whole as soon as it is there."""
+    written = folder / f"{_FAILED}.new"
+    written.write_text(why, encoding="utf-8")
+    written.rename(folder / _FAILED)
+
+
+def _settle(started: list[_Rank], *, answers: bool) -> None:
+    """Other ranks may have something to tell too, and clients of a server their last answers.
+
+    Args:
+        answers: rank 0 has clients.
+    """
     until = time.monotonic() + TOLD_SECONDS
     while time.monotonic() < until:
-        if not any(rank.process.poll() is None and rank.error.exists() for rank in started):
+        running = [rank for rank in started if rank.process.poll() is None]
+        if not any(rank.error.exists() or (answers and rank.number == 0) for rank in running):
             break
         time.sleep(POLL_SECONDS)
     time.sleep(SETTLE_SECONDS)
@@ -223,7 +250,9 @@ def _ended(status: int | None) -> str:
 
 def explain_waiting(text: str) -> str | None:
     """What a collective's own error means, where it is that another rank is silent or gone."""
-    if any(sign in text for sign in ("Timed out waiting", "timed out", "Timeout")):
+    if any(
+        sign in text for sign in ("Timed out waiting", "timed out", "Timeout", "timeout caused")
+    ):
         return f"another rank {NO_ANSWER} in time (--parallel-timeout)"
     if any(sign in text for sign in ("closed by peer", "reset by peer", "Broken pipe")):
         return f"another rank {NO_ANSWER}: it has ended"
@@ -255,7 +284,9 @@ def _end(started: list[_Rank]) -> None:
             rank.process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             rank.process.kill()
-            rank.process.wait()
+        with suppress(ProcessLookupError):  # what a rank has started and left, such as an engine
+            os.killpg(rank.process.pid, signal.SIGKILL)
+        rank.process.wait()
 
 
 def python_command(arguments: Sequence[str]) -> list[str]:
