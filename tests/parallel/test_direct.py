@@ -137,3 +137,13 @@ def test_rows_travel_in_turns(runner: dict[str, Any], mode: str, two: Pool) -> N
     for error, noted in two.run(exchange_noted, runner, mode):
         assert error <= 1e-5
         assert noted == "gs"
+
+
+def test_flags_take_a_link_with_atomic_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    linked = {(0, 1), (1, 0), (2, 0)}
+    monkeypatch.setattr(small_sums, "_has_atomics", lambda own, other: (own, other) in linked)
+    assert small_sums.no_link(0, [0, 1]) is None
+    assert "GPU 2 has no atomic operations on the memory of GPU 1" in str(
+        small_sums.no_link(2, [0, 1, 2])
+    )
+    assert "does not see the other ranks' GPUs" in str(small_sums.no_link(0, [0, 0]))

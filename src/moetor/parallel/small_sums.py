@@ -7,7 +7,9 @@ NVLink. For a few tokens this is what counts (one-shot all-reduce). The memory i
 
 from __future__ import annotations
 
+import ctypes
 import platform
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +30,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MEASURED_BYTES, MOST_BYTES = 512 * 2**10, 2**20
 MOST_ROWS = 256
 _ALIGNED = 16
+_NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 # Rows and their width, of tensors that are tried.
 _TRIALS = ((1, 8), (1, 2048), (128, 1000))
 ERROR = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
@@ -170,9 +173,36 @@ def why_not_shared(group: dist.ProcessGroup, device: torch.device) -> str | None
     """Why ranks have no memory in common, the same on every rank, or None."""
     refused = push_sum_refusal(device.type)
     reason = first_reason(None if refused is None else f"a direct collective {refused}", group)
-    if reason is None and len(set(_told(platform.node(), group))) > 1:
-        reason = "the ranks are on several machines"
-    return reason
+    if reason is not None:
+        return reason
+    places = _told((platform.node(), torch.cuda.current_device()), group)
+    if len({node for node, _ in places}) > 1:
+        return "the ranks are on several machines"
+    gpus = [gpu for _, gpu in places]
+    return first_reason(no_link(gpus[group.rank()], gpus), group)
+
+
+def no_link(own: int, gpus: Sequence[int]) -> str | None:
+    """Why a GPU cannot set flags in the memory of the others, or None: that takes atomic operations
+    on it, which NVLink has and PCI Express need not have.
+
+    Args:
+        gpus: of all ranks, as numbered in their processes.
+    """
+    if len(set(gpus)) < len(gpus):
+        return "a rank does not see the other ranks' GPUs (CUDA_VISIBLE_DEVICES)"
+    for other in gpus:
+        if other != own and not _has_atomics(own, other):
+            return f"GPU {own} has no atomic operations on the memory of GPU {other} (no NVLink?)"
+    return None
+
+
+def _has_atomics(own: int, other: int) -> bool:
+    found = ctypes.c_int()
+    failed = ctypes.CDLL("libcuda.so.1").cuDeviceGetP2PAttribute(
+        ctypes.byref(found), _NATIVE_ATOMICS, own, other
+    )
+    return not failed and bool(found.value)
 
 
 def _wrong(sums: SmallSums, group: dist.ProcessGroup, device: torch.device) -> str | None:
