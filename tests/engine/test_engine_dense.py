@@ -5,6 +5,7 @@ that turns them, and tokens are those of `generate` on the model as it was.
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 import moetor
 from engine.engine_cases import (
@@ -17,11 +18,13 @@ from engine.engine_cases import (
     run_staggered,
 )
 from engine.test_engine_families import TIGHT
-from moetor.engine import EngineConfig, build
-from moetor.engine.cache import EngineCache
+from moetor.engine import EngineConfig, attention, build
+from moetor.engine.cache import Batch, EngineCache, LayerBlocks
+from moetor.engine.scores import Scores
 from moetor.errors import ConfigError, FusionMismatchError
 from moetor.huggingface.dense_fusing import is_dense_fused
-from moetor.kernels.dense import CacheSlots
+from moetor.kernels import dense
+from moetor.kernels.dense import CacheSlots, NewHeads
 from moetor.kernels.native import dense as native
 from moetor.tools.tiny import FAMILIES
 
@@ -108,3 +111,36 @@ def test_what_nobody_asked_for_may_fail(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_setting_that_is_none_of_them() -> None:
     with pytest.raises(ConfigError, match="auto, on, off"):
         EngineConfig(fuse_dense=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "glm4_moe"])
+def test_heads_that_are_left_to_the_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: steps of single tokens give the attention all that it needs to turn queries and
+    keys itself, which torch operations stand in for here."""
+    own, turned = attention.attend, []
+
+    def attend(
+        query: Tensor,
+        blocks: LayerBlocks,
+        batch: Batch,
+        scores: Scores,
+        new: NewHeads | None = None,
+    ) -> Tensor:
+        if new is not None:
+            assert batch.max_query_len == 1
+            turned.append(len(query))
+            norms = {"query_norm": new.query_norm, "key_norm": new.key_norm}
+            cache = CacheSlots(blocks.keys, blocks.values, new.slots)
+            heads = (query, new.key, new.value, new.cos, new.sin, new.form)
+            query = dense.rotate(*heads, **norms, cache=cache, in_torch=True)[0]
+        return own(query, blocks, batch, scores)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    monkeypatch.setattr(dense, "attention_turns", lambda query, new: True)
+    model = make_model(name, 3)
+    prompts = random_prompts(model, (11, 37, 1), seed=5)
+    wanted = {str(i): own_tokens(name, model, prompt) for i, prompt in enumerate(prompts)}
+    engine = make_engine(model, fuse_dense="on")
+    done = run_staggered(engine, prompts, [greedy()] * len(prompts), every=3)
+    assert {key: output.outputs[0].token_ids for key, output in done.items()} == wanted
+    assert set(turned) >= {1, 2}

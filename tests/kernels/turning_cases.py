@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels.attention_cases import PagedCase, draw, expected, largest_error
-from kernels.dense_cases import normed, random, turned
+from kernels.dense_cases import assert_near, normed, random, turned
 from moetor.kernels.dense import NewHeads, Norm, RotaryForm
 
 # The last sequence belongs to nobody: its slot is negative.
 CASE = PagedCase(id="", new=(1, 1, 1, 1), lens=(1, 37, 64, 5), heads=(6, 2), block=4)
-LIMITS = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+
+LIMITS = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def tables(form: RotaryForm, tokens: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,8 @@ def check_turning(
     cos, sin = (x.to(device=device, dtype=dtype) for x in tables(form, tokens, rng))
     norms: list[Norm | None] = [None, None]
     if norm is not None:
-        norms = [Norm(None if norm == "plain" else make(width), 1e-5, 1.0) for _ in range(2)]
+        # Weights near 1: large heads would make scores of which a rounding changes everything.
+        norms = [Norm(None if norm == "plain" else make(width) / 4, 1e-5, 1.0) for _ in range(2)]
     slots = torch.tensor(
         [
             int(drawn["block_table"][seq, (length - 1) // case.block]) * case.block
@@ -87,7 +89,7 @@ def check_turning(
         for x, n in zip((query, key), norms, strict=True)
     ]
     for cache, held, written in zip(caches, before, (wanted[1], value.double()), strict=True):
-        assert largest_error(cache[slots[:-1]], written[:-1]) < LIMITS[dtype]
+        assert_near(cache[slots[:-1]], written[:-1], dtype)
         held[slots[:-1]] = cache[slots[:-1]]
         assert torch.equal(cache.nan_to_num(7.0), held.nan_to_num(7.0))
     oracle = expected(case, drawn | {"query": wanted[0].to(dtype)})
