@@ -320,27 +320,11 @@ def large_plan(
     )
     down = tile(config.intermediate_size)
     down = _at_most(down, config.hidden_size, config.intermediate_size)
-    mean = 0.0 if tokens is None else tokens * top_k / config.num_experts
-    short = config.intermediate_size < 1536
-    # Where an expert fills less than two tiles, its last one is a large part of the work.
-    walks = hopper and rows == 128 and mean >= 256
     if rows == 128:
-        up, down = replace(up, halves=True), replace(down, halves=not walks)
-    if short and mean >= 128 and _can_have_roles(config, down, itemsize, device):
-        down = replace(down, halves=True, persistent=device.sms, roles=True)
-    elif walks and (short or mean < 512):
-        # Programs that walk over tiles load the next one's operands under the last one's store.
-        # A short depth or few tiles make that store a large part: two programs a multiprocessor.
-        columns = min(128, down.columns)
-        down = replace(down, columns=columns, warps=4, stages=3, persistent=2 * device.sms)
-    elif walks:
-        down = replace(down, persistent=device.sms)
-    if walks:
-        # The first product walks over rows copied before: worth it where H + I are written and read
-        # once for many products.
-        apart = config.gated and config.transposed and not config.interleaved
-        if mean >= 512 and not short and not apart:
-            up = replace(up, halves=False, persistent=device.sms)
+        up, down = replace(up, halves=True), replace(down, halves=True)
+        mean = 0.0 if tokens is None else tokens * top_k / config.num_experts
+        if device.capability[0] == 9:
+            up, down = _scheduled(config, up, down, mean, itemsize, device)
     return LargePlan(
         up=fit(
             up,
@@ -356,6 +340,30 @@ def large_plan(
         ),
         pdl=device.capability[0] >= 9,
     )
+
+
+def _scheduled(
+    config: ExpertsConfig, up: Tile, down: Tile, mean: float, itemsize: int, device: Device
+) -> tuple[Tile, Tile]:
+    """Tiles of 128 rows for compute capability 9.0 with programs that walk over them, and with
+    roles, where that is faster: for `mean` rows an expert."""
+    short = config.intermediate_size < 1536
+    if short and mean >= 128 and _can_have_roles(config, down, itemsize, device):
+        down = replace(down, persistent=device.sms, roles=True)
+    # Where an expert fills less than two tiles, its last one is a large part of the work.
+    elif mean >= 256 and (short or mean < 512):
+        # Programs that walk over tiles load the next one's operands under the last one's store.
+        # A short depth or few tiles make that store a large part: two programs a multiprocessor.
+        columns, programs = min(128, down.columns), 2 * device.sms
+        down = replace(down, columns=columns, warps=4, stages=3, persistent=programs, halves=False)
+    elif mean >= 256:
+        down = replace(down, persistent=device.sms, halves=False)
+    # The first product walks over rows copied before: worth it where H + I are written and read
+    # once for many products.
+    apart = config.gated and config.transposed and not config.interleaved
+    if mean >= 512 and not short and not apart:
+        up = replace(up, halves=False, persistent=device.sms)
+    return up, down
 
 
 def _can_have_roles(config: ExpertsConfig, down: Tile, itemsize: int, device: Device) -> bool:

@@ -25,12 +25,12 @@ def launch_sum(
 ) -> None:
     """The weighted sum over a token's slots, after the norm of each expert's output if there is
     one."""
-    from moetor.kernels.triton import large_kernels
+    from moetor.kernels.triton import weighted_sum_kernels
 
     columns = next_power_of_2(config.hidden_size)
     if config.post_norm_eps is None:
         columns = min(1024, columns)
-    large_kernels.sum_rows[(out_TH.shape[0], -(-config.hidden_size // columns))](
+    weighted_sum_kernels.sum_rows[(out_TH.shape[0], -(-config.hidden_size // columns))](
         rows_RH,
         made.place,
         topk_weights_TK,
