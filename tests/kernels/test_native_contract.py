@@ -38,6 +38,7 @@ FORMS = (
     Case(name="rows", T=40, H=70, I=40, dtype=BF16),
     Case(name="columns", T=40, H=70, I=40, dtype=BF16, form=GPT_OSS, activation=CLAMPED),
     Case(name="rows f32", T=40, H=1030, I=40),
+    Case(name="long rows, many tokens", T=40, K=1, E=1, H=4500, I=2100, dtype=BF16),
     Case(name="long rows, few tokens", T=5, E=16, K=8, H=40, I=1100, dtype=BF16),
     Case(name="rows f16 long", T=40, H=2500, I=40, dtype=F16, form={"has_bias": True}),
 )

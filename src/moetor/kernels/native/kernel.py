@@ -290,12 +290,12 @@ class NativeKernel(ExpertsKernel):
     ) -> int:
         """A token's activations, sums and sorted slots, and a share of the threads' fixed scratch.
 
-        The fixed part (packed inputs and column sums of at most 96 slots a thread) is shared out
+        The fixed part (packed inputs and sums of at most 192 slots a thread) is shared out
         over 256 tokens: a call of fewer tokens needs at most as much as one of 256.
         """
         pad = 176  # rows are padded to four vectors of codes; of bytes, there is a scale too
         size = config.intermediate_size
         floats = top_k * (size + -(-size // 4) + pad) + config.hidden_size + pad
-        fixed = 4 * 97 * (config.hidden_size + pad + 4112) * torch.get_num_threads()
+        fixed = 4 * 193 * (config.hidden_size + pad + 4112) * torch.get_num_threads()
         fixed += 12 * (config.num_experts + 2) + 1024
         return 4 * floats + 8 * top_k + -(-fixed // 256)

@@ -77,8 +77,9 @@ inline __attribute__((always_inline)) void dot_step(const D* w, int64_t stride, 
 }
 
 // While R rows are computed, step by step: fetches R steps of the rows at `ahead`, one row after the other, since memory
-// is slower where it is asked for several streams at a time. With a stride of 0, fetches one row.
-template <class V, class D, int R, int N, class X>
+// is slower where it is asked for several streams at a time. With a stride of 0, fetches one row. `kLines`: how many steps
+// are fetched in one.
+template <class V, class D, int R, int N, int kLines, class X>
 inline void dot_block(const D* w, int64_t stride, const X* x, int64_t steps, float* sums, bool first, float* tile,
                       const D* ahead, int64_t ahead_stride) {
   constexpr int W = V::kWidth, kStep = 2 * W;
@@ -92,7 +93,7 @@ inline void dot_block(const D* w, int64_t stride, const X* x, int64_t steps, flo
   int64_t left = steps;
   for (int64_t s = 0; s < steps; ++s, w += kStep, x += N * kStep) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < kLines; ++r)
 #pragma GCC unroll 16
       for (int byte = 0; byte < static_cast<int>(kStep * sizeof(D)); byte += kCacheLine)
         _mm_prefetch(reinterpret_cast<const char*>(ahead + r * each) + byte, _MM_HINT_T2);
@@ -116,19 +117,19 @@ inline void dot_block(const D* w, int64_t stride, const X* x, int64_t steps, flo
 
 // R rows over [begin, end) of the reduction axis: one piece of it, cut so that the inputs stay in the first-level
 // cache. The sums of the pieces before the last wait in `sums`.
-template <class V, class D, int R, int N, class X>
+template <class V, class D, int R, int N, int kLines = R, class X>
 inline void dot_piece(const D* w, int64_t stride, int64_t size, const X* x, int64_t begin, int64_t end,
                       float* sums, float* tile, const D* ahead, int64_t ahead_stride) {
   constexpr int kStep = 2 * V::kWidth;
   const int64_t whole = size / kStep * kStep, stop = min64(end, whole);
   const bool last = end >= size, ragged = last && whole < size;
   if (stop > begin)
-    dot_block<V, D, R, N>(w + begin, stride, x + begin * N, (stop - begin) / kStep, sums, begin == 0,
+    dot_block<V, D, R, N, kLines>(w + begin, stride, x + begin * N, (stop - begin) / kStep, sums, begin == 0,
                           last && !ragged ? tile : nullptr, ahead + begin, ahead_stride);
   if (!ragged) return;
   D rest[R * kStep] = {};
   for (int r = 0; r < R; ++r) memcpy(rest + r * kStep, w + r * stride + whole, sizeof(D) * (size - whole));
-  dot_block<V, D, R, N>(rest, kStep, x + whole * N, 1, sums, whole == 0, tile, rest, 0);
+  dot_block<V, D, R, N, 1>(rest, kStep, x + whole * N, 1, sums, whole == 0, tile, rest, 0);
 }
 
 // tile[n][r] = x[n] . w[r] for up to 32 rows.

@@ -1,13 +1,10 @@
 // One call, as each thread runs it: first products and activations, then second products and the weighted sum.
-//
-// Tasks are taken in shares (`shares.h`), and a thread takes its next task before it starts the current one, so that the
-// weights of the next are fetched while the current is computed, across the barrier between the phases too. Which thread
-// runs a task never shows in the result: each output is computed wholly within one task.
 #pragma once
 
 #include "activation.h"
 #include "columns.h"
-#include "shares.h"
+#include "many.h"
+#include "work.h"
 
 extern "C" {
 // Of the OpenMP runtime that torch has already loaded: one pool of threads for both.
@@ -18,27 +15,13 @@ int omp_get_num_threads(void);
 
 namespace {
 
-constexpr int64_t kTaskBytes = 512 * 1024;  // weights of one first-phase task: they stay in the second-level cache
-constexpr int64_t kRunBytes = 1024 * 1024;  // weights of an expert's second product that a thread reads on end, at most
-constexpr int64_t kRunRows = 1024;  // rows of a first product whose sums wait for those of the other half
-constexpr int64_t kSpan = 4096;  // the second product sums its reduction axis in spans of this: rounding, and caches
-
-// L: how inputs are laid out.
 template <class V, class D, class L = Steps<V, kSplit<D> && !kPaired<V>>>
-class Experts {
+class Experts : public Work<V, D, L> {
+  using Base = Work<V, D, L>;
+
  public:
-  using Input = typename L::Input;
-  Experts(const MoetorExperts& args, const Plan& plan)
-      : a(args), p(plan), ldx_(L::width(args.hidden_size)), ldh_(L::width(args.intermediate_size)) {
-    h_in_rows_ = a.down_columns;
-    parts_ = a.gated ? 2 : 1;
-    up_together_ = a.gate_up_columns ? kTogether : tokens_together(a.hidden_size * kInputSize, V::kMaxTokens);
-    down_together_ =
-        a.down_columns ? kTogether : tokens_together(min64(a.intermediate_size, kSpan) * kInputSize, V::kMaxTokens);
-    cut_up(max64(1, a.threads));
-    cut_down(max64(1, a.threads));
-    shares_.cut(up_tasks_, down_tasks_, max64(1, a.threads));
-  }
+  using typename Base::Input;
+  using Base::Base;
 
   // Runs in every thread of a team.
   void run() {
@@ -61,118 +44,32 @@ class Experts {
       down(now, [&](int64_t n, int64_t begin, int64_t end) {
         const Weights after = n + 1 < p.num_active ? down_weights(p.active[n + 1], begin) : at.next;
         a.down_columns ? down_columns(p.active[n], begin, end, after.at, at.thread)
-                       : down_rows(p.active[n], begin, end, after);
+                       : down_rows(p.active[n], begin, end, after, at.thread);
       });
     }
   }
 
  protected:
-  static constexpr int64_t kInputSize = sizeof(Input);
-  struct Weights {  // where a panel or a strip starts, and the stride between its rows
-    const D* at;
-    int64_t stride;
-  };
-  struct UpTask {  // rows [begin, end) of the activation for one expert's slots [first, first + tokens), which are
-    int64_t expert, begin, end, first, tokens;  // its blocks [top, bottom) unless the weights are in columns form
-    int64_t top, bottom;
-  };
-  struct Cursor {  // a thread's place in the list of tasks
-    int thread;
-    int64_t active = 0, before = 0;  // index in p.active; tasks of the experts before it
-    UpTask task{};                   // the next first-phase task
-    Weights next{};                  // the first weights of the next task of either phase
-    int64_t packed_expert = -1, packed_first = -1;
-  };
-  struct Blocks {  // slots cut into blocks of nearly equal size
-    int64_t slots, count;
-    explicit Blocks(int64_t slots_) : slots(slots_), count(ceil_div(slots_, V::kMaxTokens)) {}
-    int64_t first(int64_t block) const { return slots * block / count; }
-    int size(int64_t block) const { return static_cast<int>(first(block + 1) - first(block)); }
-  };
-
-  // Cuts the first products of each expert into equal chunks.
-  void cut_up(int64_t threads) {
-    const int64_t I = a.intermediate_size, active = max64(1, p.num_active);
-    bool runs = !a.gate_up_columns && !a.interleaved;
-    for (int64_t n = 0; n < p.num_active; ++n) runs = runs && slots_of(p.active[n]) <= V::kMaxTokens;
-    const int64_t panel_bytes = parts_ * kPanel * a.hidden_size * static_cast<int64_t>(sizeof(D));
-    const int64_t most = a.gate_up_columns ? kStripColumns / parts_
-                         : runs            ? kRunRows
-                                           : kPanel * max64(1, kTaskBytes / panel_bytes);
-    const int64_t evenly = ceil_div(I, ceil_div(4 * threads, active));  // few experts: enough tasks for all threads
-    up_width_ = round_up(min64(most, evenly), kPanel);
-    chunks_ = ceil_div(I, up_width_);
-    if (runs) {  // few tasks: as many for each thread
-      while (active * chunks_ % threads != 0) ++chunks_;
-      up_width_ = round_up(ceil_div(I, chunks_), kPanel);
-      chunks_ = ceil_div(I, up_width_);
-    }
-    up_tasks_ = 0;
-    for (int64_t n = 0; n < p.num_active; ++n) up_tasks_ += groups_of(n) * chunks_;
-  }
-
-  // Cuts the output's columns into slices. Bound by reading, they are wide: a slice of an expert's weights is read on end.
-  void cut_down(int64_t threads) {
-    const int64_t H = a.hidden_size;
-    const bool busy = p.num_slots >= 8 * max64(1, p.num_active);  // enough tokens an expert to be bound by arithmetic
-    down_width_ = ceil_div(H, threads * (a.down_columns ? 2 : busy ? 4 : 16));
-    if (!busy && !a.down_columns) {
-      const int64_t row_bytes = a.down_stride * static_cast<int64_t>(a.weights == kPlain ? sizeof(D) : 1);
-      down_width_ = max64(down_width_, min64(ceil_div(H, 2 * threads), kRunBytes / max64(1, row_bytes)));
-    }
-    down_width_ = round_up(down_width_, kPanel);
-    if (a.down_columns) down_width_ = min64(down_width_, kStripColumns);
-    down_tasks_ = ceil_div(H, down_width_);
-  }
-
-  int64_t take(const Cursor& at) { return shares_.take(at.thread); }
-  int64_t slots_of(int64_t expert) const { return p.offsets[expert + 1] - p.offsets[expert]; }
-  // Slots of one expert are cut into groups at the borders of blocks.
-  int64_t groups_of(int64_t active) const {
-    const int64_t slots = slots_of(p.active[active]);
-    return a.gate_up_columns ? ceil_div(slots, up_together_)
-                             : ceil_div(Blocks(slots).count, up_together_ / V::kMaxTokens);
-  }
-  // The activations of an expert's slots from `slot` on.
-  Input* activations(int64_t expert, int64_t slot) const {
-    return reinterpret_cast<Input*>(p.h) + (p.offsets[expert] + slot) * ldh_;
-  }
-
-  Weights up_weights(int64_t expert, int64_t i) const {  // gate row (or column) i
-    const D* base = static_cast<const D*>(a.gate_up) + expert * a.gate_up_expert_stride;
-    const int64_t along = a.interleaved ? 2 * i : i;
-    if (a.gate_up_columns) return {base + along, a.gate_up_stride};
-    return {base + along * a.gate_up_stride, a.interleaved ? 2 * a.gate_up_stride : a.gate_up_stride};
-  }
-  Weights down_weights(int64_t expert, int64_t row) const {
-    const D* base = static_cast<const D*>(a.down) + expert * a.down_expert_stride;
-    return {base + row * (a.down_columns ? 1 : a.down_stride), a.down_stride};
-  }
-
-  // Moves a thread's cursor to `task`.
-  void seek(Cursor& at, int64_t task) const {
-    at.next = {static_cast<const D*>(a.down), 0};
-    if (task >= up_tasks_) {
-      if (task < up_tasks_ + down_tasks_ && p.num_active > 0)
-        at.next = down_weights(p.active[0], (task - up_tasks_) * down_width_);
-      return;
-    }
-    if (task < at.before) at.active = at.before = 0;
-    while (task >= at.before + groups_of(at.active) * chunks_) at.before += groups_of(at.active++) * chunks_;
-    const int64_t expert = p.active[at.active], slots = slots_of(expert);
-    const int64_t group = (task - at.before) / chunks_, begin = (task - at.before) % chunks_ * up_width_;
-    int64_t first = group * up_together_, last = min64(first + up_together_, slots), top = 0, bottom = 0;
-    if (!a.gate_up_columns) {
-      const Blocks blocks(slots);
-      const int64_t each = up_together_ / V::kMaxTokens;
-      top = group * each;
-      bottom = min64(top + each, blocks.count);
-      first = blocks.first(top);
-      last = blocks.first(bottom);
-    }
-    at.task = {expert, begin, min64(begin + up_width_, a.intermediate_size), first, last - first, top, bottom};
-    at.next = up_weights(expert, begin);
-  }
+  using typename Base::Blocks;
+  using typename Base::Cursor;
+  using typename Base::UpTask;
+  using typename Base::Weights;
+  using Base::a;
+  using Base::activations;
+  using Base::down_tasks_;
+  using Base::down_together_;
+  using Base::down_weights;
+  using Base::down_width_;
+  using Base::h_in_rows_;
+  using Base::ldh_;
+  using Base::ldx_;
+  using Base::p;
+  using Base::parts_;
+  using Base::seek;
+  using Base::slots_of;
+  using Base::take;
+  using Base::up_tasks_;
+  using Base::up_weights;
 
   // Copies the input of an expert's slot into a block of packed inputs.
   void pack_input(const UpTask& task, int64_t slot, Input* block, int tokens, int token) const {
@@ -260,6 +157,29 @@ class Experts {
       }
   }
 
+  static bool many(int64_t blocks, int rows) {
+    return kPaired<V> && blocks * V::kMaxTokens > kManySlots && rows >= 4;
+  }
+
+  // A panel of the first product for many blocks of tokens. What follows is fetched, and no more: a second-level cache
+  // holds little else.
+  void up_many(const UpTask& task, const Blocks& blocks, int64_t i, int rows, const Input* packed, const Weights& next,
+               int64_t to_up, int thread) const {
+    float* const sums = p.strips + thread * p.strip_floats;
+    float* const tiles = sums + kManySums;
+    const Weights here = up_weights(task.expert, i);
+    const auto x = [&](int64_t block) { return packed + (blocks.first(block) - task.first) * ldx_; };
+    for (int part = 0; part < parts_; ++part) {
+      const Weights then = part + 1 < parts_ ? Weights{here.at + to_up, here.stride} : next;
+      many_panel<V, D>(here.at + part * to_up, here.stride, rows, a.hidden_size, blocks, task.top, task.bottom, x, sums,
+                       tiles + part * kManyTiles, then.at, then.stride);
+    }
+    for (int64_t block = task.top; block < task.bottom; ++block) {
+      float* const tile = tiles + (block - task.top) * V::kMaxTokens * kTile;
+      finish_panel(tile, tile + kManyTiles, task.expert, blocks.first(block), blocks.size(block), i, rows);
+    }
+  }
+
   void up_rows(const UpTask& task, Cursor& at) const {
     const Blocks blocks(slots_of(task.expert));
     const int64_t to_up = (a.interleaved ? 1 : a.intermediate_size) * a.gate_up_stride;
@@ -278,6 +198,10 @@ class Experts {
     for (int64_t i = task.begin; i < task.end; i += kPanel) {
       const int rows = static_cast<int>(min64(kPanel, task.end - i));
       const bool more = i + kPanel < task.end;
+      if (many(task.bottom - task.top, rows)) {
+        up_many(task, blocks, i, rows, packed, more ? up_weights(task.expert, i + kPanel) : at.next, to_up, at.thread);
+        continue;
+      }
       const Weights here = up_weights(task.expert, i), next = more ? up_weights(task.expert, i + kPanel) : at.next;
       for (int64_t block = task.top; block < task.bottom; ++block) {
         const int64_t first = blocks.first(block), period = task.bottom - task.top;
@@ -349,7 +273,7 @@ class Experts {
       narrow_row<V>(out + t * a.hidden_size + begin, p.out + t * p.ldo + begin, end - begin);
   }
 
-  void down_rows(int64_t expert, int64_t begin, int64_t end, const Weights& after) const {
+  void down_rows(int64_t expert, int64_t begin, int64_t end, const Weights& after, int thread) const {
     const int64_t I = a.intermediate_size, each = down_together_ / V::kMaxTokens;
     const Blocks blocks(slots_of(expert));
     alignas(64) float tile[V::kMaxTokens * kTile] = {};
@@ -370,6 +294,20 @@ class Experts {
             next = after;
           }
           const int rows = static_cast<int>(min64(kPanel, end - row));
+          if (many(bottom - top, rows)) {
+            float* const sums = p.strips + thread * p.strip_floats;
+            float* const tiles = sums + kManySums;
+            const auto x = [&](int64_t block) {
+              return activations(expert, blocks.first(block)) + span * blocks.size(block);
+            };
+            many_panel<V, D>(here.at + span, here.stride, rows, size, blocks, top, bottom, x, sums, tiles, next.at,
+                             next.stride);
+            for (int64_t block = top; block < bottom; ++block)
+              for (int n = 0; n < blocks.size(block); ++n)
+                finish_down(tiles + ((block - top) * V::kMaxTokens + n) * kTile, expert, blocks.first(block) + n, row,
+                            rows, span == 0);
+            continue;
+          }
           for (int64_t block = top; block < bottom; ++block) {
             const int64_t first = blocks.first(block);
             const int tokens = blocks.size(block);
@@ -397,15 +335,6 @@ class Experts {
         finish_down(sums + s * kStripStride, expert, first + s, begin, end - begin, true);
     }
   }
-
-  const MoetorExperts& a;
-  const Plan& p;
-  const int64_t ldx_, ldh_;  // elements from one token's inputs to the next's
-  bool h_in_rows_;  // the activations lie in rows, not in blocks
-  int64_t parts_, up_together_, down_together_;
-  int64_t up_width_, chunks_, up_tasks_;  // activations of one task; tasks per group of slots; tasks
-  int64_t down_width_, down_tasks_;
-  Shares shares_;
 };
 
 }  // namespace

@@ -10,6 +10,10 @@ namespace {
 
 constexpr int kGroup = 32;        // rows are padded to this many floats; outputs are handled in panels of as many
 constexpr int kTogether = 96;     // tokens that pass over a task's weights together, at most
+constexpr int kManyTogether = 192;  // the same where their inputs need not stay in a cache (`many.h`)
+constexpr int kManySlots = 18;      // of an expert: more of them are many
+constexpr int64_t kManySums = 32 * kManyTogether * 16;  // floats: the vectors of a panel's sums
+constexpr int64_t kManyTiles = 36 * kManyTogether;      // floats: the sums
 constexpr int kStripColumns = 4096;  // the wider, the longer the runs of memory that are read at a time
 constexpr int kStripStride = kStripColumns + 16;
 constexpr int64_t kWidenedBytes = 384 * 1024;  // a panel of codes, widened: two fit into a second-level cache
@@ -47,7 +51,7 @@ struct Plan {
   float* out;        // [T, ldo] the weighted sum
   float* packed;     // [threads, packed_floats] a thread's packed inputs
   float* strips;     // [threads, strip_floats] a thread's column sums (columns form); of codes, the scales and zero
-                     // points of two panels, then the two panels widened to floats
+                     // points of two panels, then the two panels widened to floats; of many tokens, sums
   int64_t ldx, ldh, ldo, packed_floats, strip_floats, scale_floats, widened_floats;
   int64_t bytes;
 };
@@ -70,23 +74,24 @@ inline Plan make_plan(const MoetorExperts& a) {
   p.token = reinterpret_cast<int32_t*>(take(4 * slots));
   p.offsets = reinterpret_cast<int64_t*>(take(8 * (a.num_experts + 2)));
   p.active = reinterpret_cast<int32_t*>(take(4 * a.num_experts));
-  p.h = reinterpret_cast<float*>(take(4 * slots * p.ldh));
+  const bool many = paired(a) && a.weights == kPlain;
+  const int64_t input_bytes = many ? 2 : 4;
+  p.h = reinterpret_cast<float*>(take(input_bytes * slots * p.ldh));
   p.rounded = reinterpret_cast<int8_t*>(take(bytes ? slots * rounded_width(a.intermediate_size) : 0));
   p.out = reinterpret_cast<float*>(take(4 * a.tokens * p.ldo));
-  const int64_t together = min64(slots, kTogether);
-  p.packed_floats = (together + bytes) * p.ldx;  // one more row, from which bytes are made
+  const int64_t together = min64(slots, many ? kManyTogether : kTogether);
+  p.packed_floats = (together + bytes) * p.ldx * input_bytes / 4;  // one more row, from which bytes are made
   p.packed = reinterpret_cast<float*>(take(4 * a.threads * p.packed_floats));
-  if (a.gate_up_columns || a.down_columns) {
-    p.strip_floats = together * kStripStride;
-    p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
-  } else if (a.weights != kPlain) {
+  if (a.gate_up_columns || a.down_columns) p.strip_floats = min64(slots, kTogether) * kStripStride;
+  if (many && slots > kManySlots) p.strip_floats = max64(p.strip_floats, kManySums + 2 * kManyTiles);
+  if (a.weights != kPlain) {
     const int64_t depth = max64(p.ldx, p.ldh), bytes_each = paired(a) ? 2 : 4;
     p.scale_floats = kGroup * round_up(a.group == 0 ? 1 : depth / kGroup + 1, 16);
     const bool widen = slots > a.num_experts && kGroup * depth * bytes_each <= kWidenedBytes;
     p.widened_floats = widen && !bytes ? kGroup * depth * bytes_each / 4 : 0;
     p.strip_floats = 4 * p.scale_floats + 2 * p.widened_floats;
-    p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   }
+  p.strips = reinterpret_cast<float*>(take(4 * a.threads * p.strip_floats));
   p.bytes = at;
   return p;
 }
