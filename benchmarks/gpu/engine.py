@@ -251,10 +251,11 @@ def compare(eager: Texts, replayed: Texts) -> dict[str, Any]:
             deviation = float((a - b).abs().max())
             differences.append({"margin": float(top[0] - top[1]), "deviation": deviation})
     both = int(same.min())
+    apart = (ours[:both] - theirs[:both]).abs()
     return {
         "equal tokens": same.tolist(),
         "first differences": differences,
-        "largest deviation of equal texts": float((ours[:both] - theirs[:both]).abs().max()),
+        "largest deviation of equal texts": float(apart.max()) if both else None,
         "standard deviation of logits": float(ours.std()),
     }
 
