@@ -21,13 +21,11 @@ class Compiled:
     Attributes:
         shared: bytes of shared memory of a program.
         ptx: its code.
-        cubin: the same for the GPU.
     """
 
     name: str
     shared: int
     ptx: str
-    cubin: bytes
 
 
 class _Driver:
@@ -59,11 +57,7 @@ def compiling_for(device: Device) -> Iterator[list[Compiled]]:
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        made.append(
-            Compiled(
-                self.fn.__name__, kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["cubin"]
-            )
-        )
+        made.append(Compiled(self.fn.__name__, kernel.metadata.shared, kernel.asm["ptx"]))
         return kernel
 
     major, minor = device.capability

@@ -6,9 +6,7 @@ Shape letters: T tokens, K top_k, E experts, H hidden, I intermediate, N outputs
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,15 +30,13 @@ from moetor.kernels.triton.choose_attention import attention_plan
 from moetor.kernels.triton.choose_small_quantized import quantized_small_plan
 from moetor.kernels.triton.large import run_large
 from moetor.kernels.triton.large_quantized import run_large_quantized
-from moetor.kernels.triton.register_products import run_registers
 from moetor.kernels.triton.routing import run_route
 from moetor.kernels.triton.small import run_small
 from moetor.kernels.triton.small_quantized import run_small_quantized
-from sass import disassembled, register_hazards
 
 pytestmark = needs_triton
 BY_CAPABILITY = {
-    device.capability: replace(device, roles=device.roles and support.have_gluon())
+    device.capability: replace(device, roles=device.roles and support.have_roles())
     for device in DEVICES
 }
 COARSE, TRANSPOSED, ODD = (8, 2, 4096, 14336), (32, 4, 2880, 2880), (1024, 8, 1000, 333)
@@ -207,29 +203,6 @@ def test_few_tokens_with_quantised_weights(
     last = "quantized_down_sum" if plan.summed else "quantized_sum"
     assert {"quantized_up", last} <= {kernel.name for kernel in made}
     check(made, device, bounds)
-
-
-@pytest.mark.skipif(not support.have_gluon(), reason="written for another version of Triton")
-@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "fp8_block128x128"])
-def test_numbers_are_made_in_registers(name: str, tmp_path: Path) -> None:
-    device = BY_CAPABILITY[9, 0]
-    experts, top_k, hidden, size = TRANSPOSED
-    config = ExpertsConfig(num_experts=experts, hidden_size=hidden, intermediate_size=size)
-    weights = quantized(config, name, "unquantized")
-    with compiling_for(device) as made:
-        run_registers(*inputs(4096, top_k, hidden, torch.bfloat16), weights, config)
-    kernels = [kernel for kernel in made if kernel.name == "register_product"]
-    assert len(kernels) == 2
-    check(made, device, {})
-    for kernel in kernels:
-        # Accumulators, four registers of the weight, a place in shared memory of the input.
-        taken = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S+) ", kernel.ptx)
-        assert taken
-        assert all(re.fullmatch(r"\{(%r\d+,){3}%r\d+\},", operand) for operand in taken), taken
-        # The compiler does not keep them until a product has read them: the kernel waits for it.
-        products, hazards = register_hazards(disassembled(kernel.cubin, tmp_path))
-        assert products >= 16
-        assert not hazards
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])

@@ -20,7 +20,6 @@ from moetor.kernels.base import KernelQuery
 from moetor.kernels.formats import ActivationFormat, find_format
 from moetor.kernels.select import select_kernel
 from moetor.kernels.triton import choose, choose_quantized
-from moetor.kernels.triton.choose_registers import enough_rows, has_register_form
 from moetor.kernels.triton.choose_small_quantized import use_small_quantized
 from moetor.kernels.triton.fused import TritonKernel
 from moetor.kernels.triton.large_kernel import TritonLargeKernel
@@ -58,26 +57,16 @@ def test_no_tile_exceeds_the_shared_memory(device: choose.Device, itemsize: int)
 
 def test_a_workspace_is_taken_for_many_rows_and_has_a_bound() -> None:
     def asked(
-        tokens: int,
-        hidden: int = 2048,
-        activations: ActivationFormat = "unquantized",
-        *,
-        registers: bool = False,
+        tokens: int, hidden: int = 2048, activations: ActivationFormat = "unquantized"
     ) -> Any:
         config = ExpertsConfig(num_experts=128, hidden_size=hidden, intermediate_size=768)
         kind = find_format("mxfp8")
         up = choose_quantized.operands(kind, activations, 2, gated=True)
         down = choose_quantized.operands(kind, activations, 2, gated=False)
-        return choose_quantized.use_workspace(
-            config, 8, tokens, up, down, activations, registers=registers
-        )
+        return choose_quantized.use_workspace(config, 8, tokens, up, down, activations)
 
     assert asked(16384)
     assert not asked(256)
-    # Where numbers are made on the way to the product at little cost, only for more.
-    assert asked(4096)
-    assert not asked(4096, registers=True)
-    assert asked(16384, registers=True)
     assert not asked(16384, hidden=8192)
     assert not asked(16384, activations="mxfp8")
 
@@ -219,29 +208,3 @@ def test_few_tokens_take_the_small_path_where_it_is_the_faster_one() -> None:
     assert most("int4_g32", "mxfp4") == 16
     assert most("int4_g32", "int8") == most("fp8", "fp8") == most("fp8", "fp8", "fp8_token") == 2
     assert most("mxfp4", "mxfp4", activation=Activation(function=torch.tanh)) == 0
-
-
-def test_numbers_are_made_in_registers_where_rows_can_be_described() -> None:
-    config = ExpertsConfig(num_experts=8, hidden_size=512, intermediate_size=256)
-    hopper = next(device for device in DEVICES if device.capability == (9, 0))
-
-    def used(
-        up: str = "fp8",
-        dtype: torch.dtype = torch.bfloat16,
-        device: choose.Device = hopper,
-        activations: ActivationFormat = "unquantized",
-        **form: Any,
-    ) -> bool:
-        formats = find_format(up), find_format("int4_g32")
-        return has_register_form(replace(config, **form), formats, activations, dtype, device)
-
-    assert used()
-    assert used("int4_g128_zp", hidden_size=520)
-    assert not used(hidden_size=520)  # rows of codes would begin at odd multiples of 8 bytes
-    assert not used(dtype=torch.float16)
-    assert not used("mxfp8", activations="mxfp8")
-    assert not used("fp8_block4x8")
-    assert not used(activation=Activation(function=torch.tanh))
-    for device in DEVICES:
-        assert used(device=device) == (device.capability == (9, 0))
-    assert [enough_rows(config, 2, tokens) for tokens in (1, 207, 208)] == [False, False, True]

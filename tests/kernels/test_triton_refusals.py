@@ -223,6 +223,6 @@ def test_warps_have_roles_with_the_triton_that_they_are_written_for(
 ) -> None:
     monkeypatch.setattr(support, "have_triton", lambda: True)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    support.have_gluon.cache_clear()
-    assert support.have_gluon() == have
-    support.have_gluon.cache_clear()
+    support.have_roles.cache_clear()
+    assert support.have_roles() == have
+    support.have_roles.cache_clear()

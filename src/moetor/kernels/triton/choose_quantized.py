@@ -16,7 +16,6 @@ from moetor.kernels.triton.quantized_support import Arithmetic, arithmetic
 
 # Rows of an expert from which on a workspace is the faster way, measured on an H200.
 _WORKSPACE_ROWS = 192
-_WORKSPACE_ROWS_REGISTERS = 512
 # Of one product's numbers.
 _WORKSPACE_BYTES = 2 * 2**30
 
@@ -99,22 +98,15 @@ def use_workspace(
     up: Operands,
     down: Operands,
     activations: ActivationFormat,
-    *,
-    registers: bool,
 ) -> bool:
     """Whether matrices become numbers before the products, not in them: for many rows an expert,
-    and where the workspace is bounded.
-
-    Args:
-        registers: whether products could make numbers in registers (`has_register_form`).
-    """
+    and where the workspace is bounded."""
     if activations != "unquantized":
         return False
     rows = tokens * top_k / config.num_experts
     size = max(up.itemsize, down.itemsize)
     most = size * config.num_experts * config.hidden_size * config.up_size
-    least = _WORKSPACE_ROWS_REGISTERS if registers else _WORKSPACE_ROWS
-    return rows >= least and most <= _WORKSPACE_BYTES
+    return rows >= _WORKSPACE_ROWS and most <= _WORKSPACE_BYTES
 
 
 def quantized_large_plan(

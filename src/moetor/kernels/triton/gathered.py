@@ -47,7 +47,7 @@ def can_walk(hidden_TH: Tensor, gate_up_EXY: Tensor, config: ExpertsConfig, tile
     )
 
 
-def launch_copy(hidden_TH: Tensor, made: RowTiles, tile_rows: int, *, pdl: bool) -> Tensor:
+def launch_copy(hidden_TH: Tensor, made: RowTiles, tile: Tile, *, pdl: bool) -> Tensor:
     """Each slot's token in the slot's row [R, H]; rows beyond the tiles in use are undefined."""
     from moetor.kernels.triton import gathered_kernels
 
@@ -65,7 +65,7 @@ def launch_copy(hidden_TH: Tensor, made: RowTiles, tile_rows: int, *, pdl: bool)
         made.place.numel(),
         K=top_k,
         H=hidden,
-        BM=tile_rows,
+        BM=tile.rows,
         BN=columns,
         PDL=pdl,
         num_warps=4,

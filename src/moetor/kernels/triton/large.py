@@ -110,7 +110,7 @@ def run_up(
         act_RI = hidden_TH.new_empty((made.rows, config.intermediate_size))
         constants = activation_constants(config.activation)
         if plan.up.persistent and can_walk(hidden_TH, gate_up, config, plan.up):
-            rows_RH = launch_copy(hidden_TH, made, plan.up.rows, pdl=plan.pdl)
+            rows_RH = launch_copy(hidden_TH, made, plan.up, pdl=plan.pdl)
             launch_walk_up(
                 rows_RH, topk_weights_TK, gate_up, bias, config, plan.up, made, act_RI, constants
             )

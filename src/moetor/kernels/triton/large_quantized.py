@@ -33,12 +33,10 @@ from moetor.kernels.triton.choose_quantized import (
     quantized_large_plan,
     use_workspace,
 )
-from moetor.kernels.triton.choose_registers import enough_rows, has_register_form
 from moetor.kernels.triton.dequantized import dequantized
 from moetor.kernels.triton.large import launch_down, rows_operand, run_up
 from moetor.kernels.triton.quantize_rows import RUNS, Rows, new_rows, quantize
 from moetor.kernels.triton.quantized_operands import form_of, read_as
-from moetor.kernels.triton.register_products import run_registers
 from moetor.kernels.triton.sort import RowTiles, make_row_tiles
 from moetor.kernels.triton.weighted_sum import launch_sum
 
@@ -266,22 +264,14 @@ def run_planned(
     tokens."""
     tokens, top_k = topk_ids_TK.shape
     activations, size = weights.activation_format, hidden_TH.element_size()
-    formats = (weights.gate_up.format, weights.down.format)
     gated = config.gated and config.activation.function is None
-    up = operands(formats[0], activations, size, gated=gated)
-    down = operands(formats[1], activations, size, gated=False)
+    up = operands(weights.gate_up.format, activations, size, gated=gated)
+    down = operands(weights.down.format, activations, size, gated=False)
     device = support.device_of(hidden_TH)
     inputs = (hidden_TH, topk_weights_TK, topk_ids_TK)
-    if batch_invariant or tokens == 0:
-        plan = quantized_large_plan(config, top_k, None, up, down, device)
-        return run_large_quantized(*inputs, weights, config, plan)
-    registers = support.have_gluon() and has_register_form(
-        config, formats, activations, hidden_TH.dtype, device
-    )
-    if use_workspace(config, top_k, tokens, up, down, activations, registers=registers):
+    if not batch_invariant and use_workspace(config, top_k, tokens, up, down, activations):
         plain = large_plan(config, top_k, tokens, size, device)
         return run_dequantized(*inputs, weights, config, plain)
-    if registers and enough_rows(config, top_k, tokens):
-        return run_registers(*inputs, weights, config)
-    plan = quantized_large_plan(config, top_k, tokens, up, down, device)
+    asked = None if batch_invariant else tokens
+    plan = quantized_large_plan(config, top_k, asked, up, down, device)
     return run_large_quantized(*inputs, weights, config, plan)

@@ -6,7 +6,7 @@ rows while the other one still multiplies, and loading goes on for the next tile
 upper half is padding keeps one group busy.
 
 Written in Gluon, Triton's lower level, whose interface changes between versions: for Triton 3.6
-(`support.have_gluon`).
+(`support.have_roles`).
 
 Shape letters: E experts, H hidden, I intermediate, R rows in expert order; BN columns and BK depth
 of a tile.

@@ -36,10 +36,9 @@ def have_triton() -> bool:
 
 
 @functools.cache
-def have_gluon() -> bool:
-    """Whether the installed Triton is the one that `roles_kernels` and `register_kernels` are
-    written for and ran with: their language, Gluon, changes from version to version. Triton is not
-    imported for that."""
+def have_roles() -> bool:
+    """Whether the installed Triton is the one that `roles_kernels` are written for and ran with:
+    their language, Gluon, changes from version to version. Triton is not imported for that."""
     return have_triton() and importlib.metadata.version("triton").split(".")[:2] == ["3", "6"]
 
 
@@ -52,7 +51,7 @@ def gpu(index: int) -> Device:
         sms=properties.multi_processor_count,
         shared=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined, unused-ignore]
         capability=capability,
-        roles=capability == (9, 0) and have_gluon(),
+        roles=capability == (9, 0) and have_roles(),
     )
 
 
