@@ -149,6 +149,7 @@ def served(rank: int, parallel: ParallelConfig) -> Any:
         form = StructuredOutputsParams(choice=["thou art", "a rose"])
         params = SamplingParams(max_tokens=30, temperature=1, structured_outputs=form)
         *_, last = [output async for output in await engine.add_request(PROMPTS[0], params)]
+        assert last.error is None
         assert last.outputs[0].text in form.choice
         counts = list((await engine.expert_load()).values())
         assert {sum(layer) for layer in counts} == {sum(counts[0])}
