@@ -54,10 +54,8 @@ def test_slow_senders_are_told_and_others_are_served(impatient: ServerProcess) -
     for name, held in lines.items():
         for line in held:
             line.settimeout(max(0.1, end - time.monotonic()))
-            for byte in (
-                b"G",
-                b"E",
-            ):  # a byte now and then does not help; these may begin a request
+            # A byte now and then does not help; these may begin a request.
+            for byte in (b"G", b"E"):
                 if was_answered(line):
                     break  # what it has not read by then would reset the line, answer and all
                 try:
