@@ -1,4 +1,4 @@
-"""What the Triton kernels share on the device: activations and masked loads.
+"""What the Triton kernels share on the device: activations, a row's norm and masked loads.
 
 This module and its neighbours `*_kernels.py` import Triton and are imported at the first launch.
 An activation travels as the compile-time tuple of `choose.activation_constants`.
@@ -24,6 +24,17 @@ def chain(PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def norm_of_row(y, gain, H: tl.constexpr, EPS: tl.constexpr, SCALE_FIRST: tl.constexpr):
+    """The RMS norm of one expert's row, 0 beyond H (`moetor.kernels.norm`)."""
+    if SCALE_FIRST:
+        y = y * gain
+    y = y * tl.rsqrt(tl.sum(y * y, axis=0) / H + EPS)
+    if not SCALE_FIRST:
+        y = y * gain
+    return y
 
 
 @triton.jit

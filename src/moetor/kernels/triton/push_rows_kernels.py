@@ -46,7 +46,9 @@ def push_gather(
         to = RANKS * rows_size + RANK * routing_size + at
         for rank in tl.static_range(RANKS):
             tl.store(places_R[rank] + to, words, at < routing_size)
-    meet(flags_R, epochs_P, program, RANK, RANKS)
+    epoch = tl.load(epochs_P + program) + 1
+    meet(flags_R, epoch, program, RANK, RANKS)
+    tl.store(epochs_P + program, epoch)
 
 
 @triton.jit
@@ -72,7 +74,9 @@ def push_scatter(
             if rank != RANK:
                 part = tl.load(parts + rank * size + at, at < size)
                 tl.store(places_R[rank] + RANK * size + at, part, at < size)
-    meet(flags_R, epochs_P, program, RANK, RANKS)
+    epoch = tl.load(epochs_P + program) + 1
+    meet(flags_R, epoch, program, RANK, RANKS)
+    tl.store(epochs_P + program, epoch)
     for block in range(program, tl.cdiv(size, BLOCK), programs):
         at = block * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros((BLOCK,), tl.float32)

@@ -17,6 +17,25 @@ from moetor.kernels.triton.device_code import chain
 
 
 @triton.jit
+def meet(flags_R, epoch, program, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """Says that this rank's program has stored its blocks of call `epoch`, and waits until all
+    ranks' have.
+    """
+    # The flag is set by one thread, behind what all of them have stored.
+    tl.debug_barrier()
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flag = flags_R[rank] + program * RANKS + RANK
+            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+    for rank in tl.static_range(RANKS):
+        if rank != RANK:
+            flag = flags_R[RANK] + program * RANKS + rank
+            # By difference, for counts begin anew after 2^32.
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
+                pass
+
+
+@triton.jit
 def push_sum(
     part_N,
     total_N,
@@ -41,18 +60,7 @@ def push_sum(
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             tl.store(places_R[rank] + (place + RANK) * place_size + offsets, own, mask)
-    # The flag is set by one thread, behind what all of them have stored.
-    tl.debug_barrier()
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            flag = flags_R[rank] + program * RANKS + RANK
-            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            flag = flags_R[RANK] + program * RANKS + rank
-            # By difference, for counts begin anew after 2^32.
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
+    meet(flags_R, epoch, program, RANK, RANKS)
     total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
@@ -61,25 +69,6 @@ def push_sum(
             row = places_R[RANK] + (place + rank) * place_size + offsets
             total += tl.load(row, mask, volatile=True).to(tl.float32)
     tl.store(total_N + offsets, total.to(own.dtype), mask)
-    tl.store(epochs_P + program, epoch)
-
-
-@triton.jit
-def meet(flags_R, epochs_P, program, RANK: tl.constexpr, RANKS: tl.constexpr):
-    """Says that this rank's program has stored its blocks, and waits until all ranks' have."""
-    epoch = tl.load(epochs_P + program) + 1
-    # The flag is set by one thread, behind what all of them have stored.
-    tl.debug_barrier()
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            flag = flags_R[rank] + program * RANKS + RANK
-            tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
-    for rank in tl.static_range(RANKS):
-        if rank != RANK:
-            flag = flags_R[RANK] + program * RANKS + rank
-            # By difference, for counts begin anew after 2^32.
-            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") - epoch < 0:
-                pass
     tl.store(epochs_P + program, epoch)
 
 
@@ -110,13 +99,15 @@ def push_sum_norm(
     program = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     offsets = program * H + at
-    place = ((tl.load(epochs_P + program) + 1) & 1) * RANKS
+    epoch = tl.load(epochs_P + program) + 1
+    place = (epoch & 1) * RANKS
     own = tl.load(part + offsets, at < H, other=0.0)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             tl.store(places_R[rank] + (place + RANK) * place_size + offsets, own, at < H)
     total = tl.load(residual + offsets, at < H, other=0.0).to(tl.float32)
-    meet(flags_R, epochs_P, program, RANK, RANKS)
+    meet(flags_R, epoch, program, RANK, RANKS)
+    tl.store(epochs_P + program, epoch)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += own.to(tl.float32)

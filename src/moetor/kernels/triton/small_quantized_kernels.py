@@ -13,7 +13,12 @@ are looked through, NG groups in BK.
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
-from moetor.kernels.triton.device_code import activate_gated, activate_ungated, chain
+from moetor.kernels.triton.device_code import (
+    activate_gated,
+    activate_ungated,
+    chain,
+    norm_of_row,
+)
 from moetor.kernels.triton.small_quantized_product_kernels import product
 
 NO_SLOT = tl.constexpr(2**30)
@@ -268,11 +273,7 @@ def quantized_sum(
         at = rows + (token * K + place) * H + h
         y = tl.load(at, mask=inside & kept, other=0.0)
         if EPS is not None:
-            if SCALE_FIRST:
-                y = y * gain
-            y = y * tl.rsqrt(tl.sum(y * y, axis=0) / H + EPS)
-            if not SCALE_FIRST:
-                y = y * gain
+            y = norm_of_row(y, gain, H, EPS, SCALE_FIRST)
         if not WEIGHT_ON_INPUT:
             y = y * tl.where(kept, tl.load(topk_weights + token * K + k), 0.0)
         total += y

@@ -8,7 +8,7 @@ Shape letters: K top_k, H hidden; BN columns of a program.
 import triton  # type: ignore[import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, unused-ignore]
 
-from moetor.kernels.triton.device_code import chain
+from moetor.kernels.triton.device_code import chain, norm_of_row
 
 
 @triton.jit
@@ -42,11 +42,7 @@ def sum_rows(
         y = tl.load(rows + row.to(tl.int64) * H + h, mask=inside & (row >= 0), other=0.0)
         y = y.to(tl.float32)
         if EPS is not None:
-            if SCALE_FIRST:
-                y = y * gain
-            y = y * tl.rsqrt(tl.sum(y * y, axis=0) / H + EPS)
-            if not SCALE_FIRST:
-                y = y * gain
+            y = norm_of_row(y, gain, H, EPS, SCALE_FIRST)
         if not WEIGHT_ON_INPUT:
             # A dropped slot counts nothing, whatever its weight is.
             y = y * tl.where(row >= 0, tl.load(topk_weights + token * K + slot), 0.0)
